@@ -1,0 +1,42 @@
+"""What every batch type has in common: tensors that share their first dimension, the rows."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tensors. Subclasses are frozen dataclasses whose tensor fields are `[rows, ...]`."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return next(len(value) for value in self._fields().values() if isinstance(value, Tensor))
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        """The given rows; what is not a tensor stays as it is."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def updates(self) -> Iterator[Self]:
+        """The optimizer updates that this batch is good for, in order: itself, once, unless a subclass says more."""
+        yield self
+
+    def micro_batches(self, rows: int | None) -> Iterator[Self]:
+        """The batch in portions of at most `rows` rows (None: in one)."""
+        rows = rows or max(len(self), 1)
+        for start in range(0, len(self), rows):
+            yield self[start : start + rows]
+
+    def _fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _map(self, function: Any) -> Self:
+        changed = {name: function(value) for name, value in self._fields().items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
