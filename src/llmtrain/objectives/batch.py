@@ -7,6 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+# What an objective reports beside its loss: (sum, weight) pairs; their ratio is the mean over rows, micro-batches and processes.
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
