@@ -31,6 +31,15 @@ class Batch:
         """The optimizer updates that this batch is good for, in order: itself, once, unless a subclass says more."""
         yield self
 
+    def metrics(self) -> Metrics:
+        """What is known of the batch before it is trained on; a rollout knows its rewards."""
+        return {}
+
+    def num_tokens(self) -> int:
+        """Tokens the model is run over, padding included: the elements of the integer matrices."""
+        tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
+        return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2)
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         """The batch in portions of at most `rows` rows (None: in one)."""
         rows = rows or max(len(self), 1)

@@ -1,0 +1,136 @@
+"""Processes: where this one stands, how the model is spread over all of them, and how they agree on numbers.
+
+torch does the parallel work (`DistributedDataParallel`, `fully_shard`), on CPU processes (gloo) as on GPUs, so the
+same code is tested where there is no GPU. accelerate tells how the process was started: `engine.processes=`,
+`torchrun` and `accelerate launch` all arrive here as environment variables.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where this process stands among all processes of the run."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None) -> Layout:
+    """Join the other processes of this run, if there are any, and say where this process stands."""
+    state = PartialState(cpu=device == "cpu")
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    if threads or state.num_processes > 1:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
+    return Layout(state.process_index, state.num_processes, state.device)
+
+
+def launched_by_others() -> bool:
+    """Whether a launcher (torchrun, accelerate launch, ours) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
+    """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+        start_method="spawn", max_restarts=0, monitor_interval=0.2,
+    )  # fmt: skip
+    elastic_launch(config, function)(*arguments)
+
+
+def spread(model: nn.Module, layout: Layout, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
+    """Replicate (DDP) or shard (FSDP2) a model over all processes; alone, it stays as it is.
+
+    The units of sharding are the elements of every `nn.ModuleList` (the blocks), each submodule that holds such a
+    list, and the whole.
+    """
+    model.to(layout.device)
+    if layout.world == 1:
+        return model
+    if sharding == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=False)
+    mesh = init_device_mesh(layout.device.type, (layout.world,))
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside a DDP wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, now: bool) -> Iterator[None]:
+    """Within a step, exchange gradients only in the last micro-batch (DDP); FSDP2 reduces into its shards each time."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def total(value: Tensor, layout: Layout) -> Tensor:
+    """The sum of `value` over all processes."""
+    if layout.world > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def agree(value: Any, layout: Layout) -> Any:
+    """The main process's `value`, on every process."""
+    if layout.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(layout: Layout) -> None:
+    """Wait for all processes."""
+    if layout.world > 1:
+        dist.barrier()
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's whole state, gathered from its shards, detached, on every process."""
+    state = bare(module).state_dict()
+    return {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach() for name, value in state.items()}
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the module's parameters are spread over processes."""
+    return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        PartialState._reset_state()
