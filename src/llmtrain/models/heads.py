@@ -1,0 +1,169 @@
+"""Models: a Transformer trunk with a head on it.
+
+Shapes: B rows, T positions, H hidden size, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models.attention import KVCache
+from llmtrain.models.transformer import Transformer
+
+# What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward.
+Read = Callable[[Tensor, Tensor], Any]
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token: logits = head · hidden.
+
+    The weights are random in torch's own way until `initialise` is called or a state is loaded.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.trunk = Transformer(config, vocab_size)
+        if not config.tied_embeddings:
+            self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.trunk.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+        return self.trunk.vocab_size
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, in order: the units of sharding."""
+        return list(self.trunk.blocks)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, H]; the token embedding itself where they are tied."""
+        return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        read: Read | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Logits [B, T, V] of tokens [B, T] int64, or `read(hidden, head_weight)` without making the logits.
+
+        `read` runs inside forward because a sharded weight is whole only there. `positions` and `cache` are
+        those of `Transformer.forward`.
+        """
+        hidden = self.trunk(tokens, positions, cache)
+        return (read or F.linear)(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> Self:
+        """Draws all weights anew from a CPU generator, as `Transformer.initialise` does; the head has `init_std`."""
+        self.trunk.initialise(generator)
+        if not self.config.tied_embeddings:
+            drawn = torch.empty(self.head.weight.shape).normal_(0.0, self.config.init_std, generator=generator)
+            self.head.weight.copy_(drawn)
+        return self
+
+
+class ScalarModel(nn.Module):
+    """One score for each position: a reward or value model.
+
+    `score_mean` and `score_std` belong to the weights: what `normalised` takes off and divides by.
+    """
+
+    score_mean: Tensor
+    score_std: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.trunk = Transformer(config, vocab_size)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.register_buffer("score_mean", torch.tensor(0.0))
+        self.register_buffer("score_std", torch.tensor(1.0))
+
+    @classmethod
+    def from_language_model(cls, model: LanguageModel, generator: torch.Generator) -> Self:
+        """A copy of the language model's trunk with a new score head, on the same device."""
+        with torch.device("meta"):
+            scalar_model = cls(model.config, model.vocab_size)
+        scalar_model = scalar_model.to_empty(device=model.head_weight.device)
+        scalar_model.trunk = copy.deepcopy(model.trunk)
+        scalar_model.initialise_score(generator)
+        return scalar_model.train(model.training)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.trunk.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, V."""
+        return self.trunk.vocab_size
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts, in order: the units of sharding."""
+        return list(self.trunk.blocks)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own."""
+        hidden = self.trunk(tokens)
+        # A product and a sum instead of a matrix product: autocast would take that in bfloat16.
+        return (hidden.float() * self.score.weight[0].float()).sum(dim=-1)
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """(scores - score_mean) / score_std."""
+        return (scores - self.score_mean) / self.score_std
+
+    def initialise(self, generator: torch.Generator) -> Self:
+        """Draws all weights anew from a CPU generator."""
+        self.trunk.initialise(generator)
+        self.initialise_score(generator)
+        return self
+
+    @torch.no_grad()
+    def initialise_score(self, generator: torch.Generator) -> None:
+        """Draws the score head from N(0, 1 / (H + 1)) and resets mean and standard deviation to 0 and 1.
+
+        Huang et al. 2024 (arXiv 2403.17031, detail 11), after Stiennon et al. 2020 (arXiv 2009.01325).
+        """
+        hidden_size = self.config.hidden_size
+        drawn = torch.empty(self.score.weight.shape).normal_(0.0, (hidden_size + 1) ** -0.5, generator=generator)
+        self.score.weight.copy_(drawn)
+        self.score_mean.fill_(0.0)
+        self.score_std.fill_(1.0)
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value model with weights of their own, as one module: one optimizer, one forward pass."""
+
+    def __init__(self, policy: LanguageModel, value: ScalarModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of both: the units of sharding."""
+        return self.policy.blocks + self.value.blocks
+
+    def forward(self, tokens: Tensor, *, read: Read | None = None) -> tuple[Any, Tensor]:
+        """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32.
+
+        Values are the value model's normalised scores: started from a reward model, they start in the unit of the
+        rewards that the policy is trained on.
+        """
+        return self.policy(tokens, read=read), self.value.normalised(self.value(tokens))

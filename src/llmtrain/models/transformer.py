@@ -1,0 +1,120 @@
+"""A pre-norm decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
+
+    embedding (+ learned positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
+
+With learned positions, LayerNorm, GELU and biases this is GPT-2 (Radford et al. 2019); with rotary positions,
+RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288).
+
+Shapes: B rows, T positions, H hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models.attention import Attention, KVCache
+from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.norms import make_norm
+from llmtrain.models.positions import RotaryTables, rotary_tables
+
+# The two projections of a block whose outputs are added to the residual stream.
+INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
+
+
+class Block(nn.Module):
+    """Attention and feed-forward part, each behind a norm and added to the stream, [B, T, H] → [B, T, H].
+
+    Pre-norm: Xiong et al. 2020 (arXiv 2002.04745, table 1).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = make_feed_forward(config)
+
+    def forward(self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden), rotary, cache)
+        hidden = hidden + F.dropout(attended, self.dropout, self.training)
+        transformed = self.feed_forward(self.feed_forward_norm(hidden))
+        return hidden + F.dropout(transformed, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """The trunk of every model: tokens [B, T] int64 → hidden states [B, T, H] after the last norm.
+
+    Raises ConfigError where the sizes in `config` do not divide each other.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        _check_sizes(config)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.max_sequence_length, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states [B, T, H] of tokens [B, T].
+
+        `positions` [B or 1, T] default to 0, 1, 2, ..., or with a cache to the ones that follow its tokens. With a
+        cache, the first call takes the right-padded prompts and every later one a single token for each row.
+        """
+        assert cache is None or cache.filled == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
+        if positions is None and cache is not None:
+            positions = cache.positions(tokens)
+        elif positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+        hidden, rotary = self._embed(tokens, positions)
+        for block in self.blocks:
+            hidden = block(hidden, rotary, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.final_norm(hidden)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
+        hidden = self.token_embedding(tokens)  # [B, T, H]
+        rotary = None
+        if self.config.positions == "learned":
+            hidden = hidden + self.position_embedding(positions)
+        else:
+            rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
+        return F.dropout(hidden, self.config.dropout, self.training), rotary
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws all weights anew: N(0, init_std²), into the residual stream init_std / sqrt(2 num_layers); biases 0.
+
+        Radford et al. 2019, section 2.3. Drawn on the CPU in the order of the parameters, whatever device they
+        are on, from a CPU generator.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = self.config.init_std
+            if name.endswith(INTO_RESIDUAL):
+                std /= (2 * self.config.num_layers) ** 0.5
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+    if config.hidden_size % heads:
+        raise ConfigError(
+            f"model.num_heads={heads} does not divide model.hidden_size={config.hidden_size}: change one of them"
+        )
+    if heads % kv_heads:
+        raise ConfigError(f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: change one of them")
+    if config.positions == "rope" and (config.hidden_size // heads) % 2:
+        raise ConfigError(
+            f"model.hidden_size={config.hidden_size} / model.num_heads={heads} is odd, but rotary positions turn"
+            " dimensions in pairs: choose an even head size, or model.positions=learned"
+        )
