@@ -1,0 +1,321 @@
+"""Combinations of keys that do not fit together, or of which one has no effect.
+
+A check is a generator of findings. It reads keys from a `View` and ends by itself where a key is faulty already.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+
+from llmtrain.config.fields import fields_of, parts
+from llmtrain.config.paths import path_findings
+from llmtrain.config.plain import Finding
+from llmtrain.config.schema import ModelConfig
+from llmtrain.config.view import NotValid, View
+
+LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
+NAME = re.compile(r"[A-Za-z0-9._=-]+")
+RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
+
+
+def finding(problem: str, *keys: str) -> Finding:
+    """A finding at the first key; the others take part."""
+    first, *others = map(parts, keys)
+    return Finding(first, problem, tuple(others))
+
+
+def run_checks(view: View, later: Collection[str] = ()) -> list[Finding]:
+    """All findings of all checks. `later`: keys whose folders need not exist yet."""
+    found: list[Finding] = []
+    for check in CHECKS:
+        _collect(check(view), found)
+    _collect(path_findings(view, later), found)
+    return found
+
+
+def _collect(findings: Iterator[Finding], found: list[Finding]) -> None:
+    try:
+        found.extend(findings)
+    except NotValid:
+        return
+
+
+def no_effect(view: View, key: str, why: str, *others: str) -> Iterator[Finding]:
+    """A finding if the key differs from its default."""
+    if view.changed(key):
+        yield finding(f"has no effect: {why}", key, *others)
+
+
+def run_name(view: View) -> Iterator[Finding]:
+    """The run names a folder below `runs_dir`."""
+    run = view["run"]
+    if not all(NAME.fullmatch(part) and set(part) != {"."} for part in run.split("/")):
+        yield finding(f"{run!r} is not {RUN_NAME}", "run")
+
+
+def _from_folder(view: View) -> bool:
+    return view.command != "pretrain" or view["model.init_from"] is not None
+
+
+def attention_shape(view: View) -> Iterator[Finding]:
+    """Heads divide the width, key-value heads divide the heads, rope turns pairs."""
+    hidden, heads = view["model.hidden_size"], view["model.num_heads"]
+    kv_heads = view["model.num_kv_heads"]
+    if hidden % heads:
+        yield finding(f"{heads} does not divide model.hidden_size={hidden}", "model.num_heads", "model.hidden_size")
+    elif (hidden // heads) % 2 and view["model.positions"] == "rope":
+        problem = f"{hidden} / {heads} heads = {hidden // heads} per head; rope needs an even number"
+        yield finding(problem, "model.hidden_size", "model.num_heads")
+    if kv_heads is not None and heads % kv_heads:
+        yield finding(f"{kv_heads} does not divide model.num_heads={heads}", "model.num_kv_heads", "model.num_heads")
+
+
+def rope_theta(view: View) -> Iterator[Finding]:
+    """Only rotary positions have a base."""
+    if view["model.positions"] != "rope":
+        yield from no_effect(view, "model.rope_theta", "model.positions=learned has no frequencies", "model.positions")
+
+
+def sequence_fits(view: View) -> Iterator[Finding]:
+    """A new model is built for at least the sequences it trains on."""
+    length, longest = view["train.sequence_length"], view["model.max_sequence_length"]
+    if not _from_folder(view) and length > longest:
+        problem = f"{length} is longer than the model is built for: model.max_sequence_length={longest}"
+        yield finding(problem, "train.sequence_length", "model.max_sequence_length")
+
+
+def architecture_from_folder(view: View) -> Iterator[Finding]:
+    """The architecture comes with the weights."""
+    if not _from_folder(view):
+        return
+    why = "the architecture comes with the weights of model.init_from"
+    if view.command != "pretrain" and view["model.init_from"] is None:
+        why = "this stage starts from the newest finished run, whose architecture it takes; leave it away"
+    for key in fields_of(ModelConfig):
+        if key != "init_from":
+            yield from no_effect(view, f"model.{key}", why)
+
+
+def run_length(view: View) -> Iterator[Finding]:
+    """How long a run lasts is said once."""
+    given = [key for key in LENGTHS if view[key] is not None]
+    allowed = LENGTHS if view.command == "pretrain" else ("train.steps", "train.epochs")
+    for key in given:
+        if key not in allowed:
+            yield finding(f"is for pretrain only; {view.command} wants {' or '.join(allowed)}", key)
+    if len(given) > 1:
+        yield finding(f"the length of the run is said {len(given)} times: {', '.join(given)}; say it once", *given)
+    if not given:
+        yield finding(f"the length of the run is missing: give one of {', '.join(allowed)}", "train")
+
+
+def batch_size(view: View) -> Iterator[Finding]:
+    """Pretraining counts tokens, the other stages rows."""
+    wanted, other = ("train.batch_tokens", "train.batch_rows")
+    if view.command != "pretrain":
+        wanted, other = other, wanted
+    if view[other] is not None:
+        yield finding(f"has no effect: {view.command} wants {wanted}", other)
+    if view[wanted] is None:
+        yield finding("needs a value: a whole number >= 1", wanted)
+
+
+def whole_rows(view: View) -> Iterator[Finding]:
+    """Pretraining's batch is whole rows of `sequence_length` tokens."""
+    tokens, length = view["train.batch_tokens"], view["train.sequence_length"]
+    if view.command == "pretrain" and tokens is not None and tokens % length:
+        low = max(tokens // length, 1) * length
+        problem = f"{tokens} is no multiple of train.sequence_length={length}, as {low} and {low + length} are"
+        yield finding(problem, "train.batch_tokens", "train.sequence_length")
+
+
+def rows_per_process(view: View) -> Iterator[Finding]:
+    """Each process gets the same number of rows."""
+    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
+    if view.command == "pretrain":
+        tokens, length = view["train.batch_tokens"], view["train.sequence_length"]
+        if tokens is not None and tokens % length == 0 and (tokens // length) % processes:
+            problem = f"{tokens} tokens are {tokens // length} rows, which {processes} processes cannot share evenly"
+            yield finding(problem, "train.batch_tokens", "engine.processes")
+        return
+    rows = view["train.batch_rows"]
+    if rows is not None and rows % processes:
+        problem = f"{rows} rows cannot be shared evenly by {processes} processes"
+        yield finding(problem, "train.batch_rows", "engine.processes")
+
+
+def minibatches(view: View) -> Iterator[Finding]:
+    """PPO's minibatches are equal, also over processes."""
+    rows, count = view["train.batch_rows"], view["method.minibatches"]
+    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
+    if rows is None:
+        return
+    if rows % count:
+        yield finding(f"{count} does not divide train.batch_rows={rows}", "method.minibatches", "train.batch_rows")
+    elif (rows // count) % processes:
+        problem = f"minibatches of {rows // count} rows cannot be shared evenly by {processes} processes"
+        yield finding(problem, "method.minibatches", "train.batch_rows", "engine.processes")
+
+
+def launched(view: View) -> Iterator[Finding]:
+    """Sharding needs several processes; a launcher counts them itself."""
+    processes = view["engine.processes"]
+    if "WORLD_SIZE" in os.environ and processes != 1:
+        problem = "leave at 1 here: a launcher (WORLD_SIZE is set) has started the processes already"
+        yield finding(problem, "engine.processes")
+    if view["engine.sharding"] == "fsdp" and processes == 1 and "WORLD_SIZE" not in os.environ:
+        problem = "has no effect: fsdp shards over processes and there is one; set engine.processes or use torchrun"
+        yield finding(problem, "engine.sharding", "engine.processes")
+
+
+def schedule(view: View) -> Iterator[Finding]:
+    """Each schedule has its own options."""
+    name = view["schedule.name"]
+    if name != "wsd":
+        why = f"{name} has no final decay; schedule=wsd has"
+        yield from no_effect(view, "schedule.decay_steps", why, "schedule.name")
+    if name in ("constant", "inverse_sqrt"):
+        yield from no_effect(view, "schedule.min_lr_ratio", f"{name} has no last learning rate", "schedule.name")
+
+
+def warmup(view: View) -> Iterator[Finding]:
+    """The warm-up ends before the run; a warm-up from a lower layer may outlast a run cut short from above."""
+    steps, warmup_steps = view["train.steps"], view["schedule.warmup_steps"]
+    if steps is not None and warmup_steps > steps and view.rank("schedule.warmup_steps") >= view.rank("train.steps"):
+        problem = f"{warmup_steps} steps of warm-up are longer than the run: train.steps={steps}"
+        yield finding(problem, "schedule.warmup_steps", "train.steps")
+
+
+def best_checkpoint(view: View) -> Iterator[Finding]:
+    """Keeping the best needs a metric and its measurements."""
+    best, kept = view["checkpoint.best_metric"], view["checkpoint.keep_best"]
+    if best is not None and view["eval.every_steps"] is None:
+        yield finding("has no effect: nothing is measured on the way; set eval.every_steps", "checkpoint.best_metric")
+    if best is not None and kept == 0:
+        yield finding("has no effect while checkpoint.keep_best=0", "checkpoint.best_metric", "checkpoint.keep_best")
+    if best is None:
+        why = "checkpoint.best_metric is not set"
+        yield from no_effect(view, "checkpoint.keep_best", why)
+        yield from no_effect(view, "checkpoint.best_mode", why)
+
+
+def problems(view: View) -> Iterator[Finding]:
+    """Problems are answered by models that write."""
+    if view.command == "reward":
+        yield from no_effect(view, "eval.problems", "a reward model answers no problems")
+    if view["eval.problems"] is None:
+        for key in ("eval.max_problems", "eval.max_new_tokens"):
+            yield from no_effect(view, key, "eval.problems is not set")
+
+
+def tracker(view: View) -> Iterator[Finding]:
+    """The project is for Weights & Biases."""
+    if view["tracker.wandb"] == "disabled":
+        yield from no_effect(view, "tracker.wandb_project", "tracker.wandb is disabled; use tracker=wandb")
+
+
+def tokenizer(view: View) -> Iterator[Finding]:
+    """A tokenizer that is there already is not trained."""
+    if view["tokenizer.path"] is not None:
+        for key in ("tokenizer.vocab_size", "tokenizer.train_bytes"):
+            yield from no_effect(view, key, "the tokenizer of tokenizer.path is trained already", "tokenizer.path")
+
+
+def reward_model(view: View) -> Iterator[Finding]:
+    """Only PPO asks a reward model."""
+    if view["method.name"] == "dpo":
+        yield from no_effect(view, "reward_model", "method=dpo learns from pairs; method=ppo uses it", "method.name")
+
+
+def adaptive_kl(view: View) -> Iterator[Finding]:
+    """The horizon belongs to the adaptive coefficient."""
+    if view["method.kl_target"] is None:
+        yield from no_effect(view, "method.kl_horizon", "the KL coefficient is fixed; set method.kl_target")
+
+
+def sampled_pairs(view: View) -> Iterator[Finding]:
+    """Pairs are eaten by the reward model and by DPO."""
+    if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
+        yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
+
+
+def sources(view: View) -> Iterator[Finding]:
+    """A mixture has something in it."""
+    if not view["data.sources"]:
+        yield finding("needs at least one source: data.sources.NAME.path=...", "data.sources")
+
+
+def greedy(view: View) -> Iterator[Finding]:
+    """Temperature 0 takes the likeliest token."""
+    if view["temperature"] == 0:
+        for key in ("top_k", "top_p"):
+            yield from no_effect(view, key, "temperature=0 always takes the likeliest token", "temperature")
+
+
+def pipeline_order(view: View) -> Iterator[Finding]:
+    """A pipeline's stages are fed by earlier ones."""
+    stages = view["stages"]
+    earlier: dict[str, str] = {}
+    if not stages:
+        yield finding("needs at least one stage", "stages")
+    for name, stage in stages.items():
+        key = f"stages.{name}"
+        if not NAME.fullmatch(name):
+            yield finding(f"{name!r} is not a name of letters, digits and . _ - =", key)
+        for role in ("model", "reward_model"):
+            before = stage[role]
+            if before is not None and before not in earlier:
+                known = ", ".join(earlier) or "none"
+                yield finding(f"{before!r} is no earlier stage; the earlier stages are: {known}", f"{key}.{role}")
+        yield from _fed(name, stage, earlier)
+        earlier[name] = stage["command"]
+
+
+def _fed(name: str, stage: dict[str, object], earlier: dict[str, str]) -> Iterator[Finding]:
+    command, before, judge = stage["command"], stage["model"], stage["reward_model"]
+    if command != "pretrain" and before is None:
+        yield finding("needs a value: the earlier stage whose model it starts from", f"stages.{name}.model")
+    if before is not None and earlier.get(str(before)) == "reward":
+        yield finding(f"{before!r} trains a reward model, which writes no text", f"stages.{name}.model")
+    if judge is not None and command != "align":
+        yield finding(f"has no effect: {command} asks no reward model", f"stages.{name}.reward_model")
+    elif judge is not None and earlier.get(str(judge), "reward") != "reward":
+        yield finding(f"{judge!r} trains no reward model", f"stages.{name}.reward_model")
+
+
+def pipeline_overrides(view: View) -> Iterator[Finding]:
+    """What the pipeline itself says is not said again for a stage."""
+    for name, stage in {"": {"overrides": view["overrides"]}, **view["stages"]}.items():
+        where = f"stages.{name}.overrides" if name else "overrides"
+        for text in stage["overrides"]:
+            key = text.lstrip("+").split("=")[0]
+            if key in ("run", "runs_dir", "seed", "model.init_from", "reward_model"):
+                yield finding(f"{text}: the pipeline's own keys (run, seed, model, ...) set {key}", where)
+
+
+CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    run_name,
+    attention_shape,
+    rope_theta,
+    sequence_fits,
+    architecture_from_folder,
+    run_length,
+    batch_size,
+    whole_rows,
+    rows_per_process,
+    minibatches,
+    launched,
+    schedule,
+    warmup,
+    best_checkpoint,
+    problems,
+    tracker,
+    tokenizer,
+    reward_model,
+    adaptive_kl,
+    sampled_pairs,
+    sources,
+    greedy,
+    pipeline_order,
+    pipeline_overrides,
+)

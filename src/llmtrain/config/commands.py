@@ -1,0 +1,70 @@
+"""The commands: which schema each one is told by, and the line and examples that `--help` shows.
+
+Imports nothing, so that `llmtrain --help` and a misspelt command are answered at once.
+"""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """One word of the command line; its `run(config)` is in `stages/` or `commands/` under the same name."""
+
+    schema: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "PretrainConfig",
+        "next-token training on a mixture of text",
+        (
+            "llmtrain pretrain",
+            "llmtrain pretrain run=small model=llama_10m train.tokens=200_000_000 engine=gpu",
+            "llmtrain pretrain data=files data.sources.files.path='texts/*.jsonl.gz'",
+            "llmtrain pretrain -m optimizer.lr=3e-4,1e-3",
+        ),
+    ),
+    "sft": Command(
+        "SftConfig",
+        "supervised fine-tuning on conversations",
+        (
+            "llmtrain sft model.init_from=runs/pretrain",
+            "llmtrain sft data=rows data.sources.rows.path=chats.jsonl train.epochs=3",
+        ),
+    ),
+    "reward": Command(
+        "RewardConfig",
+        "a reward model from preference pairs",
+        (
+            "llmtrain reward model.init_from=runs/sft",
+            "llmtrain reward data=rows data.sources.rows.path=pairs.jsonl train.epochs=1",
+        ),
+    ),
+    "align": Command(
+        "AlignConfig",
+        "preference optimisation (DPO) or reinforcement learning (PPO)",
+        (
+            "llmtrain align method=dpo model.init_from=runs/sft",
+            "llmtrain align method=ppo model.init_from=runs/sft reward_model=runs/reward",
+        ),
+    ),
+    "pipeline": Command(
+        "PipelineConfig",
+        "all stages in sequence, each fed by the ones before",
+        ("llmtrain pipeline", "llmtrain pipeline run=night overrides=[engine=gpu]"),
+    ),
+    "generate": Command(
+        "GenerateConfig",
+        "print what a model answers",
+        (
+            'llmtrain generate prompt="What is 12 + 7?"',
+            'llmtrain generate model=runs/sft prompt="Hello" temperature=0.7 top_p=0.9 max_new_tokens=64',
+        ),
+    ),
+    "show": Command(
+        "ShowConfig",
+        "print what a stage's model will really see: texts, tokens, loss mask",
+        ("llmtrain show", "llmtrain show stage=sft rows=5"),
+    ),
+}

@@ -1,0 +1,61 @@
+"""Whether the files and folders that a config names are there."""
+
+import glob
+import os
+from collections.abc import Collection, Iterator
+
+from llmtrain.config.faults import nearest
+from llmtrain.config.fields import parts
+from llmtrain.config.plain import Finding
+from llmtrain.config.view import NotValid, View
+
+FOLDERS = ("model.init_from", "reward_model", "tokenizer.path", "tokenizer.chat_template")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".xz", ".csv")
+EMBEDDED = {"pretrain": ("prose", "code", "arithmetic")}
+EMBEDDED_ROWS = ("arithmetic",)
+
+
+def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
+    """A finding for each path that is not there. A hub id is left to the loader."""
+    for key in (*FOLDERS, *(("model",) if view.command == "generate" else ())):
+        path = _get(view, key)
+        if path is not None and key not in later and not os.path.exists(path):
+            yield Finding(parts(key), f"no such file or folder: {path}{_meant(path, _get(view, 'runs_dir'))}")
+    for name, source in view.sources().items():
+        for key in ("path", "validation_path"):
+            yield from _data(source.get(key), ("data", "sources", name, key), EMBEDDED.get(view.command, EMBEDDED_ROWS))
+    yield from _data(_get(view, "eval.problems"), ("eval", "problems"), EMBEDDED_ROWS)
+
+
+def _get(view: View, key: str) -> str | None:
+    try:
+        value = view[key]
+    except NotValid:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _data(path: str | None, key: tuple[str, ...], embedded: tuple[str, ...]) -> Iterator[Finding]:
+    if path is None:
+        return
+    if path.startswith("embedded:"):
+        if path.removeprefix("embedded:") not in embedded:
+            yield Finding(key, f"{path!r}: embedded here is {', '.join(f'embedded:{name}' for name in embedded)}")
+    elif is_local(path) and not (glob.glob(path, recursive=True) if glob.has_magic(path) else os.path.exists(path)):
+        yield Finding(key, f"no file matches {path}" if glob.has_magic(path) else f"no such file: {path}{_meant(path)}")
+
+
+def is_local(path: str) -> bool:
+    """Whether a path can only be a local one: a hub id has neither a suffix nor a leading dot or slash."""
+    if "://" in path:
+        return False
+    return path.startswith(("/", "./", "../", "~")) or path.endswith(SUFFIXES) or glob.has_magic(path)
+
+
+def _meant(path: str, runs_dir: str | None = None) -> str:
+    """`; did you mean X?` from the folder that should hold it, or from the runs."""
+    if runs_dir and os.path.exists(os.path.join(runs_dir, path)):
+        return f"; did you mean {os.path.join(runs_dir, path)}?"
+    folder, name = os.path.split(path.rstrip("/"))
+    close = nearest(name, os.listdir(folder or "."), 0.75) if os.path.isdir(folder or ".") else None
+    return f"; did you mean {os.path.join(folder, close)}?" if close else f" (from {os.getcwd()})"
