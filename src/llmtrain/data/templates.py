@@ -1,0 +1,145 @@
+"""Chat templates: messages → text, and where in that text the assistant speaks.
+
+Templates are Jinja, rendered in the sandbox and with the settings and helpers that Transformers uses, so that a
+template gives the same text here and there.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmtrain.config.errors import DataError
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+# Unicode noncharacters: reserved for use inside a program, so text from outside should not hold them.
+OPENED, CLOSED = "\ufdd0", "\ufdd1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """Text of a conversation; `answers` are the [start, end) characters that the assistant has to say."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+    def segments(self) -> tuple[list[str], list[bool]]:
+        """The text cut at the borders of the answers, and which of the pieces are answers."""
+        pieces, spoken, position = [], [], 0
+        for start, end in self.answers:
+            pieces += [self.text[position:start], self.text[start:end]]
+            spoken += [False, True]
+            position = end
+        return [*pieces, self.text[position:]], [*spoken, False]
+
+
+class GenerationBlocks(Extension):
+    """`{% generation %}...{% endgeneration %}`: encloses the block's text in marks."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.CallBlock:
+        """Called by Jinja at the opening tag."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return OPENED + caller() + CLOSED
+
+
+class ChatTemplate:
+    """A chat template with the special tokens it may name (`bos_token`, `eos_token`, ...)."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source, self.special_tokens = source, dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+        self._has_marks = re.search(r"\{%-?\s*generation\b", source) is not None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
+        """The text of `messages`; with `add_generation_prompt` up to where the assistant's next turn begins.
+
+        Where the template does not mark the assistant's part itself, it is what a turn adds to the text before it.
+        Raises DataError when the template refuses the messages, or where that part cannot be told.
+        """
+        text = self._text(messages, add_generation_prompt)
+        if self._has_marks:
+            return _without_marks(text)
+        return Rendered(
+            text, tuple(self._answer(text, messages, i) for i, m in enumerate(messages) if m["role"] == "assistant")
+        )
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special_tokens
+            )  # fmt: skip
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise DataError(f"the chat template refuses these messages: {error}\n{_shown(messages)}") from None
+
+    def _answer(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int]:
+        before = self._text(messages[:index], True)
+        after = self._text(messages[: index + 1], False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise DataError(
+                "the chat template gives a turn another text when turns follow it, so the assistant's part cannot be told by what each "
+                "turn adds. Enclose that part in {% generation %} ... {% endgeneration %} in the template.\n"
+                + _shown(messages)
+            )
+        return len(before), len(after)
+
+
+@functools.cache
+def default_chat_template() -> str:
+    """The template that is used where a tokenizer has none."""
+    return files("llmtrain.data").joinpath("chat_template.jinja").read_text(encoding="utf-8").strip()
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    # Jinja's own filter escapes HTML, which a model should not see.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _without_marks(text: str) -> Rendered:
+    pieces = re.split(f"([{OPENED}{CLOSED}])", text)
+    if pieces[1::2] != [OPENED, CLOSED] * (len(pieces) // 4):
+        raise DataError(f"a conversation holds the Unicode noncharacter U+FDD0 or U+FDD1; remove it: {text[:200]!r}")
+    ends = [0]
+    for piece in pieces[::2]:
+        ends.append(ends[-1] + len(piece))
+    borders = ends[1:-1]
+    return Rendered("".join(pieces[::2]), tuple(zip(borders[::2], borders[1::2], strict=True)))
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    text = json.dumps(list(messages), ensure_ascii=False, default=str)
+    return text if len(text) <= 500 else text[:500] + " ..."
