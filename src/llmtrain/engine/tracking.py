@@ -153,7 +153,7 @@ def _tensorboard(tracker: Tracker, step: int) -> Any:
     opened = TensorBoardTracker("tensorboard", tracker.folder, purge_step=step + 1 if step else 0)
     opened.start()
     if step == 0:
-        opened.store_init_configuration(_flat(tracker.run_config))
+        opened.store_init_configuration(flatten(tracker.run_config))
     return opened
 
 
@@ -198,7 +198,7 @@ def _own(tracker_class: type, tracker: Tracker) -> Any:
     place = [str(tracker.folder)] if getattr(tracker_class, "requires_logging_directory", False) else []
     opened = tracker_class(tracker.run, *place)
     opened.start()
-    opened.store_init_configuration(_flat(tracker.run_config))
+    opened.store_init_configuration(flatten(tracker.run_config))
     return opened
 
 
@@ -207,12 +207,12 @@ def _log(tracker: Any, step: int, values: dict[str, float]) -> bool:
     return True
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as one level with dotted names, in the types that every tracker takes."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as one level with dotted names, in types that every tracker and table takes."""
     flat: dict[str, bool | int | float | str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
