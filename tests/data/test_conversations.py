@@ -17,8 +17,8 @@ CHATML = """{% for m in messages %}<|user|>{{ m.role }}
 {{ m.content }}<|tool|>
 {% endfor %}{% if add_generation_prompt %}<|user|>assistant
 {% endif %}"""
-PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}\
-{% if add_generation_prompt %}assistant: {% endif %}"""
+PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
-    """Ids of `messages`, and which of them the assistant has to say: the ends of its turns too, so that it learns to stop."""
+    """Ids of `messages`, and which of them the assistant says: its ends of turns too, so that it learns to stop."""
     return _encode(tokenizer, messages, add_generation_prompt=False)
 
 

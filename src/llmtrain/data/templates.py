@@ -49,7 +49,7 @@ class GenerationBlocks(Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         """Called by Jinja at the opening tag."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
@@ -79,15 +79,13 @@ class ChatTemplate:
         text = self._text(messages, add_generation_prompt)
         if self._has_marks:
             return _without_marks(text)
-        return Rendered(
-            text, tuple(self._answer(text, messages, i) for i, m in enumerate(messages) if m["role"] == "assistant")
-        )
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return Rendered(text, tuple(self._answer(text, messages, i) for i in turns))
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special_tokens
-            )  # fmt: skip
+            variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
+            return self._template.render(variables, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise DataError(f"the chat template refuses these messages: {error}\n{_shown(messages)}") from None
 
@@ -96,9 +94,9 @@ class ChatTemplate:
         after = self._text(messages[: index + 1], False)
         if not (text.startswith(after) and after.startswith(before)):
             raise DataError(
-                "the chat template gives a turn another text when turns follow it, so the assistant's part cannot be told by what each "
-                "turn adds. Enclose that part in {% generation %} ... {% endgeneration %} in the template.\n"
-                + _shown(messages)
+                "the chat template gives a turn another text when turns follow it, so the assistant's part cannot "
+                "be told by what each turn adds. Enclose it in {% generation %} ... {% endgeneration %} in the "
+                "template.\n" + _shown(messages)
             )
         return len(before), len(after)
 

@@ -58,7 +58,8 @@ class Tokenizer:
         end = self._id("eos_token")
         if end is None:
             raise DataError(
-                "the tokenizer names no end-of-document token: give `eos_token` in a tokenizer_config.json beside its tokenizer.json"
+                "the tokenizer names no end-of-document token: "
+                "give `eos_token` in a tokenizer_config.json beside its tokenizer.json"
             )
         self.eos_id: int = end
         self.bos_id = self._id("bos_token")
@@ -123,13 +124,12 @@ class Tokenizer:
         if max_sequence_length:
             config["model_max_length"] = max_sequence_length
         (folder / "tokenizer.json").write_text(self._template_backend.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     @functools.cached_property
     def _lead(self) -> str:
-        """What to put before a segment that does not begin the text, for tokenizers that begin each text with a space."""
+        """What to put before later segments of a text, for tokenizers that begin each text with a space."""
         first = self._template_backend.encode("a", add_special_tokens=False).tokens[0]
         return self.special_tokens["eos_token"] if first[0] in "▁Ġ" else ""
 
@@ -155,7 +155,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:
-    """A byte-level BPE tokenizer for `texts`: every text can be encoded, digits stand alone, equal texts give equal ids.
+    """A byte-level BPE tokenizer for `texts`: any text can be encoded, digits stand alone, equal texts give equal ids.
 
     `vocab_size` includes the 256 bytes and the special tokens; text that is too small for it gives a smaller one.
     """
@@ -190,16 +190,20 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
         raise DataError(f"{file}: not a tokenizer of the tokenizers library: {error}") from None
     folder = file.parent
     names = _special_tokens(folder, backend)
-    stored = folder / "chat_template.jinja"
-    template = chat_template or (
-        stored.read_text(encoding="utf-8")
-        if stored.is_file()
-        else _read(folder / "tokenizer_config.json").get("chat_template")
-    )
-    if isinstance(template, list):  # several by name; "default" is the one for plain chat
-        template = next((each["template"] for each in template if each["name"] == "default"), template[0]["template"])
+    template = chat_template or _stored_template(folder)
     stops = _as_list(_read(folder / "generation_config.json").get("eos_token_id"))
     return Tokenizer(backend, names, template, stop_ids=stops)
+
+
+def _stored_template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template: str | list[dict[str, str]] | None = _read(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several by name; "default" is the one for plain chat
+        named = {each["name"]: each["template"] for each in template}
+        return named.get("default", template[0]["template"])
+    return template
 
 
 def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:

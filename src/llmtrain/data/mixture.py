@@ -1,0 +1,151 @@
+"""Which sample comes when: sources mixed by weight, and each source shuffled anew in every epoch.
+
+Both are functions of a sample's number alone, so sample 10^12 is as quick to find as sample 0 and nothing has to be
+saved or fast-forwarded. Not `grain`, which does as much: its mixing is exact only over whole rounds of weights (100
+samples for weights of two digits) and takes a Python call for each sample, where this is exact at every sample and
+takes one vectorised call for a batch.
+"""
+
+import functools
+import heapq
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmtrain.config.seeds import derive_seed
+
+Integers = NDArray[np.int64]
+
+MAX_PERIOD = 100_000
+ROUNDS = 6
+
+
+class Mixture:
+    """An endless sequence of samples from weighted sources.
+
+    After any number n of samples, source j has given fewer than one sample more or less than n · weight_j (Tijdeman,
+    "The chairman assignment problem", 1980). The sequence has a period: the common denominator of the shares. Shares
+    whose denominator exceeds `MAX_PERIOD` are rounded to multiples of 1 / `MAX_PERIOD` first.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.names = list(weights)
+        self.quotas = _quotas(list(weights.values()))
+        self.period = sum(self.quotas)
+        self._schedule = _chairman_assignment(tuple(self.quotas))
+        self._places = [np.flatnonzero(self._schedule == source) for source in range(len(self.names))]
+        self._rank = np.empty(self.period, dtype=np.int64)
+        for places in self._places:
+            self._rank[places] = np.arange(len(places))
+
+    def __call__(self, samples: ArrayLike) -> tuple[Integers, Integers]:
+        """For each sample number: the number of its source, and how many samples of that source came before."""
+        rounds, place = np.divmod(np.asarray(samples, dtype=np.int64), self.period)
+        source = self._schedule[place].astype(np.int64)
+        return source, rounds * np.asarray(self.quotas)[source] + self._rank[place]
+
+    def counts(self, n: int) -> dict[str, int]:
+        """How many of the first `n` samples come from each source."""
+        rounds, rest = divmod(n, self.period)
+        parts = zip(self.names, self.quotas, self._places, strict=True)
+        return {name: rounds * quota + int(np.searchsorted(places, rest)) for name, quota, places in parts}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weights, adding up to 1."""
+        return {name: quota / self.period for name, quota in zip(self.names, self.quotas, strict=True)}
+
+
+class Permutation:
+    """A pseudo-random order of `range(n)`, without a list of it: the same key gives the same order.
+
+    A Feistel network on pairs of digits in base ceil(sqrt(n)); the few numbers that it takes out of the range are
+    put through it again until they are back (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+
+    def __init__(self, n: int, *key: int | str) -> None:
+        self.n = n
+        self._base = np.uint64(math.isqrt(n - 1) + 1)
+        self._keys = [np.uint64(derive_seed("permutation", *key, number)) for number in range(ROUNDS)]
+
+    def __call__(self, index: ArrayLike) -> Integers:
+        """What stands at these places of the order."""
+        values = self._feistel(np.atleast_1d(np.asarray(index, dtype=np.uint64)))
+        while (outside := values >= self.n).any():
+            values[outside] = self._feistel(values[outside])
+        return values.astype(np.int64).reshape(np.shape(index))
+
+    def _feistel(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = np.divmod(values, self._base)
+        for key in self._keys:
+            left, right = right, (left + _mix(right ^ key) % self._base) % self._base
+        return left * self._base + right
+
+
+def shuffled(index: ArrayLike, n: int, seed: int, name: str) -> Integers:
+    """The rows behind samples `index` of a source of `n` rows that is gone through again and again, each time anew."""
+    epoch, place = np.divmod(np.atleast_1d(np.asarray(index, dtype=np.int64)), n)
+    rows = np.empty_like(place)
+    for each in np.unique(epoch):
+        rows[epoch == each] = _epoch_order(n, seed, name, int(each))(place[epoch == each])
+    return rows
+
+
+@functools.lru_cache(maxsize=256)
+def _epoch_order(n: int, seed: int, name: str, epoch: int) -> Permutation:
+    return Permutation(n, seed, name, epoch)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function: every bit of the result depends on every bit of the input."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _quotas(weights: list[float]) -> list[int]:
+    """Samples of each source in one period; the period is their sum."""
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not its nearest binary fraction
+    shares = [weight / sum(exact) for weight in exact]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= MAX_PERIOD:
+        return [int(share * period) for share in shares]
+    quotas = [max(1, int(share * MAX_PERIOD)) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda source: quotas[source] - shares[source] * MAX_PERIOD)
+    for source in by_remainder[: max(0, MAX_PERIOD - sum(quotas))]:
+        quotas[source] += 1
+    return quotas
+
+
+@functools.lru_cache(maxsize=8)
+def _chairman_assignment(quotas: tuple[int, ...]) -> NDArray[np.int32]:
+    """Source of each sample of one period, [sum(quotas)].
+
+    The k-th sample of a source may come once the source is `slack` behind its share, and must come before it is
+    1 - `slack` behind; among those that may, the most urgent one is taken. Times are in integers, exactly.
+    """
+    period, sources = sum(quotas), len(quotas)
+    if sources == 1:
+        return np.zeros(period, dtype=np.int32)
+    slack = 2 * sources - 2  # in units of 1 / slack of a sample
+    jobs = []
+    for source, quota in enumerate(quotas):
+        number = np.arange(quota, dtype=np.int64)
+        first = -((number * slack + 1) * period // (-slack * quota))
+        last = ((number + 1) * slack - 1) * period // (slack * quota)
+        jobs.append(np.stack([first, last, np.full(quota, source)], axis=1))
+    waiting = np.concatenate(jobs)
+    waiting = waiting[np.argsort(waiting[:, 0], kind="stable")].tolist()
+    schedule = np.empty(period, dtype=np.int32)
+    ready: list[tuple[int, int]] = []
+    following = 0
+    for time in range(1, period + 1):
+        while following < period and waiting[following][0] <= time:
+            _, last, source = waiting[following]
+            heapq.heappush(ready, (last, source))
+            following += 1
+        schedule[time - 1] = heapq.heappop(ready)[1]
+    return schedule

@@ -1,0 +1,108 @@
+import time
+
+import numpy as np
+import pytest
+
+from llmtrain.data.mixture import MAX_PERIOD, Mixture, Permutation, shuffled
+
+# The 22 shares of the Pile (Gao et al. 2020, table 1), in percent.
+PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 4.0, 3.65, 3.05, 2.34, 2.17, 1.53, 1.24, 0.93, 0.88, 0.75,
+        0.55, 0.31, 0.30, 0.14]  # fmt: skip
+
+
+def worst_deviation(weights: list[float], samples: int) -> float:
+    mixture = Mixture({str(i): weight for i, weight in enumerate(weights)})
+    source, _ = mixture(np.arange(samples))
+    realised = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
+    shares = np.array(mixture.quotas) / mixture.period
+    return float(np.abs(realised - np.arange(1, samples + 1)[:, None] * shares).max())
+
+
+def test_the_piles_shares_are_met_within_one_sample_at_every_prefix() -> None:
+    assert worst_deviation(PILE, 40_000) <= 1 - 1 / (2 * len(PILE) - 2) + 1e-9
+
+
+@pytest.mark.parametrize("trial", range(30))
+def test_random_weights_are_met_within_one_sample_at_every_prefix(trial: int) -> None:
+    draw = np.random.default_rng(trial)
+    weights = draw.integers(1, 200, size=draw.integers(2, 12)).tolist()
+    assert worst_deviation(weights, 3 * sum(weights)) <= 1 - 1 / (2 * len(weights) - 2) + 1e-9
+
+
+def test_a_share_is_what_was_written() -> None:
+    assert Mixture({"a": 0.1, "b": 0.2, "c": 0.7}).quotas == [1, 2, 7]
+    assert Mixture({"a": 3}).quotas == [1]
+
+
+def test_weights_without_small_denominator_are_rounded() -> None:
+    weights = {"a": 1.23456789, "b": 9.87654321, "c": 1e-9}
+    mixture = Mixture(weights)
+    assert abs(mixture.period - MAX_PERIOD) <= 1
+    assert mixture.shares["a"] == pytest.approx(1.23456789 / sum(weights.values()), abs=2 / MAX_PERIOD)
+    assert mixture.quotas[2] == 1
+
+
+def test_each_source_is_counted_through_without_gaps() -> None:
+    mixture = Mixture({"a": 0.3, "b": 0.5, "c": 0.2})
+    source, number = mixture(np.arange(1000))
+    for j in range(3):
+        assert (number[source == j] == np.arange((source == j).sum())).all()
+
+
+def test_counts_are_those_of_the_sequence() -> None:
+    mixture = Mixture({"a": 1.5, "b": 2.25, "c": 7})
+    source, _ = mixture(np.arange(500))
+    for n in (0, 1, 7, 43, 44, 499, 500):
+        assert list(mixture.counts(n).values()) == [int((source[:n] == j).sum()) for j in range(3)]
+    assert sum(mixture.counts(10**15).values()) == 10**15
+
+
+def test_far_samples_are_as_quick_as_the_first() -> None:
+    mixture = Mixture({str(i): weight for i, weight in enumerate(PILE)})
+
+    def seconds(start: int) -> float:
+        taken = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            mixture(np.arange(start, start + 64))
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+
+    seconds(0)
+    assert seconds(10**12) < 5 * seconds(0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 101, 1000, 65_537])
+def test_a_permutation_holds_each_number_once(n: int) -> None:
+    assert (np.sort(Permutation(n, 1, "x")(np.arange(n))) == np.arange(n)).all()
+
+
+def test_a_permutation_is_its_keys_own() -> None:
+    numbers = np.arange(500)
+    assert (Permutation(500, 1, "a")(numbers) == Permutation(500, 1, "a")(numbers)).all()
+    assert (Permutation(500, 1, "a")(numbers) != Permutation(500, 2, "a")(numbers)).any()
+    assert Permutation(10**14, 1)(10**14 - 1) < 10**14
+
+
+def test_a_permutation_shuffles() -> None:
+    n = 20_000
+    order = Permutation(n, 3)(np.arange(n))
+    assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
+    assert (np.diff(order) == 1).mean() < 0.001
+    halves = order[: n // 2] < n // 2
+    assert abs(halves.mean() - 0.5) < 0.02
+
+
+def test_small_permutations_reach_all_orders_evenly() -> None:
+    orders = [tuple(Permutation(3, key)(np.arange(3))) for key in range(1200)]
+    frequencies = [orders.count(each) for each in set(orders)]
+    assert len(frequencies) == 6
+    assert min(frequencies) > 130
+
+
+def test_every_epoch_holds_each_row_once_in_a_new_order() -> None:
+    rows = shuffled(np.arange(300), 100, seed=1, name="a").reshape(3, 100)
+    assert (np.sort(rows, axis=1) == np.arange(100)).all()
+    assert (rows[0] != rows[1]).any()
+    assert (rows[1] != rows[2]).any()
+    assert (shuffled([250], 100, seed=1, name="a") == rows[2, 50]).all()
