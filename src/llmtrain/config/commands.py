@@ -19,10 +19,9 @@ COMMANDS = {
         "PretrainConfig",
         "next-token training on a mixture of text",
         (
-            "llmtrain pretrain",
-            "llmtrain pretrain run=small model=llama_10m train.tokens=200_000_000 engine=gpu",
-            "llmtrain pretrain data=files data.sources.files.path='texts/*.jsonl.gz'",
             "llmtrain pretrain -m optimizer.lr=3e-4,1e-3",
+            "llmtrain pretrain data=files data.sources.files.path='texts/*.jsonl.gz'",
+            "llmtrain pretrain run=small model=llama_10m train.tokens=200_000_000 engine=gpu",
         ),
     ),
     "sft": Command(
@@ -30,7 +29,7 @@ COMMANDS = {
         "supervised fine-tuning on conversations",
         (
             "llmtrain sft model.init_from=runs/pretrain",
-            "llmtrain sft data=rows data.sources.rows.path=chats.jsonl train.epochs=3",
+            "llmtrain sft data=files data.sources.files.path=chats.jsonl train.epochs=3",
         ),
     ),
     "reward": Command(
@@ -38,7 +37,7 @@ COMMANDS = {
         "a reward model from preference pairs",
         (
             "llmtrain reward model.init_from=runs/sft",
-            "llmtrain reward data=rows data.sources.rows.path=pairs.jsonl train.epochs=1",
+            "llmtrain reward data=files data.sources.files.path=pairs.jsonl train.epochs=1",
         ),
     ),
     "align": Command(

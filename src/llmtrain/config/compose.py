@@ -64,6 +64,18 @@ def load_config(
     return config
 
 
+def check_jobs(
+    command: str, jobs: Sequence[Sequence[str]], *, config_dirs: Sequence[str] = (), config_name: str | None = None
+) -> None:
+    """Check the configs of several jobs, each a list of overrides. Raises ConfigError with the faults of all."""
+    found: list[Fault] = []
+    with hydra_session(user_folders(config_dirs)) as loader:
+        for overrides in jobs:
+            found += _load(loader, command, overrides, config_name or command, ()).faults
+    if found:
+        raise faults.error(command, found)
+
+
 def _stage_faults(loader: ConfigLoader, pipeline: PipelineConfig) -> list[Fault]:
     found = []
     for name, stage in pipeline.stages.items():
@@ -83,7 +95,7 @@ def _load(loader: ConfigLoader, command: str, texts: Sequence[str], config_name:
         groups = for_hydra(overrides, command, kind, loader, config_name)
         config = compose(config_name, overrides=groups)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as reason:
-        return Loaded(None, [*overrides.faults, _not_composed(reason)])
+        return Loaded(None, [*overrides.faults, not_composed(reason)])
     found = [*overrides.faults, *apply(overrides.keys, config)]
     layers = Layers(loader, config_name, groups, overrides)
     checked, findings = _check(command, kind, config, layers, overrides, later)
@@ -120,7 +132,7 @@ def _fault(finding: Finding, layers: Layers) -> Fault:
     return Fault(".".join(finding.path), finding.problem, " and ".join(dict.fromkeys(filter(None, places))))
 
 
-def _not_composed(reason: Exception) -> Fault:
+def not_composed(reason: Exception) -> Fault:
     """Hydra's own words for what it cannot compose, in one line."""
     if isinstance(reason, yaml.MarkedYAMLError) and reason.problem_mark:
         mark = reason.problem_mark
@@ -190,9 +202,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config: Any) -> str:
-    """A config as YAML, complete with all defaults; composed again it gives the same config."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+def to_yaml(config: Any, key: str | None = None) -> str:
+    """A config, or what lies at `key`, as YAML, complete with all defaults; composed again it gives the same config."""
+    values: Any = to_dict(config)
+    if key is not None and (values := _get(values, key)) is None:
+        raise ConfigError(f"the config has no key {key}, or null there")
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(values))) if isinstance(values, dict | list) else f"{values}\n"
 
 
 def _escaped(value: Any) -> Any:

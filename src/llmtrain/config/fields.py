@@ -36,6 +36,13 @@ def fields_of(schema: type) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in fields.items()}
 
 
+def meaning(schema: type, key: str) -> str:
+    """The doc string of a field, also of an inherited one (pydantic reads those of the class itself only)."""
+    inherited = (base for base in schema.__mro__ if hasattr(base, "__pydantic_fields__"))
+    found = (fields_of(base)[key].description for base in inherited if key in fields_of(base))
+    return next((text for text in found if text), "")
+
+
 def alternatives(annotation: Any) -> list[Any]:
     """The members of a union without None; a plain type is its only member."""
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)

@@ -12,6 +12,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 
 from llmtrain.config.faults import Fault, choices
 from llmtrain.config.fields import Path, alternatives, fields_of, find, is_block, parts
@@ -36,6 +37,7 @@ class Overrides:
     groups: dict[str, tuple[Any, str]] = field(default_factory=dict)
     keys: list[KeyOverride] = field(default_factory=list)
     hydra: list[str] = field(default_factory=list)
+    sweeps: list[Override] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     faulty_groups: set[str] = field(default_factory=set)
 
@@ -45,7 +47,7 @@ def _is_text(schema: type, key: str) -> bool:
     return annotation is not None and alternatives(annotation) == [str]
 
 
-def parse(text: str, schema: type) -> Override | KeyOverride | Fault:
+def parse(text: str, schema: type, sweep: bool) -> Override | KeyOverride | Fault:
     """One override: Hydra's parse of it, or the plain text for a key that takes text, or a fault."""
     key, equals, value = text.lstrip("+").partition("=")
     takes_text = bool(equals) and _is_text(schema, key)
@@ -55,8 +57,9 @@ def parse(text: str, schema: type) -> Override | KeyOverride | Fault:
         return KeyOverride(key, parts(key), value, False, text) if takes_text else Fault("", BROKEN, f"`{text}`")
     if override.value_type is None and not override.is_delete():
         return Fault("", BROKEN, f"`{text}`")
-    plain = None if override.is_sweep_override() else override.value()
-    if takes_text and (override.is_sweep_override() or not isinstance(plain, str | None)):
+    if override.is_sweep_override():
+        return override if sweep or not takes_text else KeyOverride(key, parts(key), value, False, text)
+    if takes_text and not isinstance(override.value(), str | None):
         return KeyOverride(key, parts(key), value, False, text)
     return override
 
@@ -67,25 +70,30 @@ def is_group(name: str, schema: type, loader: ConfigLoader) -> bool:
     return (field_here is None or is_block(field_here.annotation)) and bool(loader.get_group_options(name))
 
 
-def read(texts: Sequence[str], schema: type, loader: ConfigLoader) -> Overrides:
-    """All overrides of a command line, with every fault that can be told before composing."""
+def read(texts: Sequence[str], schema: type, loader: ConfigLoader, sweep: bool = False) -> Overrides:
+    """All overrides of a command line, with every fault that can be told before composing.
+
+    With `sweep`, several values for one key are kept in `sweeps`; without, they are a fault.
+    """
     result = Overrides()
     for text in texts:
-        parsed = parse(text, schema)
+        parsed = parse(text, schema, sweep)
         if isinstance(parsed, Fault):
             result.faults.append(parsed)
         elif isinstance(parsed, KeyOverride):
             result.keys.append(parsed)
         else:
-            _sort_in(parsed, text, schema, loader, result)
+            _sort_in(parsed, text, schema, loader, result, sweep)
     return result
 
 
-def _sort_in(override: Override, text: str, schema: type, loader: ConfigLoader, result: Overrides) -> None:
+def _sort_in(override: Override, text: str, schema: type, loader: ConfigLoader, result: Overrides, sweep: bool) -> None:
     key, origin = override.key_or_group, f"the override {text}"
     value = None if override.is_sweep_override() else override.value()
     if override.is_hydra_override():
         result.hydra.append(text)
+    elif override.is_sweep_override() and sweep:
+        result.sweeps.append(override)
     elif override.is_sweep_override():
         result.faults.append(
             Fault(key, "several values: a sweep needs -m; one list is written key=[a,b], a text in quotes", origin)
@@ -112,6 +120,8 @@ def for_hydra(overrides: Overrides, command: str, schema: type, loader: ConfigLo
     A choice that cannot be made is added to `overrides.faults` and left out.
     """
     experiment = overrides.groups.get("experiment", (None, ""))[0]
+    if not overrides.groups:
+        return overrides.hydra
     known = known_groups(loader, config_name, None if wrong_option("experiment", experiment, loader) else experiment)
     texts = []
     for group, (option, text) in overrides.groups.items():
@@ -136,8 +146,6 @@ def _written(option: Any) -> str:
 
 def known_groups(loader: ConfigLoader, config_name: str, experiment: Any) -> set[str]:
     """The groups that the root's defaults list names, with those that the experiment adds."""
-    from hydra.types import RunMode
-
     chosen = [] if experiment is None else [f"experiment={_written(experiment)}"]
     try:
         found = loader.compute_defaults_list(config_name, chosen, RunMode.RUN)

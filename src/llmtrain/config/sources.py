@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -65,9 +67,14 @@ class Layers:
         self._loader = loader
         self._keys = overrides.keys
         self._chosen = overrides.groups
-        found = loader.compute_defaults_list(config_name, groups, RunMode.RUN)
+        self._config_name, self._groups = config_name, groups
         self._trees: dict[str, yaml.Node | None] = {}
-        self._defaults = [item for item in found.defaults if not str(item.config_path).startswith("hydra")]
+
+    @cached_property
+    def _defaults(self) -> list[ResultDefault]:
+        # As slow as composing, so only where a fault is to be told or two layers say the same thing.
+        found = self._loader.compute_defaults_list(self._config_name, self._groups, RunMode.RUN)
+        return [item for item in found.defaults if not str(item.config_path).startswith("hydra")]
 
     def place(self, path: tuple[str, ...]) -> Place | None:
         """What set this key last, or None where it has its default."""
