@@ -44,7 +44,7 @@ def generate(
     _check(model.config, prompts)
     seeds = range(len(prompts)) if seeds is None else seeds
     assert len(seeds) == len(prompts), "one seed for each prompt"
-    choose = _Choice(temperature, top_k, top_p)
+    choose = Choice(temperature, top_k, top_p)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
@@ -60,7 +60,7 @@ def generate(
     return answers
 
 
-class _Choice:
+class Choice:
     """Picks a token for each row from its logits and a uniform number in [0, 1)."""
 
     def __init__(self, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -118,7 +118,7 @@ class _Batch:
         self.produced = torch.full((len(prompts), steps), -1, device=device)  # -1: not computed
         self.cache = KVCache(model.config, lengths, longest + steps, dtype=_working_dtype(model), device=device)
 
-    def run(self, choose: _Choice, stop_tokens: set[int]) -> list[list[int]]:
+    def run(self, choose: Choice, stop_tokens: set[int]) -> list[list[int]]:
         """The answers of all rows, in their order."""
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=self.rows.device)
         limits = self.limits.tolist()

@@ -1,0 +1,237 @@
+"""Models in and out of folders: config.json and safetensors, as the Transformers library and vLLM read them.
+
+Nothing is ever unpickled. `layouts.py` holds the names.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmtrain.config.errors import UserError
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models.heads import LanguageModel, ScalarModel
+from llmtrain.models.layouts import LAYOUTS, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
+
+MAX_FILE_BYTES = 5_000_000_000
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SCORE_STATISTICS = ("score_mean", "score_std")
+# So many names are listed of each fault; a wrong architecture has thousands.
+LISTED = 8
+
+
+def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
+    """The architecture and the vocabulary size that a folder's config.json (or a hub id's) describes.
+
+    Raises UserError, which names every option that is not supported.
+    """
+    folder = locate(folder)
+    return _architecture(_read_fields(folder)[0], folder)
+
+
+def load_language_model(folder: str | Path) -> LanguageModel:
+    """The language model of a folder or hub id, float32 on the CPU; raises UserError, naming tensors that differ."""
+    folder = locate(folder)
+    fields, layout = _read_fields(folder)
+    tensors = _read_tensors(folder, layout)
+    if "score.weight" in tensors:
+        raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
+    config, vocab_size = _architecture(fields, folder)
+    with torch.device("meta"):
+        model = LanguageModel(config, vocab_size)
+    _fill(model, layout, tensors, folder)
+    return model
+
+
+def load_scalar_model(folder: str | Path) -> ScalarModel:
+    """The score model of a folder or hub id, float32 on the CPU; raises UserError, naming tensors that differ."""
+    folder = locate(folder)
+    fields, layout = _read_fields(folder)
+    tensors = _read_tensors(folder, layout)
+    if "score.weight" not in tensors:
+        raise UserError(f"{folder} holds no reward model: it has no score.weight; was it trained by `llmtrain reward`?")
+    config, vocab_size = _architecture(fields, folder)
+    with torch.device("meta"):
+        model = ScalarModel(config, vocab_size)
+    statistics = fields.get("llmtrain", {})
+    model.score_mean = torch.tensor(float(statistics.get("score_mean", 0.0)))
+    model.score_std = torch.tensor(float(statistics.get("score_std", 1.0)))
+    _fill(model, layout, tensors, folder)
+    return model
+
+
+def save_model(
+    folder: str | Path, model: LanguageModel | ScalarModel, *, extra_config: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a whole (unsharded) model; see `save_state`."""
+    save_state(folder, model.config, model.vocab_size, model.state_dict(), extra_config=extra_config)
+
+
+def save_state(
+    folder: str | Path,
+    config: ModelConfig,
+    vocab_size: int,
+    state: Mapping[str, Tensor],
+    *,
+    extra_config: Mapping[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes the full state dict of a LanguageModel or a ScalarModel as config.json and model.safetensors.
+
+    Beyond `max_file_bytes` the weights go to several files with an index. `extra_config` is added to config.json;
+    bos_token_id, eos_token_id and pad_token_id of it also go to generation_config.json. Every bit of a tensor is
+    kept. Parts that Transformers cannot combine are written with model_type llmtrain, and config.json says so.
+    """
+    folder, extra = Path(folder), dict(extra_config or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = layout_for(config)
+    statistics = {name: float(state[name]) for name in SCORE_STATISTICS if name in state}
+    weights = {name: tensor for name, tensor in state.items() if name not in SCORE_STATISTICS}
+    tensors = to_theirs(layout, config, weights)
+    save_torch_state_dict(tensors, folder, max_shard_size=max_file_bytes)
+    is_scalar = "score.weight" in state
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    fields = {
+        "architectures": [layout.scalar_class if is_scalar else layout.language_class],
+        "model_type": layout.model_type,
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the older name of the same
+        **layout.write_fields(config),
+    }
+    if is_scalar:
+        fields |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        fields["llmtrain"] = {**fields.get("llmtrain", {}), **statistics}
+    _write_json(folder / "config.json", {**fields, **extra})
+    token_ids = {key: extra[key] for key in TOKEN_IDS if extra.get(key) is not None}
+    if token_ids and not is_scalar:
+        _write_json(folder / "generation_config.json", token_ids)
+
+
+def locate(folder: str | Path) -> Path:
+    """The folder itself, or the local copy of the hub model of that name; raises UserError where there is neither."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{folder} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder)) or str(folder).startswith("."):
+        raise UserError(f"there is no folder {folder}")
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client raises some twenty kinds: no network, no such name, no permission
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"there is no folder {folder}, and it could not be fetched from the hub under that name ({reason})"
+        ) from error
+
+
+def _read_fields(folder: Path) -> tuple[Fields, Layout]:
+    fields = _read_json(folder / "config.json")
+    model_type = fields.get("model_type")
+    if model_type not in LAYOUTS:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is not supported; supported: {', '.join(LAYOUTS)}"
+        )
+    return fields, LAYOUTS[model_type]
+
+
+def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
+    ours, faults = LAYOUTS[fields["model_type"]].read_fields(fields)
+    if fields.get("quantization_config"):
+        faults.append("quantization_config (supported: float weights)")
+    vocab_size = fields.get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        faults.append(f"vocab_size={vocab_size!r} (a positive number is needed)")
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise UserError(f"{folder / 'config.json'} asks for what is not supported:{listed}")
+    try:
+        return ModelConfig(**ours), int(fields["vocab_size"])
+    except ValidationError as error:
+        listed = "".join(f"\n  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise UserError(f"{folder / 'config.json'} describes no valid architecture:{listed}") from error
+
+
+def _read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """All tensors of the folder by their names in the layout, without those that are no weights."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    heads = ("lm_head.", "score.")
+    if not any(name.startswith(layout.trunk_prefix) for name in tensors):
+        tensors = {name if name.startswith(heads) else layout.trunk_prefix + name: tensors[name] for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(layout.ignored, name)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise UserError(
+            f"{folder} holds pickled weights only. Pickles can run any code when they are opened, so they are not"
+            " opened here: convert them with Transformers' save_pretrained, which writes safetensors"
+        )
+    raise UserError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json")
+
+
+def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Puts the tensors in place of the model's own, which are on the meta device."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = their_shapes(layout, model.config, shapes)
+    if "lm_head.weight" not in expected:
+        tensors.pop("lm_head.weight", None)  # tied, or a head that a score model has no use for
+    misshapen = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "not part of the architecture": [name for name in tensors if name not in expected],
+        "of another shape": misshapen,
+        "not floating point": [name for name in tensors if not tensors[name].is_floating_point()],
+    }
+    if any(faults.values()):
+        listed = "".join(f"\n  {kind}: {_listed(names)}" for kind, names in faults.items() if names)
+        raise UserError(f"the weights in {folder} do not fit its config.json:{listed}")
+    model.load_state_dict(to_ours(layout, list(shapes), tensors), assign=True, strict=False)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return "; ".join(names[:LISTED]) + more
+
+
+def _read_json(path: Path) -> Fields:
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no model folder: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: Fields) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,177 @@
+"""The trunk: what positions may see, sizes, initial weights, the cache."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models.attention import KVCache
+from llmtrain.models.feed_forward import inner_size
+from llmtrain.models.heads import LanguageModel
+from llmtrain.models.positions import rotary_tables, rotate
+from llmtrain.models.transformer import Transformer
+
+VOCAB_SIZE = 61
+LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_sequence_length=32)
+GPT2 = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    max_sequence_length=32,
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    bias=True,
+)
+MIXED = dataclasses.replace(GPT2, positions="rope", activation="gelu", num_kv_heads=1, bias=False)
+ALL = pytest.mark.parametrize("config", [LLAMA, GPT2, MIXED], ids=["llama", "gpt2", "mixed"])
+
+
+def build(config: ModelConfig, seed: int = 0) -> LanguageModel:
+    return LanguageModel(config, VOCAB_SIZE).initialise(torch.Generator().manual_seed(seed)).eval()
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@ALL
+def test_a_position_sees_nothing_behind_it(config: ModelConfig) -> None:
+    model, first = build(config), tokens(2, 12)
+    second = first.clone()
+    second[:, 7:] = (second[:, 7:] + 1) % VOCAB_SIZE
+    torch.testing.assert_close(model(first)[:, :7], model(second)[:, :7])
+    assert not torch.allclose(model(first)[:, 7], model(second)[:, 7])
+
+
+@ALL
+def test_number_of_parameters(config: ModelConfig) -> None:
+    hidden, inner, layers = config.hidden_size, inner_size(config), config.num_layers
+    kv_size = hidden // config.num_heads * (config.num_kv_heads or config.num_heads)
+    matrices = 3 if config.activation == "swiglu" else 2
+    norm = hidden * (2 if config.norm == "layernorm" and config.bias else 1)
+    block = 2 * hidden * hidden + 2 * hidden * kv_size + matrices * hidden * inner + 2 * norm
+    if config.bias:
+        block += hidden + 2 * kv_size + hidden + inner + hidden
+    positions = config.max_sequence_length * hidden if config.positions == "learned" else 0
+    expected = VOCAB_SIZE * hidden + positions + layers * block + norm
+    assert sum(parameter.numel() for parameter in build(config).parameters()) == expected
+
+
+@pytest.mark.parametrize(("hidden_size", "expected"), [(128, 384), (512, 1408), (4096, 10944)])
+def test_default_inner_size_of_swiglu(hidden_size: int, expected: int) -> None:
+    assert inner_size(ModelConfig(hidden_size=hidden_size)) == expected
+
+
+@ALL
+def test_cached_steps_equal_the_whole_sequence(config: ModelConfig) -> None:
+    model, lengths = build(config), [9, 4, 6]
+    prompts, added = tokens(3, 9), tokens(3, 3, seed=2)
+    cache = KVCache(config, lengths, 12, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        prefill = model(prompts, cache=cache)
+        steps = [model(added[:, [step]], cache=cache)[:, 0] for step in range(3)]
+        for row, length in enumerate(lengths):
+            whole = model(torch.cat((prompts[row, :length], added[row]))[None])[0]
+            torch.testing.assert_close(prefill[row, :length], whole[:length], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(torch.stack(steps)[:, row], whole[length:], atol=1e-5, rtol=1e-4)
+
+
+@ALL
+def test_cache_goes_on_with_the_selected_rows(config: ModelConfig) -> None:
+    model, lengths = build(config), [9, 4, 6]
+    prompts, added = tokens(3, 9), tokens(3, 2, seed=2)
+    cache = KVCache(config, lengths, 11, dtype=torch.float32, device=torch.device("cpu"))
+    kept = torch.tensor([2, 1])
+    with torch.no_grad():
+        model(prompts, cache=cache)
+        model(added[:, [0]], cache=cache)
+        cache.select(kept)
+        after = model(added[kept][:, [1]], cache=cache)[:, 0]
+        for row, logits in zip(kept.tolist(), after, strict=True):
+            whole = model(torch.cat((prompts[row, : lengths[row]], added[row]))[None])[0, -1]
+            torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_rotary_scores_depend_on_distance_only() -> None:
+    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(query_position: int, key_position: int) -> float:
+        at = [rotary_tables(torch.tensor([[position]]), 8, 100.0) for position in (query_position, key_position)]
+        return float((rotate(query, at[0]) * rotate(key, at[1])).sum())
+
+    assert score(5, 3) == pytest.approx(score(12, 10), abs=1e-5)
+    assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-5)
+
+
+def test_positions_can_be_given() -> None:
+    model, row = build(GPT2), tokens(1, 6)
+    shifted = model(row, positions=torch.arange(3, 9)[None])
+    assert not torch.allclose(shifted, model(row))
+    torch.testing.assert_close(model(row, positions=torch.arange(6)[None]), model(row))
+
+
+def test_initial_weights() -> None:
+    config = ModelConfig(num_layers=8, hidden_size=128, bias=True, norm="layernorm", init_std=0.02)
+    model = build(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all()
+        else:
+            into_residual = name.endswith(("output.weight", "down.weight"))
+            assert parameter.std().item() == pytest.approx(0.02 / (4 if into_residual else 1), rel=0.05), name
+
+
+def test_initial_weights_depend_on_the_generator_alone() -> None:
+    first, second, other = build(LLAMA, 0).state_dict(), build(LLAMA, 0).state_dict(), build(LLAMA, 1).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["trunk.token_embedding.weight"], other["trunk.token_embedding.weight"])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, row = build(dataclasses.replace(GPT2, dropout=0.5)), tokens(1, 6)
+    torch.testing.assert_close(model(row), model(row))
+    model.train()
+    assert not torch.allclose(model(row), model(row))
+
+
+@ALL
+def test_every_parameter_gets_a_gradient(config: ModelConfig) -> None:
+    model = build(dataclasses.replace(config, tied_embeddings=False))
+    model(tokens(2, 8)).logsumexp(dim=-1).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+@ALL
+def test_bfloat16_autocast_is_close_and_leaves_weights_alone(config: ModelConfig) -> None:
+    model, row = build(config), tokens(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(row)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(row), atol=0.03, rtol=0.1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=32"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=4"),
+        ({"hidden_size": 36}, "is odd"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Transformer(dataclasses.replace(LLAMA, **changes), VOCAB_SIZE)
+
+
+@pytest.mark.slow
+@ALL
+def test_compiles_in_one_graph(config: ModelConfig) -> None:
+    model, row = build(config), tokens(2, 8)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(row), model(row), atol=1e-5, rtol=1e-4)
