@@ -113,10 +113,15 @@ def _as_force_add(override: KeyOverride) -> str:
     """`++key=value`: the schema knows keys that no file names, Hydra does not."""
     if override.delete:
         return override.text
-    text = override.text.lstrip("+")
-    if isinstance(override.value, str) and text == f"{override.key}={override.value}":
-        return f"++{override.key}={QuotedString(override.value, Quote.single).with_quotes()}"
-    return f"++{text}"
+    if isinstance(override.value, str) and override.text.lstrip("+") == f"{override.key}={override.value}":
+        return f"++{override.key}={_quoted(override.value)}"
+    if isinstance(override.value, list) and all(isinstance(item, str) for item in override.value):
+        return f"++{override.key}=[{','.join(map(_quoted, override.value))}]"
+    return f"++{override.text.lstrip('+')}"
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text, Quote.single).with_quotes())
 
 
 def _is_sweep(text: str, overrides: Overrides) -> bool:

@@ -4,6 +4,7 @@ Hydra's own grammar is used throughout. Two things differ from its habits: a key
 (every key of the schema has a default), and a key that takes text takes the text as it stands.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,6 +48,15 @@ def _is_text(schema: type, key: str) -> bool:
     return annotation is not None and alternatives(annotation) == [str]
 
 
+def _texts(schema: type, key: str, value: str) -> list[str] | None:
+    """The items of `[method=ppo, train.steps=3]` for a key that takes a list of text: Hydra wants each in quotes."""
+    annotation, _ = find(schema, parts(key))
+    if annotation != list[str] or not (value.startswith("[") and value.endswith("]")):
+        return None
+    items = re.findall(r"(?:[^,\[\](){}'\"]|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|'[^']*'|\"[^\"]*\")+", value[1:-1])
+    return [item.strip() for item in items if item.strip()]
+
+
 def parse(text: str, schema: type, sweep: bool) -> Override | KeyOverride | Fault:
     """One override: Hydra's parse of it, or the plain text for a key that takes text, or a fault."""
     key, equals, value = text.lstrip("+").partition("=")
@@ -54,7 +64,8 @@ def parse(text: str, schema: type, sweep: bool) -> Override | KeyOverride | Faul
     try:
         [override] = OverridesParser.create().parse_overrides([text])
     except HydraException:
-        return KeyOverride(key, parts(key), value, False, text) if takes_text else Fault("", BROKEN, f"`{text}`")
+        plain = value if takes_text else _texts(schema, key, value) if equals else None
+        return Fault("", BROKEN, f"`{text}`") if plain is None else KeyOverride(key, parts(key), plain, False, text)
     if override.value_type is None and not override.is_delete():
         return Fault("", BROKEN, f"`{text}`")
     if override.is_sweep_override():

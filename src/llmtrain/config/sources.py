@@ -30,7 +30,7 @@ class UserFolders(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra for each command."""
-        for folder in reversed(self.folders):
+        for folder in self.folders:
             search_path.prepend("user", f"file://{folder}", SearchPathQuery(provider="main"))
 
 

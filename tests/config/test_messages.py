@@ -1,0 +1,223 @@
+"""Every kind of fault: which words its message has, and that all faults come together."""
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.compose import load_config
+from llmtrain.config.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LLMTRAIN_DATA", raising=False)
+
+
+def message(command: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(command, list(overrides))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+BAD = [
+    # keys
+    ("pretrain optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr? the override optimizer.lrr=1"),
+    ("pretrain +optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+    ("pretrain ++modle.dim=3", "modle: unknown key; did you mean model? the override ++modle.dim=3"),
+    ("pretrain lr=3", "lr: unknown key; did you mean optimizer.lr?"),
+    ("pretrain train.learning_rate=3", "did you mean optimizer.lr?"),
+    ("pretrain train.warmup_steps=3", "did you mean schedule.warmup_steps?"),
+    ("pretrain zzz=3", "zzz: unknown key; there are the keys run, runs_dir"),
+    ("align method.bete=3", "method.bete: unknown key; did you mean method.beta?"),
+    ("align method.kl_target=3", "method.kl_target: unknown key"),
+    ("pretrain optimizer.lr.x=3", 'optimizer.lr: {"x": 3} is not allowed'),
+    ("align optimizer.lr.x=3", "optimizer.lr is a single value"),
+    ("pipeline train.steps=3", "train: unknown key, a stage's: overrides=[train...=VALUE]"),
+    # types and bounds
+    ("pretrain train.steps=abc", "train.steps: 'abc' is not allowed; it takes a whole number >= 1, or null"),
+    ("pretrain train.tokens=1e9", "1000000000.0 is not allowed whole number write 1000000000"),
+    ("pretrain optimizer.lr='0.1'", "'0.1' is not allowed; it takes a number > 0; write 0.1 without quotes"),
+    ("pretrain optimizer.lr=-1", "-1 is not allowed; it takes a number > 0"),
+    ("pretrain optimizer.lr=inf", "optimizer.lr: inf is no finite number"),
+    ("pretrain model.bias=3", "model.bias: 3 is not allowed; it takes true or false"),
+    ("pretrain model.bias=null", "model.bias: null is not allowed"),
+    ("pretrain model.dropout=1", "it takes a number >= 0 and < 1"),
+    ("pretrain engine.compile=7", "engine.compile: 7 is not allowed; it takes true or false or auto"),
+    ("pretrain optimizer.betas=[0.9]", "optimizer.betas.1: needs a value"),
+    ("pretrain train=3", "train: 3 is not allowed; it takes a block with the keys steps, tokens"),
+    ("pretrain seed=true", "seed: true is not allowed; it takes a whole number >= 0"),
+    # words
+    ("pretrain engine.precision=bf16", "it takes float32 or bfloat16; did you mean bfloat16?"),
+    ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
+    ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ppo; did you mean ppo?"),
+    # groups
+    (
+        "pretrain model=llama_tny",
+        "model: no option llama_tny; did you mean llama_tiny? The options are bench_a, bench_b",
+    ),
+    ("pretrain +experiment=quikc", "experiment: no option quikc; did you mean quick?"),
+    ("reward tokenizer=bpe", "tokenizer: llmtrain reward has no such group The groups are data, engine"),
+    ("generate schedule=cosine", "schedule: llmtrain generate has no such group"),
+    ("sft tokenizer=bpe", "tokenizer.vocab_size: unknown key configs/tokenizer/bpe.yaml:2 (tokenizer=bpe)"),
+    # grammar, missing values, interpolations
+    ("pretrain a=[", "not of the form key=value `a=[`"),
+    ("pretrain just_a_word", "not of the form key=value `just_a_word`"),
+    ("pretrain optimizer.lr=1,2", "optimizer.lr: several values: a sweep needs -m"),
+    ("pretrain ~optimizer.foo", "optimizer.foo: nothing to take back"),
+    ("pretrain data=files", "data.sources.files.path: needs a value configs/data/files.yaml:5 (data=files)"),
+    (
+        "pretrain data.sources.x.weight=2",
+        "data.sources.x.path: needs a value: text the override data.sources.x.weight=2",
+    ),
+    ("pretrain train.steps=${nope.x}", "train.steps: cannot be resolved: Interpolation key 'nope.x' not found"),
+    ("pretrain data=pile_like", "data.sources.books.path: cannot be resolved LLMTRAIN_DATA pile_like.yaml:"),
+    # shapes
+    ("pretrain model.num_heads=3", "model.num_heads: 3 does not divide model.hidden_size=128"),
+    ("pretrain model.num_kv_heads=3", "model.num_kv_heads: 3 does not divide model.num_heads=4"),
+    ("pretrain model.hidden_size=132", "132 / 4 heads = 33 per head; rope needs an even number"),
+    ("pretrain model=gpt2_tiny model.rope_theta=5", "model.rope_theta: has no effect"),
+    ("pretrain train.sequence_length=1024", "train.sequence_length: 1024 is longer model.max_sequence_length=512"),
+    # length and batch
+    ("pretrain train.tokens=8192 train.epochs=1", "the length of the run is said 2 times: train.tokens, train.epochs"),
+    ("pretrain train.steps=null", "the length of the run is missing: give one of train.steps, train.tokens"),
+    ("sft train.tokens_per_parameter=20", "train.tokens_per_parameter: is for pretrain only"),
+    ("pretrain train.batch_rows=4", "train.batch_rows: has no effect: pretrain wants train.batch_tokens"),
+    ("sft train.batch_tokens=4096", "train.batch_tokens: has no effect: sft wants train.batch_rows"),
+    ("sft train.batch_rows=null", "train.batch_rows: needs a value"),
+    ("pretrain train.batch_tokens=1000", "1000 is no multiple of train.sequence_length=256, as 768 and 1024 are"),
+    ("pretrain engine.processes=3", "4096 tokens are 16 rows, which 3 processes cannot share evenly"),
+    ("sft engine.processes=3", "16 rows cannot be shared evenly by 3 processes"),
+    ("align method=ppo method.minibatches=3", "method.minibatches: 3 does not divide train.batch_rows=16"),
+    ("align method=ppo method.minibatches=8 engine.processes=4", "minibatches of 2 rows evenly by 4 processes"),
+    ("pretrain engine.sharding=fsdp", "engine.sharding: has no effect: fsdp shards over processes and there is one"),
+    # options without effect
+    ("pretrain schedule.decay_steps=5", "schedule.decay_steps: has no effect: cosine has no final decay"),
+    ("pretrain schedule=constant schedule.min_lr_ratio=0.5", "schedule.min_lr_ratio: has no effect"),
+    ("pretrain schedule.warmup_steps=400", "400 steps of warm-up are longer than the run: train.steps=300"),
+    ("pretrain checkpoint.best_metric=eval/loss", "checkpoint.best_metric: has no effect while checkpoint.keep_best=0"),
+    ("pretrain checkpoint.keep_best=2", "checkpoint.keep_best: has no effect: checkpoint.best_metric is not set"),
+    (
+        "pretrain checkpoint.best_metric=eval/loss checkpoint.keep_best=1 eval.every_steps=null",
+        "checkpoint.best_metric: has no effect: nothing is measured on the way; set eval.every_steps",
+    ),
+    ("reward eval.problems=embedded:arithmetic", "eval.problems: has no effect: a reward model answers no problems"),
+    ("pretrain eval.max_problems=3", "eval.max_problems: has no effect: eval.problems is not set"),
+    ("pretrain tracker.wandb_project=x", "tracker.wandb_project: has no effect"),
+    ("align reward_model=.", "reward_model: has no effect: method=dpo learns from pairs"),
+    ("align method=ppo method.kl_horizon=5", "method.kl_horizon: has no effect"),
+    ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
+    ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
+    ("pretrain tokenizer.path=. tokenizer.vocab_size=999", "tokenizer.vocab_size: has no effect"),
+    ("pretrain model.init_from=. model.num_layers=9", "model.num_layers: has no effect: the architecture comes with"),
+    ("sft model.num_layers=9", "model.num_layers: has no effect: this stage starts from the newest finished run"),
+    ("generate temperature=0 top_k=5", "top_k: has no effect: temperature=0 always takes the likeliest token"),
+    # paths
+    ("pretrain model.init_from=/no/such", "model.init_from: no such file or folder: /no/such"),
+    ("align method=ppo reward_model=runs/rewrad", "reward_model: no such file or folder: runs/rewrad"),
+    ("sft data=files data.sources.files.path=rows.jsonl", "data.sources.files.path: no such file: rows.jsonl"),
+    ("sft data=files data.sources.files.path=rows/*", "data.sources.files.path: no file matches rows/*"),
+    ("sft data.sources.arithmetic.validation_path=./v", "validation_path: no such file: ./v"),
+    ("pretrain data.sources.x.path=embedded:poetry", "embedded here is embedded:prose, embedded:code"),
+    ("generate model=nowhere", "model: no such file or folder: nowhere"),
+    # names
+    ("pretrain run=../x", "run: '../x' is not a name of letters, digits"),
+    ("pretrain run=/abs", "run: '/abs' is not a name"),
+    ("pretrain run=a//b", "run: 'a//b' is not a name"),
+    # pipelines
+    ("pipeline stages.sft.model=ppo", "stages.sft.model: 'ppo' is no earlier stage; the earlier stages are: pretrain"),
+    ("pipeline stages.sft.model=null", "stages.sft.model: needs a value"),
+    ("pipeline stages.ppo.reward_model=null", "stages.ppo.reward_model: needs a value"),
+    ("pipeline stages.ppo.reward_model=sft", "stages.ppo.reward_model: 'sft' trains no reward model"),
+    ("pipeline stages.dpo.model=reward", "stages.dpo.model: 'reward' trains a reward model"),
+    ("pipeline stages.sft.reward_model=pretrain", "stages.sft.reward_model: has no effect"),
+    ("pipeline stages.sft.overrides=[seed=3]", "stages.sft.overrides: seed=3: the pipeline's own keys"),
+    ("pipeline stages.sft.command=stf", "stages.sft.command: 'stf' did you mean sft?"),
+    ("pipeline overrides=[optimizer.lrr=1]", "reward: optimizer.lrr: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[line for line, _ in BAD])
+def test_message(line: str, words: str) -> None:
+    """Each run of words is found, in this order."""
+    text = message(*line.split(" "))
+    flat = " ".join(text.split())
+    position = 0
+    for word in words.split(" "):
+        found = flat.find(word, position)
+        assert found >= 0, f"{word!r} of {words!r} is not in:\n{text}"
+        position = found + len(word)
+
+
+def test_all_faults_come_at_once_and_are_counted() -> None:
+    text = message(
+        "pretrain",
+        "model=llama_tny",
+        "optimizer.lrr=1",
+        "train.steps=abc",
+        "a=[",
+        "run=../x",
+        "data.sources.x.weight=${nope}",
+        "schedule.decay_steps=3",
+        "tokenizer.path=./none",
+    )
+    assert text.startswith("9 faults in the config of `llmtrain pretrain`")
+    for number in range(1, 10):
+        assert f"\n  {number}. " in text
+
+
+def test_a_faulty_group_brings_no_faults_of_its_default_option() -> None:
+    text = message("align", "method=ppoo", "method.kl_target=6.0")
+    assert text.startswith("1 fault ")
+
+
+def test_fault_in_a_file_names_file_and_line(tmp_path: Path) -> None:
+    folder = tmp_path / "configs" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("num_layers: 2\n# a comment\nhidden_sise: 64\n")
+    text = message("pretrain", "model=mine")
+    assert "model.hidden_sise: unknown key; did you mean model.hidden_size?" in text
+    assert "from configs/model/mine.yaml:3 (model=mine)" in text
+
+
+def test_both_places_of_a_conflict_are_named() -> None:
+    text = message("pretrain", "model.num_heads=3")
+    assert "from the override model.num_heads=3 and " in text
+    assert "configs/model/llama_tiny.yaml:" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("num_layers: [1\n", "not valid YAML"), ("num_layers: 1\nnum_layers: 2\n", "duplicate"), ("- 1\n- 2\n", "")],
+)
+def test_broken_file_is_named(tmp_path: Path, content: str, words: str) -> None:
+    folder = tmp_path / "configs" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(content)
+    text = message("pretrain", "model=mine")
+    assert words in text
+    assert "mine" in text
+
+
+def test_wrong_choice_inside_an_experiment(tmp_path: Path) -> None:
+    folder = tmp_path / "configs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: llama_tny\n")
+    text = message("pretrain", "experiment=mine")
+    assert "llama_tny" in text
+    assert "did you mean llama_tiny?" in text
+
+
+def test_nearest_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "pretrain").mkdir(parents=True)
+    assert "did you mean runs/pretrain?" in message("sft", "model.init_from=runs/pretrian")
+    assert "did you mean runs/pretrain?" in message("sft", "model.init_from=pretrain")
+
+
+def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert load_config("pretrain", ["engine.sharding=fsdp"]).engine.sharding == "fsdp"
+    assert "engine.processes: leave at 1 here" in message("pretrain", "engine.processes=4")
+    assert "by 4 processes" in message("sft", "train.batch_rows=6")

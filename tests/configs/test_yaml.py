@@ -1,0 +1,73 @@
+"""Every shipped YAML file is composed and validated in a root that has its group."""
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.commands import COMMANDS
+from llmtrain.config.compose import load_config, to_dict
+from llmtrain.config.folders import packaged_configs
+
+ROOT = packaged_configs()
+FILES = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.glob("*/*.yaml"))
+GROUPS = [name for name in FILES if not name.startswith("hydra/")]
+STAGES = ("pretrain", "sft", "reward", "align")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_roots_are_the_commands() -> None:
+    assert {file.stem for file in ROOT.glob("*.yaml")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_without_arguments(command: str) -> None:
+    assert load_config(command) is not None
+
+
+def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
+    group, option = name.split("/")
+    texts = [f"{group}={option}"]
+    if name == "data/files":
+        (tmp_path / "a.jsonl").write_text("{}\n")
+        texts.append("data.sources.files.path=a.jsonl")
+    if name == "data/arithmetic":
+        return "sft", texts
+    if name == "model/gpt2_small" or name == "model/llama_1b":
+        texts.append("tokenizer.vocab_size=32_000")
+    return ("align" if group == "method" else "pretrain"), texts
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "data/pile_like"])
+def test_option(name: str, tmp_path: Path) -> None:
+    command, texts = _arguments(name, tmp_path)
+    assert load_config(command, texts) is not None
+
+
+@pytest.mark.parametrize("command", STAGES)
+@pytest.mark.parametrize("experiment", [name.split("/")[1] for name in GROUPS if name.startswith("experiment/")])
+def test_experiment(command: str, experiment: str) -> None:
+    assert load_config(command, [f"experiment={experiment}"]) is not None
+
+
+def test_pile_like_finds_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTRAIN_DATA", str(tmp_path))
+    names = "arxiv_latex books dm_mathematics github_code law_de law_us_dc multilingual stackexchange ubuntu_irc web"
+    for name in [*names.split(), "wikipedia_en"]:
+        folder = tmp_path / "pretrain" / name
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl.gz").touch()
+        (folder / "validation.jsonl.gz").touch()
+    config = load_config("pretrain", ["data=pile_like"])
+    assert set(config.data.sources) == {*names.split(), "wikipedia_en"}
+
+
+def test_gpt2_small_is_the_published_shape() -> None:
+    model = to_dict(load_config("pretrain", ["model=gpt2_small"]))["model"]
+    hidden, layers, positions = model["hidden_size"], model["num_layers"], model["max_sequence_length"]
+    # token and position tables, blocks with biases and two LayerNorms each, the last LayerNorm
+    count = 50257 * hidden + positions * hidden + layers * (12 * hidden**2 + 13 * hidden) + 2 * hidden
+    assert count == 124_439_808
