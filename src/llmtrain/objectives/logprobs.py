@@ -1,0 +1,202 @@
+"""Cross-entropy and log-probabilities straight from hidden states, without the whole [tokens, vocab] logits.
+
+The head's logits are the largest tensor of a training step: in float32 they are 4·V bytes for each token, several times
+over. Here they are made for a portion of the tokens, used and dropped. Products are taken in the autocast dtype;
+everything between them (log-sum-exp, softmax, losses) is float32.
+
+Shapes: N tokens, H hidden size, V vocabulary; leading dimensions `...` such as [B, T].
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a portion's logits, by device: small enough not to matter, large enough that the products are efficient.
+PORTION_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+
+
+def cross_entropy_sum(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum over the masked positions of −log p(target) + z_loss · (log-sum-exp)², and −log p(target) of each.
+
+    Logits are made once: the gradients are computed along with the loss and only scaled in the backward pass.
+
+    Args:
+        hidden: [..., H], after the final norm.
+        head_weight: [V, H].
+        targets: [...] int64, the token that each position predicts.
+        mask: [...] bool, the positions that count.
+        z_loss: weight of the squared log-normaliser (PaLM, arXiv 2204.02311, section 5).
+
+    Returns:
+        The sum (0-dim float32, differentiable) and the negative log-likelihoods ([...] float32, zero where not masked,
+        not differentiable).
+    """
+    kept = _Kept(hidden, targets, mask)
+    total, nll = _CrossEntropySum.apply(
+        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, _product_dtype(hidden), torch.is_grad_enabled()
+    )
+    return total, kept.spread(nll)
+
+
+def token_logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each target, [...] float32, zero where not masked; logits are divided by `temperature`.
+
+    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again.
+    """
+    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=False)[0]
+
+
+def token_logprobs_and_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy in nats of the distribution at each position (not differentiable)."""
+    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=True)
+
+
+def _logprobs(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    kept = _Kept(hidden, targets, torch.ones_like(targets, dtype=torch.bool) if mask is None else mask)
+    logprobs, entropy = _TokenLogprobs.apply(
+        kept.hidden, head_weight, kept.targets, kept.mask, 1.0 / temperature, _product_dtype(hidden), with_entropy
+    )
+    return kept.spread(logprobs), kept.spread(entropy)
+
+
+class _Kept:
+    """The positions that are worth computing: those in the mask, or all where shapes must be known beforehand."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> None:
+        self.shape = targets.shape
+        self.hidden, self.targets, self.mask = hidden.flatten(0, -2), targets.flatten(), mask.flatten()
+        self.rows: Tensor | None = None
+        if not torch.compiler.is_compiling():
+            self.rows = self.mask.nonzero().squeeze(-1)
+            self.hidden, self.targets, self.mask = (x[self.rows] for x in (self.hidden, self.targets, self.mask))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [N] of the kept positions, back in their places; zero elsewhere."""
+        if self.rows is not None:
+            values = values.new_zeros(self.shape.numel()).index_put((self.rows,), values)
+        return values.view(self.shape)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Loss and gradients in one pass over the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        z_loss: float,
+        dtype: torch.dtype,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        hidden_needed, weight_needed = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        nll, penalty = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
+        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
+        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        weight = head_weight.to(dtype)
+        for portion in _portions(hidden, weight):
+            states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
+            logits = (states @ weight.T).float()
+            normaliser = logits.logsumexp(dim=-1)
+            nll[portion] = torch.where(counts, normaliser - logits.gather(-1, target)[:, 0], 0.0)
+            penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
+            if hidden_needed or weight_needed:
+                slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
+                grad = _softmax(logits, normaliser).mul_(slope[:, None])
+                grad = _add_at(grad, target, -counts.float()).to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[portion] = grad @ weight
+            if weight_grad is not None:
+                weight_grad += grad.T @ states
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.mark_non_differentiable(nll)
+        return nll.sum() + penalty.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *grads, None, None, None, None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities; the backward pass makes the logits again, for only then is each token's gradient known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        inverse_temperature: float,
+        dtype: torch.dtype,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, normalisers = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(3))
+        weight = head_weight.to(dtype)
+        for portion in _portions(hidden, weight):
+            logits = (hidden[portion].to(dtype) @ weight.T).float() * inverse_temperature
+            normaliser = logits.logsumexp(dim=-1)
+            normalisers[portion] = normaliser
+            chosen = logits.gather(-1, targets[portion, None])[:, 0]
+            logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
+            if with_entropy:
+                mean_logit = (_softmax(logits, normaliser) * logits).sum(dim=-1)
+                entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
+        ctx.save_for_backward(hidden, head_weight, targets, mask, normalisers)
+        ctx.inverse_temperature, ctx.dtype = inverse_temperature, dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head_weight, targets, mask, normalisers = ctx.saved_tensors
+        hidden_needed, weight_needed = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
+        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        weight = head_weight.to(ctx.dtype)
+        slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
+        for portion in _portions(hidden, weight):
+            states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
+            logits = (states @ weight.T).float() * ctx.inverse_temperature
+            grad = _softmax(logits, normalisers[portion]).mul_(-slope[:, None])
+            grad = _add_at(grad, targets[portion, None], slope).to(ctx.dtype)
+            if hidden_grad is not None:
+                hidden_grad[portion] = grad @ weight
+            if weight_grad is not None:
+                weight_grad += grad.T @ states
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Ranges of tokens [N, H] whose logits are made together; at least one, even if it is empty."""
+    size = max(PORTION_ELEMENTS[hidden.device.type] // weight.shape[0], 1)
+    return (slice(start, start + size) for start in range(0, max(hidden.shape[0], 1), size))
+
+
+def _softmax(logits: Tensor, normaliser: Tensor) -> Tensor:
+    """Probabilities [n, V] from logits and their log-sum-exp [n]."""
+    return (logits - normaliser[:, None]).exp_()
+
+
+def _add_at(matrix: Tensor, column: Tensor, values: Tensor) -> Tensor:
+    """The matrix [n, V] with values [n] added at one column [n, 1] of each row; the matrix may be overwritten."""
+    return matrix.scatter_add_(-1, column, values[:, None])
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which autocast, where it is on, would take the head's matrix product."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

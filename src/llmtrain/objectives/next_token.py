@@ -1,0 +1,65 @@
+"""Next-token prediction: the objective of pretraining and of supervised fine-tuning.
+
+Shapes: B rows, S tokens of the longest row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.objectives.batch import Batch, Metrics
+from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs
+
+__all__ = ["NextToken", "TokenBatch", "cross_entropy_sum", "next_tokens", "token_logprobs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch(Batch):
+    """Rows of text. Padding stands on the right, so causal attention needs no mask of its own."""
+
+    tokens: Tensor
+    """[B, S] int64."""
+    loss_mask: Tensor
+    """[B, S] bool: the tokens that are to be predicted; the first of a row never is."""
+    source: Tensor
+    """[B] int64: number of the source that the row comes from."""
+
+
+def next_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What each position predicts, and whether it counts: [B, S] both; the last predicts nothing.
+
+    The length stays S because round shapes are what matrix products like, and the hidden states need no copy.
+    """
+    return F.pad(tokens[:, 1:], (0, 1)), F.pad(mask[:, 1:], (0, 1))
+
+
+class NextToken:
+    """Cross-entropy of the next token, averaged over the tokens to be predicted.
+
+    `source_names` adds a metric `<name>/loss` for each source, in the order of `TokenBatch.source`. `z_loss` is the
+    weight of the squared log-normaliser in what is minimised; the metric `loss` is without it.
+    """
+
+    def __init__(self, z_loss: float = 0.0, source_names: Sequence[str] = ()) -> None:
+        self.z_loss = z_loss
+        self.source_names = tuple(source_names)
+
+    def weight(self, batch: TokenBatch) -> Tensor:
+        """Number of predicted tokens."""
+        return batch.loss_mask[:, 1:].sum().float()
+
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss; metrics: loss in nats per token, over all and for each source."""
+        targets, mask = next_tokens(batch.tokens, batch.loss_mask)
+
+        def read(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+            return cross_entropy_sum(hidden, head_weight, targets, mask, z_loss=self.z_loss)
+
+        loss, nll = model(batch.tokens, read=read)
+        metrics: Metrics = {"loss": (nll.sum(), self.weight(batch))}
+        for number, name in enumerate(self.source_names):
+            of_source = (batch.source == number)[:, None]
+            metrics[f"{name}/loss"] = ((nll * of_source).sum(), (mask & of_source).sum().float())
+        return loss, metrics
