@@ -47,7 +47,7 @@ def test_help_and_version(tmp_path: Path) -> None:
 def test_help_imports_no_library(tmp_path: Path) -> None:
     code = (
         "import sys; from llmtrain.cli import main; main(['--help'])\n"
-        "print(sorted({'torch', 'hydra', 'pydantic', 'yaml', 'argparse_'} & set(sys.modules)))"
+        "print(sorted({'torch', 'hydra', 'pydantic', 'yaml'} & set(sys.modules)))"
     )
     assert run(cwd=tmp_path, code=code).stdout.splitlines()[-1] == "[]"
 
