@@ -16,8 +16,8 @@ from llmtrain.models.formats import (
     load_language_model,
     load_scalar_model,
     read_config,
+    save_config,
     save_model,
-    save_state,
 )
 from llmtrain.models.heads import LanguageModel, ScalarModel
 
@@ -175,9 +175,32 @@ def test_a_loaded_model_trains_and_owns_its_memory(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].any()
 
 
+@pytest.mark.parametrize("config", [LLAMA, OWN], ids=["llama", "own"])
+def test_weights_can_come_beside_a_config(config: ModelConfig, tmp_path: Path) -> None:
+    language, scalar = language_model(config), scalar_model(config)
+    save_config(tmp_path / "language", language)
+    save_config(tmp_path / "scalar", scalar)
+    loaded = load_language_model(tmp_path / "language", state=language.state_dict())
+    torch.testing.assert_close(loaded(tokens()), language(tokens()))
+    statistics = {"score_mean": torch.tensor([0.25]), "score_std": torch.tensor([4.0])}  # as checkpoints hold them
+    loaded_scalar = load_scalar_model(tmp_path / "scalar", state={**scalar.state_dict(), **statistics})
+    torch.testing.assert_close(loaded_scalar(tokens()), scalar(tokens()))
+    assert (loaded_scalar.score_mean, loaded_scalar.score_std) == (0.25, 4.0)
+    with pytest.raises(UserError, match=r"missing: trunk\.token_embedding\.weight"):
+        load_language_model(tmp_path / "language", state={})
+
+
+def test_a_given_state_is_written(tmp_path: Path) -> None:
+    model = language_model(LLAMA)
+    with torch.device("meta"):
+        sharded = LanguageModel(LLAMA, VOCAB_SIZE)
+    save_model(tmp_path, sharded, state=model.state_dict())
+    torch.testing.assert_close(load_language_model(tmp_path)(tokens()), model(tokens()))
+
+
 def test_several_files_with_an_index(tmp_path: Path) -> None:
     model = language_model(LLAMA)
-    save_state(tmp_path, LLAMA, VOCAB_SIZE, model.state_dict(), max_file_bytes=20_000)
+    save_model(tmp_path, model, max_file_bytes=20_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     loaded = load_language_model(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())

@@ -95,6 +95,13 @@ def test_cache_goes_on_with_the_selected_rows(config: ModelConfig) -> None:
             torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
 
 
+def test_flops_follow_the_products() -> None:
+    model, length = build(LLAMA), 16
+    hidden, layers = LLAMA.hidden_size, LLAMA.num_layers
+    in_products = layers * (hidden * (hidden + 2 * 16) + hidden * hidden + 3 * hidden * 128) + VOCAB_SIZE * hidden
+    assert model.flops_per_token(length) == 6 * in_products + 6 * layers * length * hidden
+
+
 def test_rotary_scores_depend_on_distance_only() -> None:
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
-from llmtrain.models.layouts import LAYOUTS, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
+from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
 
 MAX_FILE_BYTES = 5_000_000_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SCORE_STATISTICS = ("score_mean", "score_std")
+SCORE_STATISTICS = {"score_mean": 0.0, "score_std": 1.0}
 # So many names are listed of each fault; a wrong architecture has thousands.
 LISTED = 8
 
@@ -37,79 +37,90 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     return _architecture(_read_fields(folder)[0], folder)
 
 
-def load_language_model(folder: str | Path) -> LanguageModel:
-    """The language model of a folder or hub id, float32 on the CPU; raises UserError, naming tensors that differ."""
+def load_language_model(folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> LanguageModel:
+    """The language model of a folder or hub id, float32 on the CPU.
+
+    `state` holds the weights by our own names, where they are not in the folder (a training checkpoint's).
+    Raises UserError, which lists all tensors that do not fit.
+    """
     folder = locate(folder)
     fields, layout = _read_fields(folder)
-    tensors = _read_tensors(folder, layout)
+    tensors = _read_tensors(folder, layout) if state is None else state
     if "score.weight" in tensors:
         raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
     config, vocab_size = _architecture(fields, folder)
     with torch.device("meta"):
         model = LanguageModel(config, vocab_size)
-    _fill(model, layout, tensors, folder)
+    _fill(model, layout if state is None else OWN, tensors, folder)
     return model
 
 
-def load_scalar_model(folder: str | Path) -> ScalarModel:
-    """The score model of a folder or hub id, float32 on the CPU; raises UserError, naming tensors that differ."""
+def load_scalar_model(folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> ScalarModel:
+    """The score model of a folder or hub id, float32 on the CPU; `state` and errors as in `load_language_model`."""
     folder = locate(folder)
     fields, layout = _read_fields(folder)
-    tensors = _read_tensors(folder, layout)
+    tensors = _read_tensors(folder, layout) if state is None else state
     if "score.weight" not in tensors:
         raise UserError(f"{folder} holds no reward model: it has no score.weight; was it trained by `llmtrain reward`?")
     config, vocab_size = _architecture(fields, folder)
     with torch.device("meta"):
         model = ScalarModel(config, vocab_size)
-    statistics = fields.get("llmtrain", {})
-    model.score_mean = torch.tensor(float(statistics.get("score_mean", 0.0)))
-    model.score_std = torch.tensor(float(statistics.get("score_std", 1.0)))
-    _fill(model, layout, tensors, folder)
+    statistics = {**SCORE_STATISTICS, **fields.get("llmtrain", {}), **(state or {})}
+    model.score_mean, model.score_std = (torch.tensor(float(statistics[name])) for name in SCORE_STATISTICS)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in SCORE_STATISTICS}
+    _fill(model, layout if state is None else OWN, weights, folder)
     return model
 
 
 def save_model(
-    folder: str | Path, model: LanguageModel | ScalarModel, *, extra_config: Mapping[str, Any] | None = None
-) -> None:
-    """Writes a whole (unsharded) model; see `save_state`."""
-    save_state(folder, model.config, model.vocab_size, model.state_dict(), extra_config=extra_config)
-
-
-def save_state(
     folder: str | Path,
-    config: ModelConfig,
-    vocab_size: int,
-    state: Mapping[str, Tensor],
+    model: LanguageModel | ScalarModel,
     *,
+    state: Mapping[str, Tensor] | None = None,
     extra_config: Mapping[str, Any] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the full state dict of a LanguageModel or a ScalarModel as config.json and model.safetensors.
+    """Writes config.json and model.safetensors; every bit of a tensor is kept.
 
-    Beyond `max_file_bytes` the weights go to several files with an index. `extra_config` is added to config.json;
-    bos_token_id, eos_token_id and pad_token_id of it also go to generation_config.json. Every bit of a tensor is
-    kept. Parts that Transformers cannot combine are written with model_type llmtrain, and config.json says so.
+    `state` is the model's full state dict where the model itself is sharded. Beyond `max_file_bytes` the weights go
+    to several files with an index. `extra_config`: see `save_config`.
     """
-    folder, extra = Path(folder), dict(extra_config or {})
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = layout_for(config)
-    statistics = {name: float(state[name]) for name in SCORE_STATISTICS if name in state}
-    weights = {name: tensor for name, tensor in state.items() if name not in SCORE_STATISTICS}
-    tensors = to_theirs(layout, config, weights)
+    weights = {**(model.state_dict() if state is None else state)}
+    for name in SCORE_STATISTICS:
+        weights.pop(name, None)
+    save_config(folder, model, dtype=next(iter(weights.values())).dtype, extra_config=extra_config)
+    tensors = to_theirs(layout_for(model.config), model.config, weights)
     save_torch_state_dict(tensors, folder, max_shard_size=max_file_bytes)
-    is_scalar = "score.weight" in state
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def save_config(
+    folder: str | Path,
+    model: LanguageModel | ScalarModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json alone, for weights of `dtype`; makes the folder where there is none.
+
+    `extra_config` is added to it; bos_token_id, eos_token_id and pad_token_id also go to generation_config.json.
+    Parts that Transformers cannot combine are written with model_type llmtrain, and config.json says so.
+    """
+    folder, extra, layout = Path(folder), dict(extra_config or {}), layout_for(model.config)
+    dtype_name = str(dtype).removeprefix("torch.")
+    is_scalar = isinstance(model, ScalarModel)
     fields = {
         "architectures": [layout.scalar_class if is_scalar else layout.language_class],
         "model_type": layout.model_type,
-        "vocab_size": vocab_size,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the older name of the same
-        **layout.write_fields(config),
+        "vocab_size": model.vocab_size,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,  # the older name of the same
+        **layout.write_fields(model.config),
     }
-    if is_scalar:
+    if isinstance(model, ScalarModel):
         fields |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        statistics = {name: float(model.get_buffer(name)) for name in SCORE_STATISTICS}
         fields["llmtrain"] = {**fields.get("llmtrain", {}), **statistics}
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", {**fields, **extra})
     token_ids = {key: extra[key] for key in TOKEN_IDS if extra.get(key) is not None}
     if token_ids and not is_scalar:
@@ -193,12 +204,13 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json")
 
 
-def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Puts the tensors in place of the model's own, which are on the meta device."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = their_shapes(layout, model.config, shapes)
     if "lm_head.weight" not in expected:
-        tensors.pop("lm_head.weight", None)  # tied, or a head that a score model has no use for
+        # tied, or a head that a score model has no use for
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -51,6 +51,10 @@ class LanguageModel(nn.Module):
         """The output matrix [V, H]; the token embedding itself where they are tied."""
         return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """`Transformer.flops_per_token`, and 6 for each weight of the head."""
+        return self.trunk.flops_per_token(sequence_length) + 6.0 * self.config.hidden_size * self.vocab_size
+
     def forward(
         self,
         tokens: Tensor,
@@ -118,6 +122,10 @@ class ScalarModel(nn.Module):
         """The repeated parts, in order: the units of sharding."""
         return list(self.trunk.blocks)
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """`Transformer.flops_per_token`; the score head is nothing beside it."""
+        return self.trunk.flops_per_token(sequence_length)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own."""
         hidden = self.trunk(tokens)
@@ -159,6 +167,10 @@ class ActorCritic(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The repeated parts of both: the units of sharding."""
         return self.policy.blocks + self.value.blocks
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations per token of both."""
+        return self.policy.flops_per_token(sequence_length) + self.value.flops_per_token(sequence_length)
 
     def forward(self, tokens: Tensor, *, read: Read | None = None) -> tuple[Any, Tensor]:
         """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32.

@@ -79,6 +79,15 @@ class Transformer(nn.Module):
             cache.advance(tokens.shape[1])
         return self.final_norm(hidden)
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
+
+        6 for each weight in a matrix product (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 T H for each
+        layer's attention: half of the usual 12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed.
+        """
+        weights = sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim == 2)
+        return 6.0 * (weights + self.config.num_layers * sequence_length * self.config.hidden_size)
+
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
         hidden = self.token_embedding(tokens)  # [B, T, H]
         rotary = None
