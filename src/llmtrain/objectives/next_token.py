@@ -38,8 +38,8 @@ def next_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 class NextToken:
     """Cross-entropy of the next token, averaged over the tokens to be predicted.
 
-    `source_names` adds a metric `<name>/loss` for each source, in the order of `TokenBatch.source`. `z_loss` is the
-    weight of the squared log-normaliser in what is minimised; the metric `loss` is without it.
+    `source_names`, in the order of `TokenBatch.source`, adds a metric `data/<name>/loss` for each source. `z_loss` is
+    the weight of the squared log-normaliser in what is minimised; the metric `loss` is without it.
     """
 
     def __init__(self, z_loss: float = 0.0, source_names: Sequence[str] = ()) -> None:
@@ -61,5 +61,5 @@ class NextToken:
         metrics: Metrics = {"loss": (nll.sum(), self.weight(batch))}
         for number, name in enumerate(self.source_names):
             of_source = (batch.source == number)[:, None]
-            metrics[f"{name}/loss"] = ((nll * of_source).sum(), (mask & of_source).sum().float())
+            metrics[f"data/{name}/loss"] = ((nll * of_source).sum(), (mask & of_source).sum().float())
         return loss, metrics

@@ -69,7 +69,7 @@ class Trajectory(Batch):
     minibatches: int
     """Updates in each pass."""
     first_slot: int
-    """Number of this process's first slot."""
+    """Number of this process's first slot: the first of its `rows_of_process`."""
     seed: int
     """With `step`: the key of the shuffling."""
     step: int
@@ -83,11 +83,15 @@ class Trajectory(Batch):
 
     def updates(self) -> Iterator[Self]:
         """`minibatches` updates for each of the `epochs` passes; every pass holds each row once."""
+        for rows in self.update_rows():
+            yield self[rows]
+
+    def update_rows(self) -> Iterator[Tensor]:
+        """The positions in this trajectory of each update's rows, [B / minibatches] int64, by slot."""
         slots = len(self) // self.minibatches
         for epoch in range(self.epochs):
-            orders = torch.stack([self._order(epoch, self.first_slot + slot) for slot in range(slots)])
-            for chosen in orders.unbind(dim=1):
-                yield self[(chosen * slots + torch.arange(slots)).to(self.tokens.device)]
+            lines = torch.stack([self._order(epoch, self.first_slot + slot) for slot in range(slots)], dim=1)
+            yield from (lines * slots + torch.arange(slots)).to(self.tokens.device)
 
     def _order(self, epoch: int, slot: int) -> Tensor:
         """Which of a slot's rows goes into which minibatch."""
