@@ -1,0 +1,73 @@
+"""Text that is on every machine that has Python: enough to try each stage without a download.
+
+What the standard library says (its reference topics and docstrings) is prose, its source files are code. Files are
+read, never imported, in sorted order, so the text is the same wherever the same Python is.
+"""
+
+import ast
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtrain.config.errors import DataError
+from llmtrain.data import arithmetic
+
+PREFIX = "embedded:"
+NAMES = ("prose", "code", "arithmetic")
+
+# Tests, tables, machine-made files and what is not the standard library.
+LEFT_OUT = frozenset({
+    "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo", "ensurepip",
+    "pydoc_data", "encodings", "lib-dynload",
+})  # fmt: skip
+FILE_BYTES = (500, 110_000)
+
+
+def embedded_documents(name: str) -> Iterator[str]:
+    """The documents of `embedded:<name>`. Raises DataError for a name that there is none of."""
+    if name == "arithmetic":
+        return arithmetic.documents()
+    if name not in NAMES:
+        raise DataError(f"{PREFIX}{name}: there is no such text; choose one of {', '.join(PREFIX + n for n in NAMES)}")
+    return _prose() if name == "prose" else (text for _, text in _source_files())
+
+
+def embedded_version(name: str) -> str:
+    """What the text of `embedded:<name>` depends on."""
+    return f"{name} of Python {platform.python_version()}" if name != "arithmetic" else name
+
+
+def _prose() -> Iterator[str]:
+    topics = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if topics.is_file():
+        for statement in ast.parse(topics.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
+                yield from ast.literal_eval(statement.value).values()
+    for module, text in _source_files():
+        documented = "\n\n".join(_docstrings(module, ast.parse(text)))
+        if len(documented) > 200:
+            yield documented + "\n"
+
+
+def _docstrings(module: str, tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            said = ast.get_docstring(node)
+            if said and len(said) > 40:
+                yield f"{getattr(node, 'name', module)}: {said}"
+
+
+def _source_files() -> Iterator[tuple[str, str]]:
+    """Module name and source of the files of the standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    for path in paths:
+        parts = path.split("/")
+        size = (root / path).stat().st_size
+        if LEFT_OUT.isdisjoint(parts) and not parts[0].startswith("config-") and FILE_BYTES[0] <= size <= FILE_BYTES[1]:
+            try:
+                text = (root / path).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            yield path.removesuffix(".py").replace("/", "."), text

@@ -1,0 +1,257 @@
+"""Files, folders and hub data sets → records: what `documents` and `rows` are made from.
+
+JSON lines and text are read here line by line, so that a fault is named by its line and rows may differ in their
+other columns; Parquet, CSV, Arrow and the hub go through the `datasets` library.
+"""
+
+import bz2
+import glob
+import gzip
+import importlib
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+from llmtrain.config.errors import DataError
+
+Item = TypeVar("Item")
+Split = Literal["train", "validation"]
+Record = dict[str, Any]
+Placed = tuple[str, Record]  # where it stands, for messages, and the record
+
+LINES, WHOLE = (".jsonl", ".ndjson"), (".txt", ".text", ".md")
+LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+READABLE = (*LINES, ".json", *WHOLE, *LOADERS)
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def read_records(path: str, *, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
+    """The records of a file, glob, folder or hub data set, in order, each with its place.
+
+    Raises DataError, naming file and line, for what is missing or cannot be read.
+    """
+    if is_hub_id(path):
+        yield from _hub_records(path, split, name, cache_dir)
+    elif _is_saved_dataset(Path(path)):
+        yield from _saved_records(Path(path), split)
+    else:
+        for file in find_files(path, split):
+            yield from _file_records(file, cache_dir)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` can only be the name of a data set on the hub."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and _suffix(Path(path)) not in READABLE
+
+
+def find_files(path: str, split: str = "train") -> list[Path]:
+    """The files that `path` (file, glob or folder) means, sorted; of a folder with splits those of `split`."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if _suffix(file) in READABLE and not _hidden(file, place))
+        files = _of_split(found, place, split)
+        if not files:
+            raise DataError(f"{path}: no data files in this folder; expected {', '.join(READABLE)}, also with .gz")
+        return files
+    files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    if not files:
+        what = "no file matches" if glob.has_magic(path) else "no such file or folder"
+        raise DataError(f"{path}: {what} (looked from {Path.cwd()})")
+    return files
+
+
+def hold_out(
+    items: Iterable[Item], every: int, split: Split, divide: Callable[[Item, int], tuple[Item | None, Item | None]]
+) -> Iterator[Item]:
+    """Every `every`-th item for validation, the others for training.
+
+    Where there are fewer, `divide(last item, number of items)` says what of the last one goes to either side.
+    """
+    for number, item, is_last in _numbered(items):
+        train: Item | None = item
+        held: Item | None = None
+        if number % every == 0:
+            train, held = None, item
+        elif is_last and number < every:
+            train, held = divide(item, number)
+        chosen = train if split == "train" else held
+        if chosen is not None:
+            yield chosen
+
+
+def _numbered(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
+    rest = iter(items)
+    try:
+        item = next(rest)
+    except StopIteration:
+        return
+    number = 1
+    for following in rest:
+        yield number, item, False
+        number, item = number + 1, following
+    yield number, item, True
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """The files whose name or folder says `split`; all of them where none says any split."""
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        words = set(re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower()))
+        said = next((name for name, names in SPLIT_NAMES.items() if words & set(names)), "")
+        by_split.setdefault(said, []).append(file)
+    if set(by_split) == {""}:
+        return files
+    if split not in by_split:
+        there = ", ".join(sorted(name for name in by_split if name))
+        raise DataError(f"{folder}: no files for the split {split!r}; there are files for: {there}")
+    return by_split[split]
+
+
+def _file_records(file: Path, cache_dir: Path) -> Iterator[Placed]:
+    suffix = _suffix(file)
+    if suffix in LOADERS:
+        yield from _table_records(file, LOADERS[suffix], cache_dir)
+        return
+    if suffix not in READABLE:
+        raise DataError(f"{file}: cannot tell what this is by its name; expected {', '.join(READABLE)}, also with .gz")
+    try:
+        with open_bytes(file) as stream:
+            if suffix in WHOLE:
+                yield str(file), {"text": _decoded(stream.read(), str(file))}
+            elif suffix == ".json":
+                yield from _json_records(file, _decoded(stream.read(), str(file)))
+            else:
+                yield from _lines(file, stream)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: broken or cut off compressed file: {error}") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+
+
+def open_bytes(file: Path) -> IO[bytes]:
+    """A file, unpacked where its name says that it is compressed."""
+    if file.suffix == ".zst":
+        try:
+            opened: IO[bytes] = importlib.import_module("zstandard").open(file, "rb")
+        except ImportError:
+            raise DataError(f"{file}: .zst files need another library: pip install zstandard") from None
+        return opened
+    return COMPRESSED.get(file.suffix, open)(file, "rb")
+
+
+def _lines(file: Path, stream: Iterable[bytes]) -> Iterator[Placed]:
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            yield place, _parsed(_decoded(line, place), place)
+
+
+def _json_records(file: Path, text: str) -> Iterator[Placed]:
+    """A .json file: an array of objects, or one object a line."""
+    if not text.lstrip().startswith("["):
+        yield from _lines(file, (line.encode() for line in text.split("\n")))
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, row {number}: expected an object with named columns, found {_short(row)}")
+        yield f"{file}, row {number}", row
+
+
+def _parsed(line: str, place: str) -> Record:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno}): {_short(line)}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object with named columns, found {_short(row)}")
+    return row
+
+
+def _decoded(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _table_records(file: Path, loader: str, cache_dir: Path) -> Iterator[Placed]:
+    options: dict[str, Any] = {"sep": "\t"} if ".tsv" in file.suffixes else {}
+    options |= {"data_files": str(file), "cache_dir": str(cache_dir / "datasets")}
+    try:
+        rows = datasets_library().load_dataset(loader, split="train", streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield f"{file}, row {number}", dict(row)
+    except DataError:
+        raise
+    except Exception as error:  # each format's reader has errors of its own
+        raise DataError(f"{file}: cannot be read as {loader}: {_cause(error)}") from None
+
+
+def _hub_records(path: str, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
+    try:
+        rows = datasets_library().load_dataset(path, name, split=split, cache_dir=str(cache_dir / "datasets"))
+    except Exception as error:  # network, access, names: each has errors of its own
+        cause = _cause(error)
+        raise DataError(f"{path}: no file or folder here, nor a data set that the hub gives: {cause}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path} ({split}), row {number}", dict(row)
+
+
+def _saved_records(folder: Path, split: str) -> Iterator[Placed]:
+    """A folder written by `save_to_disk`."""
+    found = datasets_library().load_from_disk(str(folder))
+    if isinstance(found, dict):
+        if split not in found:
+            raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(found)}")
+        found = found[split]
+    for number, row in enumerate(found, 1):
+        yield f"{folder}, row {number}", dict(row)
+
+
+def datasets_library() -> Any:
+    """The `datasets` module; imported when first needed, because that takes most of a second."""
+    datasets = importlib.import_module("datasets")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _suffix(file: Path) -> str:
+    return (file.with_suffix("") if file.suffix in (*COMPRESSED, ".zst") else file).suffix.lower()
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error, in one line: the outer ones only say that something went wrong."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:120] + " ..."

@@ -1,0 +1,114 @@
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.errors import DataError
+from llmtrain.data.records import find_files, hold_out, read_records
+
+ROWS = [{"text": f"text {i}", "meta": {"n": i} if i % 2 else "of another type"} for i in range(5)]
+JSONL = "\n".join(json.dumps(row) for row in ROWS) + "\n"
+
+
+def read(path: Path, cache: Path, split: str = "train") -> list[dict]:
+    return [record for _, record in read_records(str(path), split=split, name=None, cache_dir=cache)]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.ndjson.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress)],
+)
+def test_json_lines(tmp_path: Path, name: str, pack) -> None:
+    (tmp_path / name).write_bytes(pack(JSONL.encode()))
+    assert read(tmp_path / name, tmp_path) == ROWS
+
+
+def test_json_arrays_and_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    assert read(tmp_path, tmp_path) == [*ROWS, {"text": "one\ntwo\n"}]
+
+
+def test_tables_go_through_the_datasets_library(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], "n": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text('text,n\n"c, d",3\n')
+    found = read(tmp_path, tmp_path / "cache")
+    assert found == [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c, d", "n": 3}]
+
+
+def test_folders_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert read(tmp_path, tmp_path) == [{"text": "train"}]
+    assert read(tmp_path, tmp_path, "validation") == [{"text": "validation"}]
+    with pytest.raises(DataError, match=r"no files for the split 'test'.*train, validation"):
+        find_files(str(tmp_path), "test")
+
+
+def test_globs_are_sorted(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.log"):
+        (tmp_path / name).write_text(name)
+    assert [file.name for file in find_files(str(tmp_path / "*.txt"))] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", JSONL + "\n{broken", r"a\.jsonl, line 7: not valid JSON.*broken"),
+        ("a.jsonl", JSONL + "[1, 2]", r"a\.jsonl, line 6: expected an object"),
+        ("a.json", '[{"text": "a"},\n}]', r"a\.json, line 2: not valid JSON"),
+        ("a.dat", "x", r"a\.dat: cannot tell what this is"),
+    ],
+)
+def test_faults_are_named_by_their_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name, tmp_path)
+
+
+def test_broken_bytes_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8"):
+        read(tmp_path / "a.jsonl", tmp_path)
+    packed = gzip.compress(JSONL.encode() * 1000)
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: broken or cut off"):
+        read(tmp_path / "b.jsonl.gz", tmp_path)
+    (tmp_path / "c.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"c\.parquet: cannot be read as parquet"):
+        read(tmp_path / "c.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl", "folder/", "some/where/deep.jsonl"])
+def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder|no file matches"):
+        read(tmp_path / name, tmp_path)
+
+
+def test_a_hub_name_without_network_says_what_it_was_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"no/such: no file or folder here, nor a data set"):
+        list(read_records("no/such", split="train", name=None, cache_dir=tmp_path))
+
+
+def divide(item: int, number: int) -> tuple[int, int]:
+    return item * 10, item * 100
+
+
+def test_every_nth_item_is_held_out() -> None:
+    items = range(1, 12)
+    assert list(hold_out(items, 5, "validation", divide)) == [5, 10]
+    assert list(hold_out(items, 5, "train", divide)) == [1, 2, 3, 4, 6, 7, 8, 9, 11]
+
+
+def test_the_last_of_too_few_items_is_divided() -> None:
+    assert list(hold_out([1, 2, 3], 5, "train", divide)) == [1, 2, 30]
+    assert list(hold_out([1, 2, 3], 5, "validation", divide)) == [300]
