@@ -119,13 +119,15 @@ def test_inverse_cdf_never_picks_an_impossible_token() -> None:
     almost_one = 1 - 2**-24
     picked = [int(invert_cdf(probabilities, torch.tensor([uniform]))) for uniform in (0.0, 0.49, 0.51, almost_one)]
     assert picked == [1, 1, 3, 3]
+    for total in torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.5:
+        assert int(invert_cdf(torch.stack((total, torch.tensor(0.0)))[None], torch.tensor([almost_one]))) == 0
 
 
 def test_answers_end_where_the_model_does() -> None:
     model = build(GPT2)
-    prompts = [[3] * 40, [4] * 47, [5] * 2]
+    prompts = [[3] * 40, [4] * 47, *[[5] * 2] * 10]
     answers = generate(model, prompts, max_new_tokens=20, stop_tokens=set())
-    assert [len(answer) for answer in answers] == [8, 1, 20]
+    assert [len(answer) for answer in answers] == [8, 1, *[20] * 10]
     assert answers[0] == generate(model, prompts[:1], max_new_tokens=20, stop_tokens=set(), seeds=[0])[0]
 
 

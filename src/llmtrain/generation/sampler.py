@@ -92,10 +92,9 @@ class Choice:
 def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The tokens [B] at which the cumulated probabilities [B, V] first exceed the uniforms [B] x their sum."""
     cumulated = probabilities.cumsum(dim=-1)
-    total = cumulated[:, -1]
-    # Rounding may lift u x total to the total itself, behind the last token; the next number below is before it.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target[:, None], right=True)[:, 0]
+    # A float32 uniform is at most 1 - 2**-24, and that times the sum still rounds to less than the sum: there is
+    # always a token, and one whose own probability is not 0.
+    return torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)[:, 0]
 
 
 class _Batch:

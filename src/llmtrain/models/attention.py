@@ -29,6 +29,7 @@ class KVCache:
         shape = (len(prompt_lengths), 2 * kv_heads, capacity, config.hidden_size // config.num_heads)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.filled = 0
+        self.last_position = config.max_sequence_length - 1
         self.lengths = torch.tensor(prompt_lengths, device=device)  # [B]
         self.mask: Tensor | None = None
         if min(prompt_lengths) < max(prompt_lengths):
@@ -41,7 +42,8 @@ class KVCache:
         """Positions of the tokens [B, T] that come next: [1, T] for the prompts, [B, 1] for one more token each."""
         if self.filled == 0:
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return self.lengths[:, None]
+        # A row that has reached the model's end may be computed along with the others; its position must exist.
+        return self.lengths.clamp(max=self.last_position)[:, None]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
         """Writes a layer's new keys and values [B, T, K, D]; returns all of that layer, [B, 2K, filled + T, D]."""

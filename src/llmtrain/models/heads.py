@@ -130,7 +130,7 @@ class ScalarModel(nn.Module):
         """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own."""
         hidden = self.trunk(tokens)
         # A product and a sum instead of a matrix product: autocast would take that in bfloat16.
-        return (hidden.float() * self.score.weight[0].float()).sum(dim=-1)
+        return (hidden.float() * self.score.weight[0]).sum(dim=-1)
 
     def normalised(self, scores: Tensor) -> Tensor:
         """(scores - score_mean) / score_std."""
