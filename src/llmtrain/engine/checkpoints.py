@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -145,6 +146,20 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> No
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """The whole weights in a checkpoint by name, put together from all shards."""
+    reader = HuggingFaceStorageReader(str(folder / "state"))
+    state = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def prune(root: Path, *, keep_last: int, keep_best: int, best_metric: str | None, best_mode: str) -> None:

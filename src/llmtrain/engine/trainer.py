@@ -1,0 +1,226 @@
+"""The one training loop, for every stage.
+
+The state of a run is its weights, its optimizer moments and its step number; everything else is a pure function of the
+config and the step: the batch, the learning rate and the random draws. So resuming is: load a checkpoint, go on.
+
+The loop knows no model, data set or objective by name. It asks a `BatchSource` for the batch of a step, an `Objective`
+for the summed loss of each micro-batch, and divides by what the loss is averaged over, counted over all processes
+*before* the backward pass; hence neither micro-batches nor processes change the gradient.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.errors import UserError
+from llmtrain.config.schema import CheckpointConfig, EvalConfig, TrackerConfig
+from llmtrain.config.seeds import derive_seed
+from llmtrain.engine import checkpoints
+from llmtrain.engine.distributed import Layout, agree, gradient_sync, total
+from llmtrain.engine.speed import Speed
+from llmtrain.engine.tracking import Tracker
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+class Rows(Protocol):
+    """A batch, as the loop sees it."""
+
+    def to(self, device: torch.device) -> Self: ...
+    def updates(self) -> Iterator[Self]: ...
+    def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
+    def metrics(self) -> Metrics: ...
+    def num_tokens(self) -> int: ...
+
+
+class BatchSource(Protocol):
+    """Where batches come from; pure in (config, step)."""
+
+    def __call__(self, step: int) -> Any:
+        """The rows this process trains on at `step` (from 0)."""
+
+    def counts(self, step: int) -> dict[str, float]:
+        """What the first `step` steps have consumed, by source."""
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def weight(self, batch: Any) -> Tensor:
+        """What the loss is averaged over: tokens, pairs."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        """Summed loss; metrics as (sum, weight) pairs."""
+
+
+Evaluator = Callable[[], dict[str, float]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trainer:
+    """Everything a run needs, built by its stage; `fit` runs it."""
+
+    folder: Path
+    layout: Layout
+    model: nn.Module
+    """As spread over the processes."""
+    batches: BatchSource
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    """Of a step, from 0."""
+    steps: int
+    seed: int
+    tracker: Tracker
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    tracking: TrackerConfig
+    write_extra: Callable[[Path], None]
+    """Adds to each checkpoint what its weights need to be read alone: config, tokenizer."""
+    evaluators: Sequence[Evaluator] = ()
+    parts: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    """Modules whose buffers adapt during the run and belong to its state."""
+    autocast: Callable[[], torch.autocast]
+    """The precision of matrix products."""
+    micro_batch_rows: int | None = None
+    max_grad_norm: float | None = 1.0
+    compile: bool = False
+    speed: Speed
+
+    def fit(self) -> None:
+        """Train from the newest good checkpoint, or from the start, to the last step."""
+        step = self._resume()
+        objective = torch.compile(self.objective) if self.compile else self.objective
+        if step == 0:
+            self._record(0, {}, self._evaluate())
+        last_saved = time.monotonic()
+        while step < self.steps:
+            self.speed.start_step()
+            learning_rate = self.learning_rate(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            metrics, tokens = self._step(step, objective)
+            step += 1
+            self.speed.end_step(tokens)
+            values = {}
+            if step % self.tracking.every_steps == 0 or step == self.steps:
+                values = self._values(metrics, step) | {"train/learning_rate": learning_rate}
+            measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
+            self._record(step, values, measured)
+            if self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
+                self._save(step, measured)
+                last_saved = time.monotonic()
+
+    def _step(self, step: int, objective: Objective) -> tuple[Metrics, int]:
+        """One step: every update that the step's batch is good for, each over all its micro-batches."""
+        batch = self.batches(step).to(self.layout.device)
+        metrics, tokens = Totals(batch.metrics()), 0
+        for number, update in enumerate(batch.updates()):
+            weight = total(self.objective.weight(update), self.layout)
+            micro_batches = list(update.micro_batches(self.micro_batch_rows))
+            for index, micro in enumerate(micro_batches):
+                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
+                with gradient_sync(self.model, now=index == len(micro_batches) - 1):
+                    with self.autocast():
+                        loss, parts = objective(self.model, micro)
+                    # the processes' gradients are averaged, so each counts its share `world` times
+                    (loss * (self.layout.world / weight)).backward()
+                metrics.add(parts)
+            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            tokens += update.num_tokens()
+        return metrics.sums, tokens * self.layout.world
+
+    def _clip(self) -> Tensor:
+        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
+        """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
+        names = sorted(metrics)
+        pairs = torch.tensor([[float(part) for part in metrics[name]] for name in names], dtype=torch.float64)
+        sums = total(pairs.to(self.layout.device), self.layout).tolist()
+        values = {_in_group(name): value / weight for name, (value, weight) in zip(names, sums, strict=True) if weight}
+        wrong = [name for name in ("train/loss", "train/grad_norm") if not math.isfinite(values.get(name, 0.0))]
+        if wrong:
+            raise UserError(
+                f"step {step}: {' and '.join(wrong)} became {values[wrong[0]]}; stopped before it could be saved. "
+                "Lower optimizer.lr or train.max_grad_norm, or lengthen schedule.warmup_steps."
+            )
+        return values | self.batches.counts(step)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
+        self.model.eval()
+        values: dict[str, float] = {}
+        with torch.no_grad(), self.autocast():
+            for evaluator in self.evaluators:
+                values |= evaluator()
+        self.model.train()
+        return values
+
+    def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
+        row = values | measured
+        if row:
+            self.tracker.log(step, row | (self.speed.values() if values else {}))
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def _minutes_passed(self, since: float) -> bool:
+        minutes = self.checkpoint.every_minutes
+        return minutes is not None and agree(time.monotonic() - since >= 60 * minutes, self.layout)
+
+    def _resume(self) -> int:
+        """Fill the state from the newest good checkpoint; the step to go on with."""
+        found = checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.tracker.say)
+        self.model.train()
+        if found is None:
+            self.tracker.start(0)
+            return 0
+        checkpoints.load(found, self._state(), self.layout)
+        self.tracker.start(found.step)
+        self.tracker.say(f"resuming {self.folder} at step {found.step} of {self.steps}")
+        return found.step
+
+    def _save(self, step: int, measured: dict[str, float]) -> None:
+        root = self.folder / "checkpoints"
+        checkpoints.save(
+            root, step, self._state(), self.layout, metrics=measured, write_extra=self.write_extra
+        )
+        if self.layout.is_main:
+            keep = self.checkpoint
+            checkpoints.prune(
+                root, keep_last=keep.keep_last, keep_best=keep.keep_best, best_metric=keep.best_metric, best_mode=keep.best_mode
+            )
+
+    def _state(self) -> dict[str, Tensor]:
+        return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
+
+
+def _in_group(name: str) -> str:
+    """Metrics without a group of their own are the training's."""
+    return name if "/" in name else f"train/{name}"
+
+
+class Totals:
+    """Running sums of (sum, weight) pairs; nothing is read back from the device."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.sums: Metrics = {}
+        self.add(metrics)
+
+    def add(self, metrics: Metrics) -> None:
+        """Add another micro-batch's pairs."""
+        for name, (value, weight) in metrics.items():
+            before = self.sums.get(name)
+            value, weight = value.detach(), weight.detach()
+            self.sums[name] = (value, weight) if before is None else (before[0] + value, before[1] + weight)

@@ -1,0 +1,247 @@
+"""What every stage does around its own parts: start processes, open the run, put the trainer together, finish.
+
+A stage reads top to bottom as: build, build, build, fit. This module is the frame around it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.compose import to_dict
+from llmtrain.config.errors import UserError
+from llmtrain.config.schema import RowsConfig, StageConfig, TrainConfig
+from llmtrain.data.tokenizers import Tokenizer
+from llmtrain.engine import checkpoints, distributed
+from llmtrain.engine.distributed import Layout
+from llmtrain.engine.report import write_report
+from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
+from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
+from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.optim.optimizers import build_optimizer
+from llmtrain.optim.schedules import learning_rate
+from llmtrain.stages import handover
+
+Config = TypeVar("Config", bound=StageConfig)
+Made = TypeVar("Made")
+Samples = list[dict[str, str]]
+
+
+def start(stage: Callable[[Config], None], config: Config) -> None:
+    """Run a stage: in this process, or in `engine.processes` new ones; a run that has finished is left alone."""
+    config = handover.resolve_parents(config)
+    lineage = handover.open_run(config)
+    if lineage["finished"]:
+        folder = handover.run_folder(config)
+        print(f"{folder} has finished already; nothing to do. Choose another run= name to train anew.", file=sys.stderr)
+    elif config.engine.processes > 1 and not distributed.launched_by_others():
+        distributed.launch(_in_new_process, (stage, config), config.engine.processes)
+    else:
+        stage(config)
+
+
+def _in_new_process(stage: Callable[[Config], None], config: Config) -> None:
+    try:
+        stage(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    finally:
+        distributed.leave()
+
+
+@dataclasses.dataclass
+class Run(Generic[Config]):
+    """An open run: where it writes, where it runs, how it computes."""
+
+    config: Config
+    folder: Path
+    layout: Layout
+    started: float
+
+    @classmethod
+    def open(cls, config: Config) -> "Run[Config]":
+        """Join the other processes and seed what has no key of its own."""
+        torch.manual_seed(config.seed)
+        layout = distributed.join(config.engine.device, config.engine.threads)
+        return cls(config, handover.run_folder(config), layout, time.monotonic())
+
+    @property
+    def cache(self) -> Path:
+        """Where prepared data lies, shared by all runs."""
+        return Path(self.config.runs_dir) / "cache"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """bfloat16 where it was asked for and the hardware computes in it; elsewhere float32 is faster and as good."""
+        wanted = self.config.engine.precision == "bfloat16"
+        return torch.bfloat16 if wanted and has_bfloat16(self.layout.device) else None
+
+    def autocast(self) -> torch.autocast:
+        """The precision of matrix products in this run."""
+        dtype = self.autocast_dtype
+        return torch.autocast(self.layout.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def say(self, text: str) -> None:
+        """Print a line to standard error, once."""
+        if self.layout.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def fit(
+        self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource, objective: Objective,
+        tokenizer: Tokenizer, steps: int, evaluators: Sequence[Evaluator] = (), parts: Mapping[str, nn.Module] | None = None,
+        fixed_shapes: bool = False,
+    ) -> None:  # fmt: skip
+        """Train. `model` is what `spread` made of `trained`; `fixed_shapes` says that every batch has the same shape."""
+        config, device = self.config, self.layout.device
+        if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
+            self.say("engine.precision=bfloat16: this processor has no bfloat16 units; computing in float32, which is faster here")
+        length = config.train.sequence_length
+        rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
+        flops = trained.flops_per_token(length)
+        wanted = config.engine.compile
+        compile_it = wanted if isinstance(wanted, bool) else fixed_shapes and compile_pays(flops * steps * rows * length, device)
+        tracker = Tracker(
+            self.folder, config.tracker, steps=steps, is_main=self.layout.is_main, run=config.run, run_config=to_dict(config)
+        )
+        peak = matmul_peak(device, self.autocast_dtype or torch.float32) * self.layout.world
+        trainer = Trainer(
+            folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
+            optimizer=build_optimizer(model, config.optimizer),
+            learning_rate=lambda step: learning_rate(step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule),
+            steps=steps, seed=config.seed, tracker=tracker, checkpoint=config.checkpoint, eval=config.eval,
+            tracking=config.tracker, write_extra=lambda folder: describe(folder, saved_part(trained), tokenizer),
+            evaluators=evaluators, parts=parts or {}, autocast=self.autocast, micro_batch_rows=config.train.micro_batch_rows,
+            max_grad_norm=config.train.max_grad_norm, compile=compile_it, speed=Speed(device, flops, peak),
+        )  # fmt: skip
+        try:
+            trainer.fit()
+        finally:
+            tracker.close()
+
+    def main_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns; the main process goes first, so that the others find what it has put into the cache."""
+        if self.layout.is_main:
+            made = make()
+            distributed.barrier(self.layout)
+        else:
+            distributed.barrier(self.layout)
+            made = make()
+        return made
+
+    def finish(self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+        """Write `model/`, mark the run finished in `lineage.json`, write the report; all processes call this together."""
+        state = distributed.full_state(trained)
+        if self.layout.is_main:
+            aside, final = self.folder / ".model.partial", self.folder / "model"
+            shutil.rmtree(aside, ignore_errors=True)
+            save_model(aside, trained, state=state, extra_config=token_ids(tokenizer))
+            tokenizer.save(aside, trained.config.max_sequence_length)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            seconds = round(time.monotonic() - self.started, 1)
+            lineage = handover.read_lineage(self.folder)
+            handover.write_lineage(self.folder, lineage | {"data": data, "finished": time.time(), "seconds": seconds})
+            print(f"finished: model in {final}, report {write_report(self.folder)}", file=sys.stderr)
+        distributed.barrier(self.layout)
+
+    def write_samples(self, moment: str, make: Callable[[], Samples]) -> None:
+        """Keep what the model answers `before` or `after` the run, for the report; a resumed run keeps its first."""
+        path = self.folder / "samples.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if distributed.agree(moment == "after" or moment not in kept, self.layout):
+            samples = make()
+            if self.layout.is_main:
+                path.write_text(json.dumps(kept | {moment: samples}, indent=1, ensure_ascii=False))
+
+
+def describe(folder: Path, model: LanguageModel | ScalarModel, tokenizer: Tokenizer) -> None:
+    """Write what a folder of weights needs to be read alone: the architecture and the tokenizer."""
+    save_config(folder, model, extra_config=token_ids(tokenizer))
+    tokenizer.save(folder, model.config.max_sequence_length)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The special ids, as Transformers configs name them; several that end an answer are a list."""
+    ends = sorted(tokenizer.stop_ids)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def saved_part(model: LanguageModel | ScalarModel | ActorCritic) -> LanguageModel | ScalarModel:
+    """What a run's `model/` holds: the model itself, or an actor-critic's policy."""
+    return model.policy if isinstance(model, ActorCritic) else model
+
+
+def parent(config: StageConfig) -> str:
+    """The folder that a stage starts from; `start` has filled it in where the config named none."""
+    assert config.model.init_from is not None
+    return config.model.init_from
+
+
+def fitting_length(config: StageConfig, model: LanguageModel) -> int:
+    """The longest row in tokens: what was asked for, as far as the model was built for it."""
+    return min(config.train.sequence_length, model.config.max_sequence_length)
+
+
+def row_digests(data: RowsConfig, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """What the lineage says of each source: its path, how many rows were used, and a digest of their ids in order."""
+    return {
+        name: {"path": data.sources[name].path, "rows": len(each), "content": _digest(each)} for name, each in rows.items()
+    }  # fmt: skip
+
+
+def _digest(rows: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for side in (row.chosen, row.rejected) if hasattr(row, "chosen") else (row,):
+            digest.update(np.asarray(side.tokens, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def load_policy(folder: str) -> LanguageModel:
+    """The language model in a run, a checkpoint or a Transformers folder, float32 on the CPU."""
+    return load_language_model(handover.model_folder(folder), state=_checkpoint_state(folder))
+
+
+def load_reward_model(folder: str) -> ScalarModel:
+    """The reward model in a run, a checkpoint or a Transformers folder."""
+    return load_scalar_model(handover.model_folder(folder), state=_checkpoint_state(folder))
+
+
+def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
+    """The weights in a checkpoint, those of the policy where it holds an actor-critic; None for other folders."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return None
+    fault = checkpoints.inspect(Path(folder))
+    if fault:
+        raise UserError(f"checkpoint {folder}: {fault}. Name another one.")
+    state = checkpoints.read_model(Path(folder))
+    policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
+    return policy or state
+
+
+def num_steps(train: TrainConfig, *, rows: int, parameters: int = 0, tokens_per_row: int = 0) -> int:
+    """The length of the run in steps. `rows` are those of one epoch, `tokens_per_row` the tokens of one (pretraining)."""
+    if train.steps is not None:
+        return train.steps
+    batch_rows = train.batch_rows or (train.batch_tokens or 0) // train.sequence_length
+    if train.epochs is not None:
+        return max(1, round(train.epochs * rows / batch_rows))
+    tokens = train.tokens or round((train.tokens_per_parameter or 0) * parameters)
+    return max(1, round(tokens / (batch_rows * tokens_per_row)))

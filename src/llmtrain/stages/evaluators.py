@@ -1,0 +1,138 @@
+"""What is measured before, during and after a stage; each evaluator returns `eval/...` numbers.
+
+Every process measures the same rows, so that the numbers do not depend on how many there are.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.schema import AlignConfig, SftConfig
+from llmtrain.data.arithmetic import final_answer
+from llmtrain.data.encoding import PromptRow, encoded_prompt
+from llmtrain.data.rows import read_problems
+from llmtrain.data.tokenizers import Tokenizer
+from llmtrain.engine.trainer import Objective
+from llmtrain.generation.sampler import generate
+from llmtrain.models.heads import LanguageModel
+from llmtrain.objectives.batch import Batch
+
+Values = dict[str, float]
+
+
+def evaluate_objective(
+    model: nn.Module, objective: Objective, batches: Sequence[Batch], device: torch.device, metrics: Sequence[str],
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[], Values]:  # fmt: skip
+    """An evaluator of some of the objective's metrics on held-out rows, as `eval/<metric>` or what `names` calls it."""
+
+    def measure() -> Values:
+        sums = {name: [0.0, 0.0] for name in metrics}
+        for batch in batches:
+            found = objective(model, batch.to(device))[1]
+            for name, total in sums.items():
+                total[0] += float(found[name][0])
+                total[1] += float(found[name][1])
+        return {f"eval/{names.get(name, name)}": value / weight for name, (value, weight) in sums.items() if weight}
+
+    return measure
+
+
+def held_out_batches(
+    rows: Mapping[str, Sequence[Any]], collate: Callable[..., Batch], pad_id: int, batch_rows: int = 64
+) -> list[Batch]:
+    """Held-out rows of all sources in batches, each padded to its longest row."""
+    batches = []
+    for number, each in enumerate(rows.values()):
+        for start in range(0, len(each), batch_rows):
+            portion = each[start : start + batch_rows]
+            sides = [side for row in portion for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))]
+            width = max(len(side.tokens) for side in sides)
+            batches.append(collate(portion, [number] * len(portion), pad_id, width))
+    return batches
+
+
+class Domain(NamedTuple):
+    """Held-out text of one source."""
+
+    batches: Sequence[Batch]
+    num_bytes: int
+    """Bytes that the predicted tokens stand for."""
+    unigram_bits_per_byte: float
+    """What a unigram model of the source's training tokens needs."""
+
+
+def evaluate_bits_per_byte(
+    model: nn.Module, objective: Objective, domains: Mapping[str, Domain], device: torch.device
+) -> Callable[[], Values]:
+    """Compression of held-out text per domain, in bits per byte, so that tokenizers can be compared."""
+
+    def measure() -> Values:
+        values: Values = {}
+        for name, domain in domains.items():
+            nats = sum(float(objective(model, batch.to(device))[0]) for batch in domain.batches)
+            values[f"eval/{name}/bits_per_byte"] = nats / math.log(2) / domain.num_bytes
+            values[f"eval/{name}/unigram_bits_per_byte"] = domain.unigram_bits_per_byte
+        return values
+
+    return measure
+
+
+def unigram_bits(counts: Tensor, tokens: Tensor) -> float:
+    """Bits that a unigram model with add-one smoothing needs for `tokens` [N]; `counts` [V] are those of its training text."""
+    logprobs = torch.log2((counts.double() + 1) / (counts.double().sum() + len(counts)))
+    return -float(logprobs[tokens.flatten()].sum())
+
+
+def build_problems(config: SftConfig | AlignConfig, tokenizer: Tokenizer, model: Callable[[], LanguageModel], cache: Path) -> "Problems":
+    """The held-out problems of `eval.problems`; none where it is not set."""
+    rows: list[PromptRow] = []
+    if config.eval.problems:
+        room = config.train.sequence_length
+        found = read_problems(config.eval.problems, config.eval.max_problems, cache)
+        encoded = [encoded_prompt(tokenizer, problem, room, "cut") for problem in found]
+        rows = [row for row in encoded if row is not None]
+    return Problems(model, tokenizer, rows, config.eval.max_new_tokens)
+
+
+class Problems:
+    """Held-out problems with one right answer, answered greedily."""
+
+    def __init__(
+        self, model: Callable[[], LanguageModel], tokenizer: Tokenizer, problems: Sequence[PromptRow], max_new_tokens: int
+    ) -> None:
+        self.model, self.tokenizer, self.problems, self.max_new_tokens = model, tokenizer, problems, max_new_tokens
+        self.given: list[str] = []
+
+    @property
+    def evaluators(self) -> list[Callable[[], Values]]:
+        """Itself, where there are problems."""
+        return [self] if self.problems else []
+
+    def __call__(self) -> Values:
+        """The share of problems whose answer is right (`eval/exact_match`)."""
+        tokens = generate(
+            self.model(), [problem.tokens for problem in self.problems], max_new_tokens=self.max_new_tokens,
+            stop_tokens=set(self.tokenizer.stop_ids), temperature=0.0,
+        )  # fmt: skip
+        self.given = [self.tokenizer.decode(answer) for answer in tokens]
+        right = [is_right(given, problem.answer or "") for given, problem in zip(self.given, self.problems, strict=True)]
+        return {"eval/exact_match": sum(right) / len(right)}
+
+    def samples(self, count: int = 8) -> list[dict[str, str]]:
+        """The first problems with the answers given last."""
+        if not self.given and self.problems:
+            self()
+        rows = list(zip(self.problems, self.given, strict=True))[:count]
+        return [{"prompt": each.text, "answer": given, "expected": each.answer or ""} for each, given in rows]
+
+
+def is_right(given: str, answer: str) -> bool:
+    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text."""
+    expected = final_answer(f"Answer: {answer}")
+    return final_answer(given) == expected if expected is not None else given.strip() == answer.strip()

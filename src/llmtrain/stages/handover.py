@@ -1,0 +1,185 @@
+"""What one stage hands to the next: finished runs, their models, and who their parents were.
+
+`lineage.json` in a run folder says how its model came to be: the stage, the parents with the digests of their
+weights, the data with its digests, the code and library versions, and whether the run has finished.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmtrain import __version__
+from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
+from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.schema import AlignConfig, PretrainConfig, StageConfig
+
+Config = TypeVar("Config", bound=StageConfig)
+
+# The stages whose newest finished run a stage starts from when it is told no folder; the first that has one is taken.
+STAGE_BEFORE = {"sft": ("pretrain",), "reward": ("sft", "pretrain"), "align": ("sft", "pretrain")}
+
+# A run may go on with other values here: they change how it runs or what is kept, not what it computes.
+MAY_DIFFER = (
+    "run", "runs_dir", "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
+    "tracker.", "checkpoint.", "eval.",
+)  # fmt: skip
+
+
+def stage_name(config: StageConfig) -> str:
+    """The command of a config: pretrain, sft, reward or align."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def run_folder(config: StageConfig) -> Path:
+    """The folder of a run."""
+    return Path(config.runs_dir) / config.run
+
+
+def model_folder(path: str | Path) -> Path:
+    """The Transformers folder meant by `path`: a run (its finished model), a checkpoint, or such a folder itself.
+
+    A name that is no folder here is returned as it is: it may be a hub id.
+    """
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{folder} is a run that has not finished: it has no model/ yet. Run its command again, or name one of its checkpoints.")
+    return folder
+
+
+def newest_finished(runs_dir: str | Path, stages: tuple[str, ...]) -> Path | None:
+    """The run of one of `stages` that finished last."""
+    found = []
+    for path in Path(runs_dir).glob("**/lineage.json"):
+        lineage = json.loads(path.read_text())
+        if lineage.get("finished") and lineage.get("stage") in stages:
+            found.append((lineage["finished"], str(path.parent)))
+    return Path(max(found)[1]) if found else None
+
+
+def stage_of(folder: str | Path) -> str | None:
+    """The stage whose run holds `folder`: the run itself, its model/ or one of its checkpoints; None for another folder."""
+    path = Path(folder)
+    for place in (path, path.parent, path.parent.parent):
+        if stage := read_lineage(place).get("stage"):
+            return str(stage)
+    return None
+
+
+def resolve_parents(config: Config) -> Config:
+    """The config with `model.init_from` (and `reward_model` for PPO) filled in.
+
+    A run that exists keeps the parents it started with; else the newest finished run of the stage before is taken.
+    Raises ConfigError when there is none.
+    """
+    before = _saved_config(config)
+    if not isinstance(config, PretrainConfig) and config.model.init_from is None:
+        folder = (before.get("model") or {}).get("init_from") or _newest(config, STAGE_BEFORE[stage_name(config)], "model.init_from")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=str(folder)))
+    if isinstance(config, AlignConfig) and config.method.name == "ppo" and config.reward_model is None:
+        folder = before.get("reward_model") or _newest(config, ("reward",), "reward_model")
+        config = dataclasses.replace(config, reward_model=str(folder))
+    return config
+
+
+def parents(config: StageConfig) -> dict[str, dict[str, str]]:
+    """The models that a run starts from: role → folder and digest of the weights."""
+    named = {"model": config.model.init_from, "reward_model": getattr(config, "reward_model", None)}
+    return {role: {"folder": folder, "sha256": weights_digest(folder)} for role, folder in named.items() if folder}
+
+
+def weights_digest(folder: str | Path) -> str:
+    """One digest over the weight files of a model folder."""
+    digest = hashlib.sha256()
+    inside = model_folder(folder)
+    for path in sorted([*inside.glob("*.safetensors"), *inside.glob("state/*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_run(config: StageConfig) -> dict[str, Any]:
+    """Make the run's folder, or open it again; returns its lineage.
+
+    Raises ConfigError when the folder belongs to a run whose config differs where it matters, or whose parents'
+    weights have changed since.
+    """
+    folder = run_folder(config)
+    before = _saved_config(config)
+    if before:
+        changed = [line for line in differences(before, to_dict(config)) if not line.startswith(MAY_DIFFER)]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with another config:\n  " + "\n  ".join(changed)
+                + "\nChoose another run= name, or go back to that config to resume it."
+            )  # fmt: skip
+    lineage = read_lineage(folder)
+    now = parents(config)
+    for role, parent in (lineage.get("parents") or {}).items():
+        if role in now and parent["sha256"] != now[role]["sha256"]:
+            raise ConfigError(f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. Choose another run= name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "config.yaml", to_yaml(config))
+    if not lineage:
+        lineage = {"stage": stage_name(config), "run": config.run, "seed": config.seed, "parents": now, "code": code(), "finished": None}
+        write_lineage(folder, lineage)
+    return lineage
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """What `lineage.json` says; empty when there is none."""
+    path = folder / "lineage.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
+    """Replace `lineage.json`."""
+    _write(folder / "lineage.json", json.dumps(lineage, indent=1))
+
+
+def code() -> dict[str, Any]:
+    """Which code ran: our version and commit, Python, the libraries that decide the numbers, the processor."""
+    libraries = ("torch", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    inside = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+    return {
+        "llmtrain": __version__,
+        "commit": commit.stdout.strip() if commit.returncode == inside.returncode == 0 else None,
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "libraries": {name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def _newest(config: StageConfig, stages: tuple[str, ...], key: str) -> Path:
+    found = newest_finished(config.runs_dir, stages)
+    if found is None:
+        raise ConfigError(
+            f"{key}: no finished {' or '.join(stages)} run in {config.runs_dir}. "
+            f"Run `llmtrain {stages[0]}` first, or name a folder: {key}=FOLDER."
+        )
+    print(f"{key}: taking the newest finished {' or '.join(stages)} run, {found}", file=sys.stderr)
+    return found
+
+
+def _saved_config(config: StageConfig) -> dict[str, Any]:
+    path = run_folder(config) / "config.yaml"
+    return read_yaml(str(path)) if path.is_file() else {}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Set runs_dir= to a folder with room.") from error

@@ -1,0 +1,59 @@
+"""`llmtrain sft`: supervised fine-tuning on conversations; the loss is on the assistant's tokens only."""
+
+from pathlib import Path
+
+from llmtrain.config.schema import SftConfig
+from llmtrain.data.batches import ConversationBatches, collate_conversations
+from llmtrain.data.encoding import load_conversations, source_weights
+from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
+from llmtrain.engine.distributed import bare, spread
+from llmtrain.generation.rollouts import Replica
+from llmtrain.objectives.next_token import NextToken
+from llmtrain.stages import assembly, handover
+from llmtrain.stages.assembly import Run, num_steps
+from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
+
+
+def run(config: SftConfig) -> None:
+    """Train, or go on training."""
+    assembly.start(stage, config)
+
+
+def stage(config: SftConfig) -> None:
+    """Build, build, build, fit."""
+    run = Run.open(config)
+    tokenizer = build_tokenizer(config)
+    trained = assembly.load_policy(assembly.parent(config))
+    length = assembly.fitting_length(config, trained)
+    rows, held_out = (
+        run.main_first(lambda split=split, limit=limit: load_conversations(
+            config.data, tokenizer, split=split, max_length=length, cache_dir=run.cache, limit=limit
+        ))
+        for split, limit in (("train", None), ("validation", config.eval.max_rows))
+    )  # fmt: skip
+    model = spread(trained, run.layout, config.engine.sharding)
+
+    batches = ConversationBatches(
+        rows, source_weights(config.data, rows), batch_rows=config.train.batch_rows or 1, max_length=length,
+        pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
+    )  # fmt: skip
+    steps = num_steps(config.train, rows=sum(map(len, rows.values())))
+    run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
+
+    measure = evaluate_objective(
+        bare(model), NextToken(), held_out_batches(held_out, collate_conversations, tokenizer.pad_id), run.layout.device, ["loss"]
+    )
+    problems = build_problems(config, tokenizer, Replica(trained), run.cache)
+    run.write_samples("before", problems.samples)
+    run.fit(
+        model=model, trained=trained, batches=batches, objective=NextToken(source_names=batches.order.mixture.names),
+        tokenizer=tokenizer, steps=steps, evaluators=[measure, *problems.evaluators],
+    )  # fmt: skip
+    run.write_samples("after", problems.samples)
+    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows))
+
+
+def build_tokenizer(config: SftConfig) -> Tokenizer:
+    """The tokenizer of the model, or of `tokenizer.path`, with its chat template or `tokenizer.chat_template`."""
+    template = Path(config.tokenizer.chat_template).read_text() if config.tokenizer.chat_template else None
+    return load_tokenizer(config.tokenizer.path or handover.model_folder(assembly.parent(config)), template)

@@ -1,0 +1,123 @@
+"""Checkpoints: complete or absent, verified, pruned; nothing pickled."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llmtrain.config.errors import UserError
+from llmtrain.engine import checkpoints
+from llmtrain.engine.distributed import Layout
+
+ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
+
+
+def make(seed: int = 0, steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, nn.Module]]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    part = nn.Module()
+    part.register_buffer("coefficient", torch.tensor(0.5 + seed))
+    return model, optimizer, {"kl": part}
+
+
+def write(root: Path, step: int, seed: int = 0, **metrics: float) -> checkpoints.Checkpoint:
+    state = checkpoints.training_state(*make(seed))
+    return checkpoints.save(root, step, state, ALONE, metrics=metrics, write_extra=lambda folder: None)
+
+
+def test_state_comes_back_bit_by_bit_into_a_fresh_run(tmp_path: Path) -> None:
+    saved = checkpoints.training_state(*make(seed=1))
+    checkpoint = checkpoints.save(tmp_path, 2, saved, ALONE, metrics={}, write_extra=lambda folder: None)
+    model, optimizer, parts = make(seed=2, steps=0)
+    fresh = checkpoints.training_state(model, optimizer, parts)
+    assert fresh.keys() == saved.keys()
+    assert any(name.startswith("optimizer.") and name.endswith("exp_avg_sq") for name in saved)
+    checkpoints.load(checkpoint, fresh, ALONE)
+    assert all(torch.equal(fresh[name], saved[name]) for name in saved)
+    # the tensors filled are the live ones
+    assert parts["kl"].coefficient == 1.5
+    assert next(iter(optimizer.state.values()))["step"] == 2
+    assert torch.equal(model[0].weight, saved["model.0.weight"])
+
+
+def test_every_file_is_safetensors_or_json(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1).folder
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: next(folder.glob("state/*")).write_bytes(b"torn"), "does not match its digest"),
+        (lambda folder: next(folder.glob("state/*")).unlink(), "is missing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"step": 2'), "manifest cannot be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest cannot be read"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path, harm: object, words: str) -> None:
+    write(tmp_path, 1)
+    harm(write(tmp_path, 2).folder)  # type: ignore[operator]
+    said: list[str] = []
+    found = checkpoints.newest_good(tmp_path, ALONE, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert "step-00000002" in said[0]
+    assert words in said[0]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1).folder
+    path = next(folder.glob("state/*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert "digest" in str(checkpoints.inspect(folder))
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_evict_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    model, optimizer, parts = make()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        checkpoints.save(
+            tmp_path, 2, checkpoints.training_state(model, optimizer, parts), ALONE, metrics={}, write_extra=lambda folder: None
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_litter(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device.*Earlier checkpoints are untouched"):
+        checkpoints.save(tmp_path, 2, checkpoints.training_state(*make()), ALONE, metrics={}, write_extra=full)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
+        write(tmp_path, step, **{"eval/loss": loss})
+    (tmp_path / ".step-00000009.partial").mkdir()
+    checkpoints.prune(tmp_path, keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_the_manifest_lists_every_other_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7, **{"eval/loss": 1.5}).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert set(manifest["sha256"]) == files
+    assert checkpoints.read(folder) == checkpoints.Checkpoint(folder, 7, {"eval/loss": 1.5})
