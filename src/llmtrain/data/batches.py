@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Integers, Mixture, shuffled
 from llmtrain.data.shards import TokenSource
@@ -30,24 +31,21 @@ class RowOrder:
         if empty:
             raise DataError(f"data.sources.{empty[0]}: nothing to train on: too little text or no rows")
         self.mixture = Mixture(weights)
-        self.sizes = [sizes[name] for name in self.mixture.names]
-        self.batch_rows, self.seed = batch_rows, seed
+        self.sizes = np.array([sizes[name] for name in self.mixture.names])
+        self.keys = np.array([derive_seed(seed, "order", name) for name in self.mixture.names])
+        self.batch_rows = batch_rows
 
     def __call__(self, step: int) -> tuple[Integers, Integers]:
         """Source number and row number of each row of the step's global batch, [batch_rows] each."""
-        samples = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
-        source, sample = self.mixture(samples)
-        row = np.empty_like(sample)
-        for number in np.unique(source):
-            of_source = source == number
-            name = self.mixture.names[number]
-            row[of_source] = shuffled(sample[of_source], self.sizes[number], self.seed, name)
-        return source, row
+        source, sample = self.mixture(np.arange(step * self.batch_rows, (step + 1) * self.batch_rows))
+        return source, shuffled(sample, self.sizes[source], self.keys[source])
 
     def counts(self, steps: int, unit: str, per_row: int = 1) -> dict[str, float]:
         """What `steps` steps have used of each source: `data/<name>/<unit>` and `data/<name>/epochs`."""
         counts: dict[str, float] = {}
-        for (name, rows), size in zip(self.mixture.counts(steps * self.batch_rows).items(), self.sizes, strict=True):
+        for (name, rows), size in zip(
+            self.mixture.counts(steps * self.batch_rows).items(), self.sizes.tolist(), strict=True
+        ):
             counts[f"data/{name}/{unit}"] = rows * per_row
             counts[f"data/{name}/epochs"] = rows / size
         return counts

@@ -15,12 +15,11 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmtrain.config.seeds import derive_seed
-
 Integers = NDArray[np.int64]
 
 MAX_PERIOD = 100_000
 ROUNDS = 6
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 steps by this
 
 
 class Mixture:
@@ -59,44 +58,39 @@ class Mixture:
         return {name: quota / self.period for name, quota in zip(self.names, self.quotas, strict=True)}
 
 
-class Permutation:
-    """A pseudo-random order of `range(n)`, without a list of it: the same key gives the same order.
+def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> Integers:
+    """What stands at place `index` of a pseudo-random order of `range(n)`, without a list of it; all of one shape.
 
     A Feistel network on pairs of digits in base ceil(sqrt(n)); the few numbers that it takes out of the range are
     put through it again until they are back (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
-
-    def __init__(self, n: int, *key: int | str) -> None:
-        self.n = n
-        self._base = np.uint64(math.isqrt(n - 1) + 1)
-        self._keys = [np.uint64(derive_seed("permutation", *key, number)) for number in range(ROUNDS)]
-
-    def __call__(self, index: ArrayLike) -> Integers:
-        """What stands at these places of the order."""
-        values = self._feistel(np.atleast_1d(np.asarray(index, dtype=np.uint64)))
-        while (outside := values >= self.n).any():
-            values[outside] = self._feistel(values[outside])
-        return values.astype(np.int64).reshape(np.shape(index))
-
-    def _feistel(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = np.divmod(values, self._base)
-        for key in self._keys:
-            left, right = right, (left + _mix(right ^ key) % self._base) % self._base
-        return left * self._base + right
+    values, sizes, keys = (
+        np.array(each, dtype=np.uint64) for each in np.broadcast_arrays(*np.atleast_1d(index, n, key))
+    )
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], sizes[outside], keys[outside])
+        outside = values >= sizes
+    return values.astype(np.int64)
 
 
-def shuffled(index: ArrayLike, n: int, seed: int, name: str) -> Integers:
-    """The rows behind samples `index` of a source of `n` rows that is gone through again and again, each time anew."""
-    epoch, place = np.divmod(np.atleast_1d(np.asarray(index, dtype=np.int64)), n)
-    rows = np.empty_like(place)
-    for each in np.unique(epoch):
-        rows[epoch == each] = _epoch_order(n, seed, name, int(each))(place[epoch == each])
-    return rows
+def shuffled(sample: Integers, size: Integers, key: Integers) -> Integers:
+    """The rows behind samples of sources that are gone through again and again, in a new order each time.
+
+    Sample number, number of rows and key of the source for each element.
+    """
+    epoch, place = np.divmod(sample, size)
+    return permute(place, size, key.astype(np.uint64) ^ _mix(epoch.astype(np.uint64) + np.uint64(1)))
 
 
-@functools.lru_cache(maxsize=256)
-def _epoch_order(n: int, seed: int, name: str, epoch: int) -> Permutation:
-    return Permutation(n, seed, name, epoch)
+def _feistel(values: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    base = np.sqrt(sizes.astype(np.float64)).astype(np.uint64)
+    base += base * base < sizes
+    left, right = np.divmod(values, base)
+    for _ in range(ROUNDS):
+        keys = keys + GOLDEN
+        left, right = right, (left + _mix(_mix(keys) ^ right) % base) % base
+    return left * base + right
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
