@@ -1,0 +1,164 @@
+"""Cross-entropy and log-probabilities in portions, against the plain way of computing them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmtrain.objectives import logprobs
+from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs, token_logprobs_and_entropy
+
+ROWS, WIDTH, HIDDEN, VOCAB = 3, 10, 8, 23
+
+
+@pytest.fixture(params=[1, 7 * VOCAB, 2**23], ids=["portions of 1", "portions of 7", "one portion"])
+def _portions(request, monkeypatch):
+    monkeypatch.setitem(logprobs.PORTION_ELEMENTS, "cpu", request.param)
+
+
+def tensors(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, HIDDEN, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, VOCAB, (ROWS, WIDTH), generator=generator)
+    mask = torch.rand(ROWS, WIDTH, generator=generator) < 0.6
+    mask[1] = False  # with small portions, some have nothing to count
+    return hidden, weight, targets, mask
+
+
+def plain_cross_entropy(hidden, weight, targets, mask, z_loss=0.0):
+    logits = F.linear(hidden, weight).float()
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return ((nll + z_loss * logits.logsumexp(-1).square()) * mask).sum(), nll * mask
+
+
+@pytest.mark.usefixtures("_portions")
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_cross_entropy_and_its_gradients(z_loss):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    total, nll = cross_entropy_sum(hidden, weight, targets, mask, z_loss=z_loss)
+    wanted, wanted_nll = plain_cross_entropy(hidden, weight, targets, mask, z_loss)
+    torch.testing.assert_close(total, wanted)
+    torch.testing.assert_close(nll, wanted_nll)
+    assert not nll.requires_grad
+    found = torch.autograd.grad(total / 3, (hidden, weight))
+    for gradient, reference in zip(found, torch.autograd.grad(wanted / 3, (hidden, weight)), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_portions")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_entropy_and_gradients(temperature):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    found, entropy = token_logprobs_and_entropy(hidden, weight, targets, mask, temperature=temperature)
+    table = F.log_softmax(F.linear(hidden, weight) / temperature, dim=-1)
+    wanted = table.gather(-1, targets[..., None])[..., 0] * mask
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1) * mask)
+    weights = torch.arange(found.numel(), dtype=torch.float32).view(
+        found.shape
+    )  # each token's gradient counts differently
+    gradients = torch.autograd.grad((found * weights).sum(), (hidden, weight))
+    references = torch.autograd.grad((wanted * weights).sum(), (hidden, weight))
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-4)
+
+
+def test_logprobs_without_mask_are_those_of_all_positions():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    everything = token_logprobs(hidden, weight, targets)
+    assert (everything < 0).all()
+    torch.testing.assert_close(token_logprobs(hidden, weight, targets, mask), everything * mask)
+
+
+@pytest.mark.usefixtures("_portions")
+def test_nothing_to_predict():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    total, _ = cross_entropy_sum(hidden, weight, targets, torch.zeros_like(mask))
+    total.backward()
+    assert total == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+    hidden.grad = weight.grad = None
+    token_logprobs(hidden, weight, targets, torch.zeros_like(mask)).sum().backward()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_masked_positions_may_hold_anything():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    total, _ = cross_entropy_sum(hidden, weight, targets, mask)
+    spoilt = torch.where(mask[..., None], hidden, float("nan"))
+    again, _ = cross_entropy_sum(spoilt, weight, targets, mask)
+    assert torch.equal(total, again)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs_get_no_gradient(frozen):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    for loss in (
+        cross_entropy_sum(hidden, weight, targets, mask)[0],
+        token_logprobs(hidden, weight, targets, mask).sum(),
+    ):
+        hidden.grad = weight.grad = None
+        loss.backward()
+        assert (hidden.grad is None) == (frozen == "hidden")
+        assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_without_gradients_no_gradient_is_computed():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    wanted = cross_entropy_sum(hidden, weight, targets, mask)[0]
+    with torch.no_grad():
+        total, _ = cross_entropy_sum(hidden, weight, targets, mask)
+    assert not total.requires_grad
+    assert torch.equal(total, wanted.detach())
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_products_are_bfloat16_and_losses_float32(hidden_dtype):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    states = hidden.detach().to(hidden_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, nll = cross_entropy_sum(states, weight, targets, mask)
+        logprobs_found = token_logprobs(states, weight, targets, mask)
+        wanted, _ = plain_cross_entropy(states, weight, targets, mask)
+    assert total.dtype == nll.dtype == logprobs_found.dtype == torch.float32
+    assert torch.equal(total.detach(), -logprobs_found.sum().detach()) or torch.allclose(total, -logprobs_found.sum())
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-5)  # the same bfloat16 logits
+    exact, _ = plain_cross_entropy(states.float(), weight, targets, mask)
+    assert not torch.equal(total, exact)  # bfloat16 was really used
+    references = torch.autograd.grad(exact, (states, weight))
+    for loss in (total, -logprobs_found.sum()):
+        found = torch.autograd.grad(loss, (states, weight))
+        for gradient, reference in zip(found, references, strict=True):
+            assert gradient.dtype == reference.dtype
+            error = (gradient.float() - reference.float()).norm() / reference.float().norm()
+            assert error < 0.01
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(backend, autocast, monkeypatch):
+    monkeypatch.setitem(logprobs.PORTION_ELEMENTS, "cpu", 7 * VOCAB)
+    hidden, weight, targets, mask = tensors(torch.float32)
+    torch.compiler.reset()
+
+    def losses(hidden, weight):
+        total, nll = cross_entropy_sum(hidden, weight, targets, mask, z_loss=0.1)
+        found, entropy = token_logprobs_and_entropy(hidden, weight, targets, mask, temperature=0.7)
+        return total + found.sum(), nll, entropy
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = losses(hidden, weight)
+        found = torch.compile(losses, fullgraph=True, backend=backend)(hidden, weight)
+        with torch.no_grad():
+            evaluated = torch.compile(losses, fullgraph=True, backend=backend)(hidden, weight)
+    tolerance = {"rtol": 2e-2, "atol": 2e-1} if autocast else {"rtol": 1e-5, "atol": 1e-4}
+    for one, other, third in zip(found, wanted, evaluated, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+        torch.testing.assert_close(third, other, **tolerance)
+    for gradient, reference in zip(
+        torch.autograd.grad(found[0], (hidden, weight)), torch.autograd.grad(wanted[0], (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(gradient, reference, **tolerance)
