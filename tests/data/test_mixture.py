@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from llmtrain.data.mixture import MAX_PERIOD, Mixture, Permutation, shuffled
+from llmtrain.data.mixture import MAX_PERIOD, Mixture, permute, shuffled
 
 # The 22 shares of the Pile (Gao et al. 2020, table 1), in percent.
 PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 4.0, 3.65, 3.05, 2.34, 2.17, 1.53, 1.24, 0.93, 0.88, 0.75,
@@ -74,19 +74,19 @@ def test_far_samples_are_as_quick_as_the_first() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 100, 101, 1000, 65_537])
 def test_a_permutation_holds_each_number_once(n: int) -> None:
-    assert (np.sort(Permutation(n, 1, "x")(np.arange(n))) == np.arange(n)).all()
+    assert (np.sort(permute(np.arange(n), n, 7)) == np.arange(n)).all()
 
 
 def test_a_permutation_is_its_keys_own() -> None:
     numbers = np.arange(500)
-    assert (Permutation(500, 1, "a")(numbers) == Permutation(500, 1, "a")(numbers)).all()
-    assert (Permutation(500, 1, "a")(numbers) != Permutation(500, 2, "a")(numbers)).any()
-    assert Permutation(10**14, 1)(10**14 - 1) < 10**14
+    assert (permute(numbers, 500, 1) == permute(numbers, 500, 1)).all()
+    assert (permute(numbers, 500, 1) != permute(numbers, 500, 2)).any()
+    assert permute(10**14 - 1, 10**14, 3)[0] < 10**14
 
 
 def test_a_permutation_shuffles() -> None:
     n = 20_000
-    order = Permutation(n, 3)(np.arange(n))
+    order = permute(np.arange(n), n, 3)
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
     assert (np.diff(order) == 1).mean() < 0.001
     halves = order[: n // 2] < n // 2
@@ -94,15 +94,22 @@ def test_a_permutation_shuffles() -> None:
 
 
 def test_small_permutations_reach_all_orders_evenly() -> None:
-    orders = [tuple(Permutation(3, key)(np.arange(3))) for key in range(1200)]
+    orders = [tuple(permute(np.arange(3), 3, key)) for key in range(1200)]
     frequencies = [orders.count(each) for each in set(orders)]
     assert len(frequencies) == 6
     assert min(frequencies) > 130
 
 
 def test_every_epoch_holds_each_row_once_in_a_new_order() -> None:
-    rows = shuffled(np.arange(300), 100, seed=1, name="a").reshape(3, 100)
+    samples = np.arange(300)
+    rows = shuffled(samples, np.full(300, 100), np.full(300, 5)).reshape(3, 100)
     assert (np.sort(rows, axis=1) == np.arange(100)).all()
     assert (rows[0] != rows[1]).any()
     assert (rows[1] != rows[2]).any()
-    assert (shuffled([250], 100, seed=1, name="a") == rows[2, 50]).all()
+    assert rows[2, 50] == shuffled(samples[250:251], np.array([100]), np.array([5]))[0]
+
+
+def test_sources_are_shuffled_apart() -> None:
+    one, two = shuffled(np.array([3, 3]), np.array([1000, 1000]), np.array([5, 6]))
+    assert one != two
+    assert shuffled(np.array([3]), np.array([1000]), np.array([6]))[0] == two

@@ -22,23 +22,27 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
     """Ids of `messages`, and which of them the assistant says: its ends of turns too, so that it learns to stop."""
-    return _encode(tokenizer, messages, add_generation_prompt=False)
+    return _encode(tokenizer, messages)
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: Sequence[Message], chosen: str, rejected: str) -> tuple[Row, Row]:
     """The two ways in which `prompt` goes on; only the last turn is in the masks."""
-    start = len(encode_prompt(tokenizer, prompt))
-    chosen_row, rejected_row = (_answered(tokenizer, prompt, answer, start) for answer in (chosen, rejected))
+    chosen_row, rejected_row = (
+        _encode(tokenizer, [*prompt, {"role": "assistant", "content": answer}], last_answer_only=True)
+        for answer in (chosen, rejected)
+    )
     return chosen_row, rejected_row
 
 
-def _answered(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str, start: int) -> Row:
-    ids, mask = encode_conversation(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    return ids, [spoken and i >= start for i, spoken in enumerate(mask)]
-
-
-def _encode(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Row:
+def _encode(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    last_answer_only: bool = False,
+) -> Row:
     segments, spoken = tokenizer.template.render(messages, add_generation_prompt).segments()
+    if last_answer_only:  # the last segment is what follows the last answer
+        spoken = [number == len(spoken) - 2 for number in range(len(spoken))]
     ids: list[int] = []
     mask: list[bool] = []
     for piece, answer in zip(tokenizer.encode_rendered(segments), spoken, strict=True):
