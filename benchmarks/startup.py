@@ -47,7 +47,12 @@ def main() -> None:
             "over_pass": statistics.median(value / other for value, other in zip(values, bare, strict=True)),
             "over_import_torch": statistics.median(value / other for value, other in zip(values, torch, strict=True)),
         }
-        print(json.dumps({"command": name, "seconds": round(statistics.median(values), 3)} | {key: round(value, 2) for key, value in ratios.items()}))
+        print(
+            json.dumps(
+                {"command": name, "seconds": round(statistics.median(values), 3)}
+                | {key: round(value, 2) for key, value in ratios.items()}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -163,7 +163,15 @@ def ours(config: Any, rows: int, dtype: str) -> None:
     config = dataclasses.replace(config, engine=engine, optimizer=optimizer)
     model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
     run = Run(config=config, folder=Path(tempfile.mkdtemp()), layout=join("cpu"), lineage={})
-    run.fit(model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, steps=100_000, fixed_shapes=True)
+    run.fit(
+        model=model,
+        trained=model,
+        batches=Batches(),
+        objective=NextToken(),
+        tokenizer=None,
+        steps=100_000,
+        fixed_shapes=True,
+    )
 
 
 def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
@@ -186,7 +194,11 @@ def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
         result[f"{name}_tokens_per_second"] = round(4096 / statistics.median(values))
     for name in ("hf", "bare"):
         ratios = sorted(other / own for other, own in zip(medians[name], medians["ours"], strict=True))
-        result[f"ours_over_{name}"] = {"median": round(statistics.median(ratios), 3), "low": round(ratios[0], 3), "high": round(ratios[-1], 3)}
+        result[f"ours_over_{name}"] = {
+            "median": round(statistics.median(ratios), 3),
+            "low": round(ratios[0], 3),
+            "high": round(ratios[-1], 3),
+        }
     return result
 
 
@@ -224,7 +236,12 @@ def main() -> None:
     import transformers
 
     result = compare(arguments.model, arguments.dtype, arguments.rounds, arguments.steps)
-    result |= {"torch": torch.__version__, "transformers": transformers.__version__, "cpus": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
+    result |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpus": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
     print(json.dumps(result, indent=1))
     if arguments.output:
         with arguments.output.open("a") as file:

@@ -91,7 +91,12 @@ def test_weights_that_are_not_finite_are_not_saved_and_evict_nothing(tmp_path: P
         model[0].weight[0, 0] = math.nan
     with pytest.raises(UserError, match="not finite"):
         checkpoints.save(
-            tmp_path, 2, checkpoints.training_state(model, optimizer, parts), ALONE, metrics={}, write_extra=lambda folder: None
+            tmp_path,
+            2,
+            checkpoints.training_state(model, optimizer, parts),
+            ALONE,
+            metrics={},
+            write_extra=lambda folder: None,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 

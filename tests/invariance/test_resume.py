@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.tiny import TINY, make_parents
 
 STAGES = {
@@ -31,7 +30,9 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_parents(tmp_path_factory.mktemp("parents"))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", *(pytest.param(name, marks=SLOW) for name in STAGES if name != "pretrain")])
+@pytest.mark.parametrize(
+    "stage", ["pretrain", *(pytest.param(name, marks=SLOW) for name in STAGES if name != "pretrain")]
+)
 def test_killed_three_times_ends_with_the_same_bits(stage: str, parents: Path, tmp_path: Path) -> None:
     command = [*STAGES[stage], "checkpoint.every_steps=3", "train.steps=12", f"runs_dir={parents}"]
     calm, killed = f"calm-{stage}", f"killed-{stage}"

@@ -38,7 +38,9 @@ def _model(config: GenerateConfig) -> tuple[str, bool]:
     if root is None:
         found = handover.newest_finished(config.runs_dir, ("align", "sft", "pretrain"))
         if found is None:
-            raise ConfigError(f"model: no finished run in {config.runs_dir}. Train one first, or name a folder: model=FOLDER.")
+            raise ConfigError(
+                f"model: no finished run in {config.runs_dir}. Train one first, or name a folder: model=FOLDER."
+            )
         print(f"model: taking the newest finished run, {found}", file=sys.stderr)
         root = str(found)
     stage = handover.stage_of(root)

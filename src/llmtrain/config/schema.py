@@ -21,17 +21,17 @@ class ModelConfig:
 
     init_from: str | None = None
     """Start from this folder's weights and architecture: a run, a checkpoint or a Transformers folder."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(default=4, ge=1)
     """Number of blocks."""
-    hidden_size: int = Field(128, ge=1)
+    hidden_size: int = Field(default=128, ge=1)
     """Width of the residual stream."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
     """Query heads; must divide `hidden_size`."""
-    num_kv_heads: int | None = Field(None, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
     """Key-value heads (grouped-query attention); must divide `num_heads`. Null: as many as `num_heads`."""
-    ffn_hidden_size: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1)
     """Inner width of the feed-forward part. Null: 4 x hidden (GELU), 8/3 x hidden up to a multiple of 64 (SwiGLU)."""
-    max_sequence_length: int = Field(512, ge=2)
+    max_sequence_length: int = Field(default=512, ge=2)
     """Longest sequence in tokens that the model is built for."""
     positions: Literal["rope", "learned"] = "rope"
     """How positions enter: rotary embedding (Llama) or a learned table (GPT-2)."""
@@ -43,13 +43,13 @@ class ModelConfig:
     """Biases in linear layers and LayerNorm (GPT-2: true, Llama: false)."""
     tied_embeddings: bool = True
     """Use the token embedding as the output head."""
-    rope_theta: float = Field(10_000.0, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in the norms."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on embeddings, attention weights and both residual branches during training."""
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
 
 
@@ -59,9 +59,9 @@ class TokenizerConfig:
 
     path: str | None = None
     """A `tokenizer.json`, or a folder that holds one. Null: train one on the mixture."""
-    vocab_size: int = Field(2048, ge=300)
+    vocab_size: int = Field(default=2048, ge=300)
     """Size of a tokenizer that is trained here, special tokens included."""
-    train_bytes: int = Field(20_000_000, ge=1)
+    train_bytes: int = Field(default=20_000_000, ge=1)
     """Bytes of text, drawn from the sources by weight, that a tokenizer is trained on."""
     chat_template: str | None = None
     """A Jinja file to store as chat template. Null: the one stored with the tokenizer, else our own."""
@@ -83,7 +83,7 @@ class SourceConfig:
 
     path: str
     """A file, glob, folder or hub id (JSONL, JSON, Parquet, text; .gz read as is), or `embedded:prose|code|arithmetic`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources' weights."""
     text_column: str = "text"
     """Column that holds the text."""
@@ -93,7 +93,7 @@ class SourceConfig:
     """Split of a hub dataset or of a folder with splits."""
     validation_path: str | None = None
     """Held-out documents. Null: every `data.validation_every`-th document of `path` is held out."""
-    max_documents: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(default=None, ge=1)
     """Read at most this many documents."""
 
 
@@ -103,7 +103,7 @@ class CorpusConfig:
 
     sources: dict[str, SourceConfig]
     """Sources by name; the names appear in metrics as `data/<name>/tokens`."""
-    validation_every: int = Field(50, ge=2)
+    validation_every: int = Field(default=50, ge=2)
     """Hold out every n-th document of a source that names no `validation_path`."""
 
 
@@ -113,7 +113,7 @@ class RowSourceConfig:
 
     path: str
     """A file, glob, folder or hub id, or `embedded:arithmetic`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources' weights."""
     name: str | None = None
     """Configuration name of a hub dataset."""
@@ -121,7 +121,7 @@ class RowSourceConfig:
     """Split of a hub dataset or of a folder with splits."""
     validation_path: str | None = None
     """Held-out rows. Null: every `data.validation_every`-th row of `path` is held out."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Read at most this many rows."""
 
 
@@ -129,15 +129,15 @@ class RowSourceConfig:
 class SampledPairsConfig:
     """Rejected answers sampled from the starting model itself, checked against the right answer."""
 
-    share: float = Field(0.5, gt=0, le=1)
+    share: float = Field(default=0.5, gt=0, le=1)
     """Share of the training pairs whose rejected answer is one of the model's own wrong answers."""
-    prompts: int = Field(1024, ge=1)
+    prompts: int = Field(default=1024, ge=1)
     """Prompts to answer."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(default=4, ge=1)
     """Answers sampled for each prompt."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer in tokens."""
 
 
@@ -147,7 +147,7 @@ class RowsConfig:
 
     sources: dict[str, RowSourceConfig]
     """Sources by name."""
-    validation_every: int = Field(50, ge=2)
+    validation_every: int = Field(default=50, ge=2)
     """Hold out every n-th row of a source that names no `validation_path`."""
     too_long: Literal["drop", "cut"] = "drop"
     """What happens to rows longer than `train.sequence_length`; counted in the log either way."""
@@ -159,23 +159,23 @@ class RowsConfig:
 class TrainConfig:
     """How long, and in which portions. Say the length once: steps, tokens, epochs or tokens_per_parameter."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Length of the run in steps."""
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
     """Length of the run in tokens (pretraining)."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Length of the run in passes over the training rows or tokens."""
-    tokens_per_parameter: float | None = Field(None, gt=0)
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
     """Length of the run in tokens per model parameter (pretraining; about 20 is Chinchilla's optimum)."""
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per step, over all processes (pretraining); a multiple of `sequence_length`."""
-    batch_rows: int | None = Field(None, ge=1)
+    batch_rows: int | None = Field(default=None, ge=1)
     """Rows per step, over all processes: conversations, pairs or prompts."""
-    sequence_length: int = Field(256, ge=2)
+    sequence_length: int = Field(default=256, ge=2)
     """Tokens the model sees in one row (at most, where rows differ in length)."""
-    micro_batch_rows: int | None = Field(None, ge=1)
+    micro_batch_rows: int | None = Field(default=None, ge=1)
     """Rows in one forward and backward pass of one process. Null: all rows of the process."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
 
 
@@ -183,15 +183,15 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimizer. Read by `optim/optimizers.py`."""
 
-    target: str = Field("torch.optim.AdamW", alias="_target_")
+    target: str = Field(default="torch.optim.AdamW", alias="_target_")
     """Import path of a `torch.optim.Optimizer` class; your own class works too."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] | None = Field((0.9, 0.95), strict=False)
+    betas: tuple[float, float] | None = Field(default=(0.9, 0.95), strict=False)
     """Decay rates of the moments, for optimizers that take `betas`. Null: the optimizer's own."""
-    eps: float | None = Field(1e-8, gt=0)
+    eps: float | None = Field(default=1e-8, gt=0)
     """Added to the denominator, for optimizers that take `eps`. Null: the optimizer's own."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of the matrices (vectors get none)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the optimizer's class."""
@@ -203,11 +203,11 @@ class ScheduleConfig:
 
     name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
     """Shape after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear rise from lr / (warmup_steps + 1) to lr."""
-    min_lr_ratio: float | None = Field(None, ge=0, le=1)
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
     """Last learning rate as a share of the peak (cosine, linear, wsd). Null: 0.1 for cosine, 0 for linear and wsd."""
-    decay_steps: int | None = Field(None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1)
     """Length of the final decay (wsd). Null: a fifth of the run."""
 
 
@@ -215,7 +215,7 @@ class ScheduleConfig:
 class EngineConfig:
     """Where and how it runs. Read by `engine/`."""
 
-    processes: int = Field(1, ge=1)
+    processes: int = Field(default=1, ge=1)
     """Processes to start on this machine; leave at 1 under torchrun or accelerate launch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda if there is one."""
@@ -225,7 +225,7 @@ class EngineConfig:
     """With several processes: replicate the model (ddp) or shard weights, gradients and moments (fsdp: FSDP2)."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process. Null: the cores shared out evenly."""
 
 
@@ -233,13 +233,13 @@ class EngineConfig:
 class CheckpointConfig:
     """When to save, and what to keep. Read by `engine/checkpoints.py`."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Save every n steps. The end of a run is always saved."""
-    every_minutes: float | None = Field(None, gt=0)
+    every_minutes: float | None = Field(default=None, gt=0)
     """Save when this much time has passed since the last save."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     """Keep this many of the newest checkpoints."""
-    keep_best: int = Field(0, ge=0)
+    keep_best: int = Field(default=0, ge=0)
     """Keep this many of the best checkpoints by `best_metric`, besides the newest."""
     best_metric: str | None = None
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
@@ -251,15 +251,15 @@ class CheckpointConfig:
 class EvalConfig:
     """Measuring while training; the first and the last step are always measured."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Measure every n steps as well."""
-    max_rows: int = Field(256, ge=1)
+    max_rows: int = Field(default=256, ge=1)
     """Held-out rows (or blocks of tokens, per source) that the loss is measured on."""
     problems: str | None = None
     """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`."""
-    max_problems: int = Field(500, ge=1)
+    max_problems: int = Field(default=500, ge=1)
     """Problems that are answered (greedily) and compared."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
 
 
@@ -267,7 +267,7 @@ class EvalConfig:
 class TrackerConfig:
     """Who is told of the metrics besides `metrics.jsonl`. Read by `engine/tracking.py`."""
 
-    every_steps: int = Field(1, ge=1)
+    every_steps: int = Field(default=1, ge=1)
     """Write a row of metrics every n steps."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
@@ -275,7 +275,7 @@ class TrackerConfig:
     """Weights & Biases: off, files in the run folder only, or sent."""
     wandb_project: str = "llmtrain"
     """Weights & Biases project."""
-    target: str | None = Field(None, alias="_target_")
+    target: str | None = Field(default=None, alias="_target_")
     """Import path of an `accelerate.tracking.GeneralTracker` class of your own."""
 
 
@@ -285,11 +285,11 @@ class DpoConfig:
 
     name: Literal["dpo"] = "dpo"
     """Which method."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (conservative DPO)."""
-    sft_weight: float = Field(0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the added next-token loss on the chosen answer, averaged over its tokens."""
 
 
@@ -299,35 +299,35 @@ class PpoConfig:
 
     name: Literal["ppo"] = "ppo"
     """Which method."""
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(default=2, ge=1)
     """Passes over each rollout."""
-    minibatches: int = Field(2, ge=1)
+    minibatches: int = Field(default=2, ge=1)
     """Updates per pass; must divide `train.batch_rows`."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """Longest sampled answer in tokens."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it also divides the logits wherever log-probabilities are taken."""
-    gamma: float = Field(1.0, gt=0, le=1)
+    gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Lambda of generalised advantage estimation."""
-    clip_range: float = Field(0.2, gt=0)
+    clip_range: float = Field(default=0.2, gt=0)
     """Clip of the policy ratio."""
-    value_clip_range: float = Field(0.2, gt=0)
+    value_clip_range: float = Field(default=0.2, gt=0)
     """Clip of the value update."""
-    value_weight: float = Field(0.1, ge=0)
+    value_weight: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
-    kl_coefficient: float = Field(0.05, ge=0)
+    kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty per nat of log-ratio to the reference, in the reward of each token."""
-    kl_target: float | None = Field(None, gt=0)
+    kl_target: float | None = Field(default=None, gt=0)
     """Adapt the coefficient to hold this KL per answer. Null: the coefficient is fixed."""
-    kl_horizon: int = Field(10_000, ge=1)
+    kl_horizon: int = Field(default=10_000, ge=1)
     """Answers over which the coefficient adapts."""
     whiten_rewards: bool = True
     """Divide rewards by their standard deviation over the batch (the mean is kept)."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
-    missing_eos_penalty: float = Field(1.0, ge=0)
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Taken from the score of an answer that was cut off before its end token."""
 
 
@@ -339,7 +339,7 @@ class StageConfig:
     """Name of the run; its folder is `runs_dir`/`run`. The same command with the same name resumes."""
     runs_dir: str = "runs"
     """Folder that holds all runs and the cache of prepared data."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides the initial weights, the order of the data and every random draw."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -408,7 +408,7 @@ class PipelineConfig:
     """Stages by name, in order."""
     runs_dir: str = "runs"
     """Folder that holds all runs and the cache of prepared data."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of every stage."""
     overrides: list[str] = Field(default_factory=list)
     """Overrides for every stage, before the stage's own."""
@@ -426,17 +426,17 @@ class GenerateConfig:
     """Apply the chat template. Null: if the model's run was fine-tuned on conversations."""
     runs_dir: str = "runs"
     """Where the newest run is looked for."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the sampling."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
     """Sample from the k likeliest tokens only."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     """Sample from the smallest set of tokens whose probability reaches p."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """Longest answer in tokens."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     """Number of answers."""
 
 
@@ -446,7 +446,7 @@ class ShowConfig:
 
     stage: Literal["pretrain", "sft", "reward", "align"] = "pretrain"
     """Whose data to show."""
-    rows: int = Field(3, ge=1)
+    rows: int = Field(default=3, ge=1)
     """How many rows."""
     overrides: list[str] = Field(default_factory=list)
     """Overrides of that stage's config, as on the command line."""

@@ -24,8 +24,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llmtrain.config.errors import UserError
@@ -43,14 +43,16 @@ class Checkpoint:
     metrics: dict[str, float]
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]
+) -> dict[str, Tensor]:
     """Every tensor that a run's state consists of, by name; the tensors are the live ones, so loading fills them.
 
     `parts` are modules whose buffers adapt during the run (a KL coefficient, say).
     """
     state = {f"model.{name}": value for name, value in bare(model).state_dict().items()}
     # asking for the optimizer's state also makes it create its moments, so that there is something to load into
-    moments = get_optimizer_state_dict(bare(model), optimizer)["state"]
+    moments: Any = get_optimizer_state_dict(bare(model), optimizer)["state"]
     for name, values in moments.items():
         state |= {f"optimizer.{name}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     for part, module in parts.items():

@@ -121,7 +121,9 @@ def barrier(layout: Layout) -> None:
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's whole state, gathered from its shards, detached, on every process."""
     state = bare(module).state_dict()
-    return {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach() for name, value in state.items()}
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach() for name, value in state.items()
+    }
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -59,6 +59,7 @@ class Objective(Protocol):
         """Summed loss; metrics as (sum, weight) pairs."""
 
 
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
 Evaluator = Callable[[], dict[str, float]]
 
 
@@ -96,7 +97,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the newest good checkpoint, or from the start, to the last step."""
         step = self._resume()
-        objective = torch.compile(self.objective) if self.compile else self.objective
+        loss_of: LossFunction = torch.compile(self.objective) if self.compile else self.objective
         if step == 0:
             self._record(0, {}, self._evaluate())
         last_saved = time.monotonic()
@@ -105,7 +106,7 @@ class Trainer:
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            metrics, tokens = self._step(step, objective)
+            metrics, tokens = self._step(step, loss_of)
             step += 1
             self.speed.end_step(tokens)
             values = {}
@@ -117,7 +118,7 @@ class Trainer:
                 self._save(step, measured)
                 last_saved = time.monotonic()
 
-    def _step(self, step: int, objective: Objective) -> tuple[Metrics, int]:
+    def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
         batch = self.batches(step).to(self.layout.device)
         metrics, tokens = Totals(batch.metrics()), 0
@@ -128,7 +129,7 @@ class Trainer:
                 torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
                 with gradient_sync(self.model, now=index == len(micro_batches) - 1):
                     with self.autocast():
-                        loss, parts = objective(self.model, micro)
+                        loss, parts = loss_of(self.model, micro)
                     # the processes' gradients are averaged, so each counts its share `world` times
                     (loss * (self.layout.world / weight)).backward()
                 metrics.add(parts)
@@ -193,13 +194,15 @@ class Trainer:
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
         root = self.folder / "checkpoints"
-        checkpoints.save(
-            root, step, self._state(), self.layout, metrics=measured, write_extra=self.write_extra
-        )
+        checkpoints.save(root, step, self._state(), self.layout, metrics=measured, write_extra=self.write_extra)
         if self.layout.is_main:
             keep = self.checkpoint
             checkpoints.prune(
-                root, keep_last=keep.keep_last, keep_best=keep.keep_best, best_metric=keep.best_metric, best_mode=keep.best_mode
+                root,
+                keep_last=keep.keep_last,
+                keep_best=keep.keep_best,
+                best_metric=keep.best_metric,
+                best_mode=keep.best_mode,
             )
 
     def _state(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ Shapes: B rows of this process, S tokens of the longest row; quantities per toke
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,19 @@ from llmtrain.config.schema import PpoConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine.distributed import Layout, full_state, is_sharded, total
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.logprobs import token_logprobs
 from llmtrain.objectives.policy_gradient import (
-    AdaptiveKL, Trajectory, gae, kl_k1, policy_and_values, rows_of_process, slots_of_process, token_rewards, whiten,
+    AdaptiveKL,
+    Trajectory,
+    gae,
+    kl_k1,
+    policy_and_values,
+    rows_of_process,
+    slots_of_process,
+    token_rewards,
+    whiten,
 )  # fmt: skip
 from llmtrain.objectives.preference import answer_scores
 
@@ -122,7 +131,7 @@ class Rollouts:
         """
         logprobs, values, reference = (torch.zeros_like(batch.logprobs) for _ in range(3))
         temperature = self.settings.temperature
-        for minibatch in batch.minibatch_rows(0):
+        for minibatch in islice(batch.update_rows(), batch.minibatches):
             for rows in minibatch.split(self.micro_batch_rows or len(minibatch)):
                 tokens, mask = batch.tokens[rows], batch.response_mask[rows]
                 logprobs[rows], _, values[rows] = policy_and_values(self.model, tokens, mask, temperature)

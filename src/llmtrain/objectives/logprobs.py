@@ -108,14 +108,12 @@ class _CrossEntropySum(torch.autograd.Function):
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
-            logits = (states @ weight.T).float()
-            normaliser = logits.logsumexp(dim=-1)
-            nll[portion] = torch.where(counts, normaliser - logits.gather(-1, target)[:, 0], 0.0)
+            probabilities, normaliser, chosen = _read(states @ weight.T, target)
+            nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
             penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
             if hidden_needed or weight_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
-                grad = _softmax(logits, normaliser).mul_(slope[:, None])
-                grad = _add_at(grad, target, -counts.float()).to(dtype)
+                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float()).to(dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = grad @ weight
             if weight_grad is not None:
@@ -144,25 +142,23 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype: torch.dtype,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, normalisers = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(3))
+        logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             logits = (hidden[portion].to(dtype) @ weight.T).float() * inverse_temperature
-            normaliser = logits.logsumexp(dim=-1)
-            normalisers[portion] = normaliser
-            chosen = logits.gather(-1, targets[portion, None])[:, 0]
+            probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
-                mean_logit = (_softmax(logits, normaliser) * logits).sum(dim=-1)
+                mean_logit = probabilities.mul_(logits).sum(dim=-1)
                 entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
-        ctx.save_for_backward(hidden, head_weight, targets, mask, normalisers)
+        ctx.save_for_backward(hidden, head_weight, targets, mask)
         ctx.inverse_temperature, ctx.dtype = inverse_temperature, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, targets, mask, normalisers = ctx.saved_tensors
+        hidden, head_weight, targets, mask = ctx.saved_tensors
         hidden_needed, weight_needed = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
         weight_grad = torch.zeros_like(head_weight) if weight_needed else None
@@ -171,7 +167,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for portion in _portions(hidden, weight):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
             logits = (states @ weight.T).float() * ctx.inverse_temperature
-            grad = _softmax(logits, normalisers[portion]).mul_(-slope[:, None])
+            grad = logits.softmax(dim=-1).mul_(-slope[:, None])
             grad = _add_at(grad, targets[portion, None], slope).to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = grad @ weight
@@ -186,9 +182,15 @@ def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(hidden.shape[0], 1), size))
 
 
-def _softmax(logits: Tensor, normaliser: Tensor) -> Tensor:
-    """Probabilities [n, V] from logits and their log-sum-exp [n]."""
-    return (logits - normaliser[:, None]).exp_()
+def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [n, V], log-sum-exp [n] and the target's logit [n], float32, from logits [n, V] and targets [n, 1].
+
+    One softmax kernel is faster than log-sum-exp and exponentials; the normaliser follows from the largest logit,
+    whose probability is at least 1 / V, so its logarithm loses nothing.
+    """
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    normaliser = logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
+    return probabilities, normaliser, logits.gather(-1, target)[:, 0].float()
 
 
 def _add_at(matrix: Tensor, column: Tensor, values: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def stage(config: AlignConfig) -> None:
         ppo(run, config.method, policy, reference, tokenizer)
 
 
-def dpo(run: Run[AlignConfig], method: DpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer) -> None:
+def dpo(
+    run: Run[AlignConfig], method: DpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer
+) -> None:
     """Direct preference optimisation: pairs in, no sampling."""
     config, length = run.config, assembly.fitting_length(run.config, policy)
     rows, held_out = build_pairs(run, reference, tokenizer, length)
@@ -61,7 +63,9 @@ def dpo(run: Run[AlignConfig], method: DpoConfig, policy: LanguageModel, referen
     run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows))
 
 
-def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer) -> None:
+def ppo(
+    run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer
+) -> None:
     """Proximal policy optimisation: prompts in, answers sampled and scored by the reward model.
 
     The value model has weights of its own and starts as a copy of the reward model.
@@ -77,7 +81,9 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel, referen
             f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in {room + method.max_new_tokens} tokens "
             "(train.sequence_length, or the model's max_sequence_length): lower it."
         )
-    rows = run.main_first(lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache))
+    rows = run.main_first(
+        lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
+    )
     trained = ActorCritic(policy, value)
     model = spread(trained, run.layout, config.engine.sharding)
     batch_rows = config.train.batch_rows or method.minibatches

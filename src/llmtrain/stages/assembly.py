@@ -107,14 +107,23 @@ class Run(Generic[Config]):
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes` says that every batch has the same shape."""
         config, device = self.config, self.layout.device
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
-            self.say("engine.precision=bfloat16: this processor has no bfloat16 units; computing in float32, which is faster here")
+            self.say(
+                "engine.precision=bfloat16: this processor has no bfloat16 units; computing in float32, which is faster here"
+            )
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
         flops = trained.flops_per_token(length)
         wanted = config.engine.compile
-        compile_it = wanted if isinstance(wanted, bool) else fixed_shapes and compile_pays(flops * steps * rows * length, device)
+        compile_it = (
+            wanted if isinstance(wanted, bool) else fixed_shapes and compile_pays(flops * steps * rows * length, device)
+        )
         tracker = Tracker(
-            self.folder, config.tracker, steps=steps, is_main=self.layout.is_main, run=config.run, run_config=to_dict(config)
+            self.folder,
+            config.tracker,
+            steps=steps,
+            is_main=self.layout.is_main,
+            run=config.run,
+            run_config=to_dict(config),
         )
         peak = matmul_peak(device, self.autocast_dtype or torch.float32) * self.layout.world
         trainer = Trainer(

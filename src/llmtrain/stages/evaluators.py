@@ -51,7 +51,9 @@ def held_out_batches(
     for number, each in enumerate(rows.values()):
         for start in range(0, len(each), batch_rows):
             portion = each[start : start + batch_rows]
-            sides = [side for row in portion for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))]
+            sides = [
+                side for row in portion for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))
+            ]
             width = max(len(side.tokens) for side in sides)
             batches.append(collate(portion, [number] * len(portion), pad_id, width))
     return batches
@@ -89,7 +91,9 @@ def unigram_bits(counts: Tensor, tokens: Tensor) -> float:
     return -float(logprobs[tokens.flatten()].sum())
 
 
-def build_problems(config: SftConfig | AlignConfig, tokenizer: Tokenizer, model: Callable[[], LanguageModel], cache: Path) -> "Problems":
+def build_problems(
+    config: SftConfig | AlignConfig, tokenizer: Tokenizer, model: Callable[[], LanguageModel], cache: Path
+) -> "Problems":
     """The held-out problems of `eval.problems`; none where it is not set."""
     rows: list[PromptRow] = []
     if config.eval.problems:
@@ -104,7 +108,11 @@ class Problems:
     """Held-out problems with one right answer, answered greedily."""
 
     def __init__(
-        self, model: Callable[[], LanguageModel], tokenizer: Tokenizer, problems: Sequence[PromptRow], max_new_tokens: int
+        self,
+        model: Callable[[], LanguageModel],
+        tokenizer: Tokenizer,
+        problems: Sequence[PromptRow],
+        max_new_tokens: int,
     ) -> None:
         self.model, self.tokenizer, self.problems, self.max_new_tokens = model, tokenizer, problems, max_new_tokens
         self.given: list[str] = []
@@ -121,7 +129,9 @@ class Problems:
             stop_tokens=set(self.tokenizer.stop_ids), temperature=0.0,
         )  # fmt: skip
         self.given = [self.tokenizer.decode(answer) for answer in tokens]
-        right = [is_right(given, problem.answer or "") for given, problem in zip(self.given, self.problems, strict=True)]
+        right = [
+            is_right(given, problem.answer or "") for given, problem in zip(self.given, self.problems, strict=True)
+        ]
         return {"eval/exact_match": sum(right) / len(right)}
 
     def samples(self, count: int = 8) -> list[dict[str, str]]:

@@ -51,7 +51,9 @@ def model_folder(path: str | Path) -> Path:
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
     if (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{folder} is a run that has not finished: it has no model/ yet. Run its command again, or name one of its checkpoints.")
+        raise ConfigError(
+            f"{folder} is a run that has not finished: it has no model/ yet. Run its command again, or name one of its checkpoints."
+        )
     return folder
 
 
@@ -82,7 +84,9 @@ def resolve_parents(config: Config) -> Config:
     """
     before = _saved_config(config)
     if not isinstance(config, PretrainConfig) and config.model.init_from is None:
-        folder = (before.get("model") or {}).get("init_from") or _newest(config, STAGE_BEFORE[stage_name(config)], "model.init_from")
+        folder = (before.get("model") or {}).get("init_from") or _newest(
+            config, STAGE_BEFORE[stage_name(config)], "model.init_from"
+        )
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=str(folder)))
     if isinstance(config, AlignConfig) and config.method.name == "ppo" and config.reward_model is None:
         folder = before.get("reward_model") or _newest(config, ("reward",), "reward_model")
@@ -125,11 +129,20 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     now = parents(config)
     for role, parent in (lineage.get("parents") or {}).items():
         if role in now and parent["sha256"] != now[role]["sha256"]:
-            raise ConfigError(f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. Choose another run= name.")
+            raise ConfigError(
+                f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. Choose another run= name."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.yaml", to_yaml(config))
     if not lineage:
-        lineage = {"stage": stage_name(config), "run": config.run, "seed": config.seed, "parents": now, "code": code(), "finished": None}
+        lineage = {
+            "stage": stage_name(config),
+            "run": config.run,
+            "seed": config.seed,
+            "parents": now,
+            "code": code(),
+            "finished": None,
+        }
         write_lineage(folder, lineage)
     return lineage
 
@@ -150,7 +163,9 @@ def code() -> dict[str, Any]:
     libraries = ("torch", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
     here = Path(__file__).parent
     commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    inside = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+    inside = subprocess.run(
+        ["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
+    )
     return {
         "llmtrain": __version__,
         "commit": commit.stdout.strip() if commit.returncode == inside.returncode == 0 else None,

@@ -11,8 +11,8 @@ from itertools import islice
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import AlignConfig, RewardConfig, SampledPairsConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.data.encoding import PairRow, encoded_pair, load_pairs
 from llmtrain.data.conversations import encode_prompt
+from llmtrain.data.encoding import PairRow, encoded_pair, load_pairs
 from llmtrain.data.rows import PAIRS, Pair, read_rows
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.generation.sampler import generate
@@ -54,14 +54,20 @@ def with_mistakes(
         pairs = read_rows(PAIRS, source, run.config.data.validation_every, "train", run.cache)
         asked = [pair for pair in islice(pairs, wanted.prompts) if pair.answer is not None]
         if not asked:
-            raise DataError(f"data.sampled_pairs: the rows of {name} have no `answer` that a sample could be checked against")
+            raise DataError(
+                f"data.sampled_pairs: the rows of {name} have no `answer` that a sample could be checked against"
+            )
         sampled = [
             row for pair in mistakes(asked, policy, tokenizer, wanted, run)
             if (row := encoded_pair(tokenizer, pair, length, run.config.data.too_long))
         ]  # fmt: skip
         if not sampled:
-            raise DataError(f"data.sampled_pairs: the model made no mistake in {len(asked) * wanted.samples} samples of {name}; leave it out")
-        run.say(f"{name}: {len(sampled)} pairs against the model's own mistakes in {len(asked) * wanted.samples} samples")
+            raise DataError(
+                f"data.sampled_pairs: the model made no mistake in {len(asked) * wanted.samples} samples of {name}; leave it out"
+            )
+        run.say(
+            f"{name}: {len(sampled)} pairs against the model's own mistakes in {len(asked) * wanted.samples} samples"
+        )
         mixed[name] = interleaved(rows[name], sampled, wanted.share)
     return mixed
 

@@ -49,7 +49,9 @@ def stage(config: PretrainConfig) -> None:
     blocks = sum(source.num_blocks(config.train.sequence_length) for source in sources.values())
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     steps = num_steps(config.train, rows=blocks, parameters=parameters, tokens_per_row=config.train.sequence_length)
-    run.say(f"{parameters:,} parameters, {steps} steps, {sum(map(len, sources.values())):,} tokens in {len(sources)} sources")
+    run.say(
+        f"{parameters:,} parameters, {steps} steps, {sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
+    )
 
     names = batches.order.mixture.names
     measure = evaluate_bits_per_byte(

@@ -55,7 +55,9 @@ def stage(config: RewardConfig) -> None:
     run.fit(
         model=model, trained=trained, batches=batches, objective=BradleyTerry(), tokenizer=tokenizer, steps=steps, evaluators=[measure],
     )  # fmt: skip
-    reference = held_out_batches({name: each[:REFERENCE_PAIRS] for name, each in rows.items()}, collate_pairs, tokenizer.pad_id)
+    reference = held_out_batches(
+        {name: each[:REFERENCE_PAIRS] for name, each in rows.items()}, collate_pairs, tokenizer.pad_id
+    )
     with run.autocast():
         store_statistics(trained, bare(model), reference, run.layout.device)
     run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from llmtrain.config.schema import SftConfig
 from llmtrain.data.batches import ConversationBatches, collate_conversations
-from llmtrain.data.encoding import load_conversations, source_weights
+from llmtrain.data.encoding import TokenRow, load_conversations, source_weights
+from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
@@ -25,12 +26,15 @@ def stage(config: SftConfig) -> None:
     tokenizer = build_tokenizer(config)
     trained = assembly.load_policy(assembly.parent(config))
     length = assembly.fitting_length(config, trained)
-    rows, held_out = (
-        run.main_first(lambda split=split, limit=limit: load_conversations(
-            config.data, tokenizer, split=split, max_length=length, cache_dir=run.cache, limit=limit
-        ))
-        for split, limit in (("train", None), ("validation", config.eval.max_rows))
-    )  # fmt: skip
+
+    def load(split: Split, limit: int | None) -> dict[str, list[TokenRow]]:
+        return run.main_first(
+            lambda: load_conversations(
+                config.data, tokenizer, split=split, max_length=length, cache_dir=run.cache, limit=limit
+            )
+        )
+
+    rows, held_out = load("train", None), load("validation", config.eval.max_rows)
     model = spread(trained, run.layout, config.engine.sharding)
 
     batches = ConversationBatches(
@@ -41,7 +45,11 @@ def stage(config: SftConfig) -> None:
     run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
 
     measure = evaluate_objective(
-        bare(model), NextToken(), held_out_batches(held_out, collate_conversations, tokenizer.pad_id), run.layout.device, ["loss"]
+        bare(model),
+        NextToken(),
+        held_out_batches(held_out, collate_conversations, tokenizer.pad_id),
+        run.layout.device,
+        ["loss"],
     )
     problems = build_problems(config, tokenizer, Replica(trained), run.cache)
     run.write_samples("before", problems.samples)

@@ -1,0 +1,137 @@
+"""`llmtrain show`: print what a stage's model will really see: its rows, in the order of the run, and what is learned."""
+
+from collections.abc import Callable, Iterator
+from itertools import count, groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.config.compose import load_config
+from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
+from llmtrain.data.batches import RowOrder, TokenBatches
+from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts, source_weights
+from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
+from llmtrain.models.formats import read_config
+from llmtrain.stages import assembly, handover, pretrain, sft
+
+LEARNED = "green"  # on a terminal; elsewhere what is learned stands between these:
+MARKS = ("«", "»")
+
+
+def run(config: ShowConfig) -> None:
+    """Show the mixture and the first rows of a stage. Raises what the stage itself would raise for its config or data."""
+    stage = handover.resolve_parents(load_config(config.stage, config.overrides))
+    console = Console()
+    if isinstance(stage, PretrainConfig):
+        show_text(stage, config.rows, console)
+    else:
+        show_rows(stage, config.rows, console)
+
+
+def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
+    """The mixture of a pretraining run, and its first rows."""
+    cache, length = _cache(config.runs_dir), config.train.sequence_length
+    tokenizer = pretrain.build_tokenizer(config, cache)
+    sources = pretrain.prepare(config, tokenizer, cache, "train")
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    batch_rows = (config.train.batch_tokens or length) // length
+    batches = TokenBatches(sources, weights, batch_rows=batch_rows, sequence_length=length, seed=config.seed)
+    parameters = 0
+    if config.train.tokens_per_parameter:
+        parameters = sum(each.numel() for each in pretrain.build_model(config, tokenizer).parameters())
+    blocks = sum(source.num_blocks(length) for source in sources.values())
+    steps = assembly.num_steps(config.train, rows=blocks, parameters=parameters, tokens_per_row=length)
+    counts = {name: source.manifest.documents for name, source in sources.items()}
+    table = _mixture_table(batches.order, batches.counts(steps), counts, ("documents", "tokens"), f"{steps:,} steps")
+    console.print(table)
+    for number, (source, block) in enumerate(islice(_places(batches.order), rows)):
+        tokens = batches.sources[source].block(block, length)
+        title = f"row {number}: {batches.order.mixture.names[source]}, block {block}, {length} tokens"
+        _print_row(console, title, tokenizer, tokens, np.arange(length) > 0)
+
+
+def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console: Console) -> None:
+    """The mixture of conversations, pairs or prompts, and the first rows of the run."""
+    folder = handover.model_folder(assembly.parent(config))
+    tokenizer = sft.build_tokenizer(config) if isinstance(config, SftConfig) else load_tokenizer(folder)
+    length = min(config.train.sequence_length, read_config(folder)[0].max_sequence_length)
+    load, sides = _loader(config)
+    found = load(config.data, tokenizer, split="train", max_length=length, cache_dir=_cache(config.runs_dir))
+    sizes = {name: len(each) for name, each in found.items()}
+    order = RowOrder(source_weights(config.data, found), sizes, config.train.batch_rows or 1, config.seed)
+    steps = assembly.num_steps(config.train, rows=sum(sizes.values()))
+    console.print(_mixture_table(order, order.counts(steps, "rows"), sizes, ("rows", "rows"), f"{steps:,} steps"))
+    _print_sampled_pairs(console, config.data)
+    for number, (source, row) in enumerate(islice(_places(order), rows)):
+        name = order.mixture.names[source]
+        for side, (tokens, mask) in sides(found[name][row]).items():
+            title = f"row {number}: {name}, {side}, {len(tokens)} tokens, {int(mask.sum())} of them learned"
+            _print_row(console, title, tokenizer, tokens, mask)
+
+
+def _loader(config: SftConfig | RewardConfig | AlignConfig) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """How the rows of a stage are loaded, and what parts of a row are printed: name → TokenRow."""
+    if isinstance(config, SftConfig):
+        return load_conversations, lambda row: {"conversation": row}
+    if isinstance(config, AlignConfig) and config.method.name == "ppo":
+        return load_prompts, lambda row: {"prompt": _prompt_row(row.tokens)}
+    return load_pairs, lambda row: row._asdict()
+
+
+def _prompt_row(tokens: list[int]) -> TokenRow:
+    return TokenRow(np.array(tokens, dtype=np.int32), np.zeros(len(tokens), dtype=np.bool_))
+
+
+def _places(order: RowOrder) -> Iterator[tuple[int, int]]:
+    """Source and row number of each row of the run, in order."""
+    for step in count():
+        yield from zip(*(each.tolist() for each in order(step)), strict=True)
+
+
+def _mixture_table(
+    order: RowOrder, used: dict[str, float], sizes: dict[str, int], units: tuple[str, str], title: str
+) -> Table:
+    """One line for each source: its weight, its size and what the run uses of it."""
+    size_unit, used_unit = units
+    table = Table(title=title, title_justify="left")
+    for heading in ("source", "weight", size_unit, f"{used_unit} used", "epochs"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for name, share in order.mixture.shares.items():
+        amount, epochs = used[f"data/{name}/{used_unit}"], used[f"data/{name}/epochs"]
+        table.add_row(name, f"{share:.2%}", f"{sizes[name]:,}", f"{amount:,.0f}", f"{epochs:.2f}")
+    return table
+
+
+def _print_sampled_pairs(console: Console, data: RowsConfig) -> None:
+    if data.sampled_pairs:
+        share = data.sampled_pairs.share
+        console.print(f"Besides these, {share:.0%} of the pairs will be against wrong answers sampled from the model.")
+
+
+def _print_row(
+    console: Console, title: str, tokenizer: Tokenizer, tokens: NDArray[Any], mask: NDArray[np.bool_]
+) -> None:
+    console.print(Text(title, style="bold"))
+    console.print(learned_text(tokenizer, tokens, mask, marks=not console.is_terminal), soft_wrap=True)
+    console.print()
+
+
+def learned_text(tokenizer: Tokenizer, tokens: NDArray[Any], mask: NDArray[np.bool_], marks: bool) -> Text:
+    """The text of a row [length], what `mask` [length] says is learned in colour, or between marks."""
+    text = Text()
+    pairs = zip(tokens.tolist(), mask.tolist(), strict=True)
+    for learned, group in groupby(pairs, key=lambda pair: pair[1]):
+        piece = tokenizer.decode([token for token, _ in group], skip_special=False)
+        if learned and marks:
+            piece = piece.join(MARKS)
+        text.append(piece, style=LEARNED if learned else "")
+    return text
+
+
+def _cache(runs_dir: str) -> Path:
+    return Path(runs_dir) / "cache"

@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llmtrain.commands import show
+from llmtrain.config.schema import ModelConfig, ShowConfig
+from llmtrain.data.conversations import encode_conversation
+from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
+from llmtrain.models.formats import save_model
+from llmtrain.models.heads import LanguageModel
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["What is it? It is this, and also that."] * 5, 300)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer, tmp_path: Path) -> str:
+    config = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, max_sequence_length=128)
+    folder = tmp_path / "model"
+    save_model(folder, LanguageModel(config, tokenizer.vocab_size))
+    tokenizer.save(folder)
+    return str(folder)
+
+
+def shown(capsys: pytest.CaptureFixture[str], stage: str, *overrides: str) -> str:
+    show.run(ShowConfig(stage=stage, rows=2, overrides=list(overrides)))  # type: ignore[arg-type]
+    return capsys.readouterr().out
+
+
+def rows_file(tmp_path: Path) -> str:
+    row = {"prompt": "What is it?", "completion": "It is this.", "chosen": "It is this.", "rejected": "It is that."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    return str(tmp_path / "rows.jsonl")
+
+
+def sources(path: str) -> str:
+    return f"data.sources={{mine: {{path: {path}}}}}"
+
+
+def test_pretraining_shows_mixture_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("This is the text of the one source.\n" * 200)
+    out = shown(
+        capsys, "pretrain", f"runs_dir={tmp_path}/runs", sources(f"{tmp_path}/a.txt"), "tokenizer.vocab_size=300",
+        "~train.tokens", "+train.steps=4", "train.sequence_length=32", "train.batch_tokens=64",
+    )  # fmt: skip
+    assert "100.00%" in out
+    assert "256" in out  # 4 steps of 64 tokens
+    assert "row 1: mine, block" in out
+    assert "the one source" in out
+
+
+def test_conversations_show_what_is_learned(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", sources(rows_file(tmp_path)))
+    assert out.count("<|user|>What is it?<|assistant|>«It is this.<|end|>»") == 2
+
+
+@pytest.mark.parametrize("stage", ["reward", "align"])
+def test_pairs_show_both_sides(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    method = ["method=dpo"] if stage == "align" else []
+    rows = sources(rows_file(tmp_path))
+    out = shown(capsys, stage, f"runs_dir={tmp_path}/runs", f"model.init_from={model}", rows, *method)
+    assert "chosen, " in out
+    assert "«It is this.<|end|>»" in out
+    assert "«It is that.<|end|>»" in out
+
+
+def test_on_a_terminal_colour_says_what_is_learned(tokenizer: Tokenizer) -> None:
+    talk = [{"role": "user", "content": "[bold]"}, {"role": "assistant", "content": "this"}]
+    ids, mask = encode_conversation(tokenizer, talk)
+    text = show.learned_text(tokenizer, np.array(ids), np.array(mask), marks=False)
+    assert text.plain == "<|user|>[bold]<|assistant|>this<|end|>"
+    [span] = [span for span in text.spans if span.style == show.LEARNED]
+    assert text.plain[span.start : span.end] == "this<|end|>"
+    console = Console(force_terminal=True, color_system="standard", width=200)
+    with console.capture() as captured:
+        console.print(text)
+    assert "\x1b[32mthis" in captured.get()
