@@ -38,32 +38,32 @@ def rows_file(tmp_path: Path) -> str:
     return str(tmp_path / "rows.jsonl")
 
 
-def sources(path: str) -> str:
-    return f"data.sources={{mine: {{path: {path}}}}}"
+def only(path: str) -> tuple[str, str]:
+    return "data=files", f"data.sources.files.path={path}"
 
 
 def test_pretraining_shows_mixture_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("This is the text of the one source.\n" * 200)
     out = shown(
-        capsys, "pretrain", f"runs_dir={tmp_path}/runs", sources(f"{tmp_path}/a.txt"), "tokenizer.vocab_size=300",
-        "~train.tokens", "+train.steps=4", "train.sequence_length=32", "train.batch_tokens=64",
+        capsys, "pretrain", f"runs_dir={tmp_path}/runs", *only(f"{tmp_path}/a.txt"),
+        "tokenizer.vocab_size=300", "train.steps=4", "train.sequence_length=32", "train.batch_tokens=64",
     )  # fmt: skip
     assert "100.00%" in out
     assert "256" in out  # 4 steps of 64 tokens
-    assert "row 1: mine, block" in out
+    assert "row 1: files, block" in out
     assert "the one source" in out
 
 
 def test_conversations_show_what_is_learned(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = shown(capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", sources(rows_file(tmp_path)))
+    out = shown(capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *only(rows_file(tmp_path)))
     assert out.count("<|user|>What is it?<|assistant|>«It is this.<|end|>»") == 2
 
 
 @pytest.mark.parametrize("stage", ["reward", "align"])
 def test_pairs_show_both_sides(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], stage: str) -> None:
     method = ["method=dpo"] if stage == "align" else []
-    rows = sources(rows_file(tmp_path))
-    out = shown(capsys, stage, f"runs_dir={tmp_path}/runs", f"model.init_from={model}", rows, *method)
+    rows = only(rows_file(tmp_path))
+    out = shown(capsys, stage, f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *rows, *method)
     assert "chosen, " in out
     assert "«It is this.<|end|>»" in out
     assert "«It is that.<|end|>»" in out

@@ -1,4 +1,4 @@
-"""`llmtrain show`: print what a stage's model will really see: its rows, in the order of the run, and what is learned."""
+"""`llmtrain show`: print what a stage's model will really see: its rows in the run's order, and what is learned."""
 
 from collections.abc import Callable, Iterator
 from itertools import count, groupby, islice
@@ -24,7 +24,7 @@ MARKS = ("«", "»")
 
 
 def run(config: ShowConfig) -> None:
-    """Show the mixture and the first rows of a stage. Raises what the stage itself would raise for its config or data."""
+    """Show the mixture and the first rows of a stage. Raises what the stage would raise for its config or data."""
     stage = handover.resolve_parents(load_config(config.stage, config.overrides))
     console = Console()
     if isinstance(stage, PretrainConfig):
