@@ -15,29 +15,32 @@ from llmtrain.config.seeds import derive_seed
 
 OPERAND_DIGITS = (2, 2)  # fewest and most
 HELD_OUT_SHARE = 0.1
-TRAIN_PROBLEMS = 20_000
+TRAIN_PROBLEMS = 10_000
 HELD_OUT_PROBLEMS = 500
 DOCUMENTS = 4_000
+WORKED_SHARE = 0.7  # of what is said in the documents; the rest is statements of the result alone
 
+# The operands always stand in the order in which they are worked with: "subtract b from a" is a task of its own.
+# The operands stand in the order in which they are worked on: turning them round is a skill of its own.
 QUESTIONS = {
     "+": (
         "What is {a} + {b}?", "Work out {a} + {b}.", "Add {a} and {b}.", "What is the sum of {a} and {b}?",
-        "How much is {a} plus {b}?", "Please compute {a} plus {b}.", "{a} + {b} = ?", "Give the total of {a} and {b}.",
+        "How much is {a} plus {b}?", "Please compute {a} plus {b}.", "{a} + {b} = ?", "Tell me the total of {a} and {b}.",
     ),
     "-": (
-        "What is {a} - {b}?", "Work out {a} - {b}.", "Subtract {b} from {a}.", "What is the difference of {a} and {b}?",
-        "How much is {a} minus {b}?", "Please compute {a} minus {b}.", "{a} - {b} = ?", "What does {a} less {b} leave?",
+        "What is {a} - {b}?", "Work out {a} - {b}.", "From {a} take {b}.", "What is the difference of {a} and {b}?",
+        "How much is {a} minus {b}?", "Please compute {a} minus {b}.", "{a} - {b} = ?", "Tell me what {a} less {b} is.",
     ),
 }  # fmt: skip
 STATEMENTS = {
-    "+": ("{a} + {b} = {c}", "The sum of {a} and {b} is {c}.", "{a} plus {b} is {c}.", "{b} added to {a} makes {c}."),
-    "-": ("{a} - {b} = {c}", "{a} minus {b} is {c}.", "Taking {b} from {a} leaves {c}.", "{c} is {b} less than {a}."),
+    "+": ("{a} + {b} = {c}", "The sum of {a} and {b} is {c}.", "{a} plus {b} is {c}."),
+    "-": ("{a} - {b} = {c}", "{a} minus {b} is {c}.", "{a} less {b} is {c}."),
 }
 FINAL_ANSWER = re.compile(r"(?:\A|Answer:|####)\s*(-?\d[\d,]{0,17})\s*$")
 
 # How an answer can go wrong: in a column of the work (and on from there), or when the result is written down.
-Mistake = Literal["fact", "carry", "digit", "ten", "swap"]
-MISTAKES: tuple[Mistake, ...] = ("fact", "carry", "digit", "ten", "swap")
+Mistake = Literal["copy", "fact", "carry", "digit", "ten", "swap"]
+MISTAKES: tuple[Mistake, ...] = ("copy", "fact", "carry", "digit", "ten", "swap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +117,35 @@ def final_answer(text: str) -> int | None:
 
 
 def documents(seed: int = 0) -> Iterator[str]:
-    """Texts for pretraining: statements about training problems, some with question and worked answer."""
+    """Texts for pretraining: training problems as statements, as question and worked answer, and as work that is marked.
+
+    Marked work teaches to tell right from wrong, on which a reward model can build.
+    """
     for index in range(DOCUMENTS):
         draw = random.Random(derive_seed("arithmetic document", seed, index))
         lines = []
         for _ in range(draw.randint(8, 16)):
-            each = problem(draw.randrange(10**9), seed=seed)
-            if draw.random() < 0.25:
+            each, form = problem(draw.randrange(10**9), seed=seed), draw.random()
+            if form < 0.5:
                 lines.append(f"{each.prompt}\n{each.answer}")
+            elif form < 0.85:
+                lines.append(_marked(each, draw))
             else:
                 statement = draw.choice(STATEMENTS[each.operator])
                 lines.append(statement.format(a=each.first, b=each.second, c=each.final))
         yield "\n".join(lines) + "\n"
+
+
+def _marked(problem: Problem, draw: random.Random) -> str:
+    """A worked answer, in half of the cases with a mistake, every line marked; work ends at the first wrong line."""
+    right = problem.answer.split("\n")
+    given = right if draw.random() < 0.5 else wrong_answer(problem, draw.randrange(10**6)).split("\n")
+    lines = [f"Mark: {problem.prompt}"]
+    for line, expected in zip(given, right, strict=True):
+        lines.append(f"{line} {'yes' if line == expected else 'no'}")
+        if line != expected:
+            break
+    return "\n".join(lines)
 
 
 def _operand(draw: random.Random) -> int:
@@ -141,15 +161,17 @@ def _worked(problem: Problem, mistake: Mistake | None = None, at: int = 0, draw:
     for column in range(width):
         if mistake == "carry" and column == at:
             carry = 1 - carry
-        upper = first[column]
-        if problem.operator == "-" and upper - second[column] - carry < 0:
+        upper, lower = first[column], second[column]
+        if mistake == "copy" and column == at and draw:
+            upper, lower = _miscopied(upper, lower, [*first, *second], draw)
+        if problem.operator == "-" and upper - lower - carry < 0:
             upper += 10
         carried = f"{problem.operator}1" if carry else ""
-        step = second[column] + carry
+        step = lower + carry
         result = upper + step if problem.operator == "+" else upper - step
         if mistake == "fact" and column == at and draw:
             result = max(0, result + draw.choice((-2, -1, 1, 2)))
-        lines.append(f"{upper}{problem.operator}{second[column]}{carried}={result}")
+        lines.append(f"{upper}{problem.operator}{lower}{carried}={result}")
         digits.append(result % 10)
         carry = int(result >= 10 if problem.operator == "+" else upper >= 10)
     total = carry * 10**width if problem.operator == "+" else 0
@@ -157,6 +179,12 @@ def _worked(problem: Problem, mistake: Mistake | None = None, at: int = 0, draw:
     if draw and mistake in ("digit", "ten", "swap"):
         total = _miswritten(total, mistake, at, draw)
     return "\n".join([*lines, f"Answer: {total}"])
+
+
+def _miscopied(upper: int, lower: int, digits: list[int], draw: random.Random) -> tuple[int, int]:
+    """The two digits of a column, one of them read wrongly: as another one of the problem, or as its neighbour."""
+    wrong = draw.choice(digits) if draw.random() < 0.5 else (upper + draw.choice((1, 9))) % 10
+    return (wrong, lower) if draw.random() < 0.5 else (upper, wrong)
 
 
 def _miswritten(number: int, mistake: Mistake, at: int, draw: random.Random) -> int:

@@ -5,11 +5,13 @@ read, never imported, in sorted order, so the text is the same wherever the same
 """
 
 import ast
+import hashlib
 import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmtrain import __version__
 from llmtrain.config.errors import DataError
 from llmtrain.data import arithmetic
 
@@ -34,8 +36,9 @@ def embedded_documents(name: str) -> Iterator[str]:
 
 
 def embedded_version(name: str) -> str:
-    """What the text of `embedded:<name>` depends on."""
-    return f"{name} of Python {platform.python_version()}" if name != "arithmetic" else name
+    """What the text of `embedded:<name>` depends on: the code that makes it and the Python whose library it is."""
+    code = b"".join(Path(file).read_bytes() for file in (__file__, arithmetic.__file__))
+    return f"{name} of Python {platform.python_version()}, made by {hashlib.sha256(code).hexdigest()[:16]}"
 
 
 def _prose() -> Iterator[str]:
