@@ -18,14 +18,12 @@ HELD_OUT_SHARE = 0.1
 TRAIN_PROBLEMS = 10_000
 HELD_OUT_PROBLEMS = 500
 DOCUMENTS = 4_000
-WORKED_SHARE = 0.7  # of what is said in the documents; the rest is statements of the result alone
 
 # The operands always stand in the order in which they are worked with: "subtract b from a" is a task of its own.
-# The operands stand in the order in which they are worked on: turning them round is a skill of its own.
 QUESTIONS = {
     "+": (
         "What is {a} + {b}?", "Work out {a} + {b}.", "Add {a} and {b}.", "What is the sum of {a} and {b}?",
-        "How much is {a} plus {b}?", "Please compute {a} plus {b}.", "{a} + {b} = ?", "Tell me the total of {a} and {b}.",
+        "How much is {a} plus {b}?", "Please compute {a} plus {b}.", "{a} + {b} = ?", "Give the total of {a} and {b}.",
     ),
     "-": (
         "What is {a} - {b}?", "Work out {a} - {b}.", "From {a} take {b}.", "What is the difference of {a} and {b}?",
@@ -117,7 +115,7 @@ def final_answer(text: str) -> int | None:
 
 
 def documents(seed: int = 0) -> Iterator[str]:
-    """Texts for pretraining: training problems as statements, as question and worked answer, and as work that is marked.
+    """Texts for pretraining: training problems as statements, as question and answer, and as work that is marked.
 
     Marked work teaches to tell right from wrong, on which a reward model can build.
     """

@@ -11,7 +11,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain import __version__
 from llmtrain.config.errors import DataError
 from llmtrain.data import arithmetic
 

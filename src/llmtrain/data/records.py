@@ -33,7 +33,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
 def read_records(path: str, *, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
@@ -52,7 +52,9 @@ def read_records(path: str, *, split: str, name: str | None, cache_dir: Path) ->
 
 def is_hub_id(path: str) -> bool:
     """Whether `path` can only be the name of a data set on the hub."""
-    return HUB_ID.fullmatch(path) is not None and not Path(path).exists() and _suffix(Path(path)) not in READABLE
+    place = Path(path)  # a missing file of a folder that is there is a missing file
+    is_local = place.exists() or place.parent.is_dir() or _suffix(place) in READABLE
+    return HUB_ID.fullmatch(path) is not None and not is_local
 
 
 def find_files(path: str, split: str = "train") -> list[Path]:
@@ -208,8 +210,8 @@ def _hub_records(path: str, split: str, name: str | None, cache_dir: Path) -> It
     try:
         rows = datasets_library().load_dataset(path, name, split=split, cache_dir=str(cache_dir / "datasets"))
     except Exception as error:  # network, access, names: each has errors of its own
-        cause = _cause(error)
-        raise DataError(f"{path}: no file or folder here, nor a data set that the hub gives: {cause}") from None
+        said = str(error).split("\n")[0]
+        raise DataError(f"{path}: no file or folder here, nor a data set that the hub gives: {said}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path} ({split}), row {number}", dict(row)
 
