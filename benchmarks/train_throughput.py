@@ -76,15 +76,13 @@ def bare(config: Any, rows: int, dtype: str) -> None:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    step = 0
-    for _ in turns():
+    for step, _ in enumerate(turns()):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = loss_of(make_tokens(config, rows, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
 
 
 def hf(config: Any, rows: int, dtype: str) -> None:
@@ -98,8 +96,8 @@ def hf(config: Any, rows: int, dtype: str) -> None:
     shape = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": model.tied_embeddings}
     if model.positions == "learned":
         net = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_layer=model.num_layers, n_embd=model.hidden_size, n_head=model.num_heads, n_positions=model.max_sequence_length,
-            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape))  # fmt: skip
+            n_layer=model.num_layers, n_embd=model.hidden_size, n_head=model.num_heads,
+            n_positions=model.max_sequence_length, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape))  # fmt: skip
     else:
         net = transformers.LlamaForCausalLM(transformers.LlamaConfig(
             num_hidden_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_heads,

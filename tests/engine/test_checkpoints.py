@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_litter(tmp_path: Path)
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device.*Earlier checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*Earlier checkpoints are untouched"):
         checkpoints.save(tmp_path, 2, checkpoints.training_state(*make()), ALONE, metrics={}, write_extra=full)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 

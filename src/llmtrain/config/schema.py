@@ -82,7 +82,7 @@ class SourceConfig:
     """One source of text documents. Read by `data/documents.py`."""
 
     path: str
-    """A file, glob, folder or hub id (JSONL, JSON, Parquet, text; .gz read as is), or `embedded:prose|code|arithmetic`."""
+    """File, glob, folder or hub id (JSONL, JSON, Parquet, text; also .gz), or `embedded:prose|code|arithmetic`."""
     weight: float = Field(default=1.0, gt=0)
     """Share of the mixture, relative to the other sources' weights."""
     text_column: str = "text"

@@ -103,7 +103,10 @@ def save(
 
 
 def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
-    """The newest checkpoint whose files match their digests and whose weights are finite; others are named and passed over."""
+    """The newest checkpoint whose files match their digests and whose weights are finite.
+
+    Others are named and passed over.
+    """
     found = None
     if layout.is_main:
         for folder in sorted(root.glob("step-*"), reverse=True):

@@ -11,13 +11,13 @@ COMPILE_PAYS_FLOPS = {"cpu": 6e13, "cuda": 3e16}
 
 
 def compile_pays(total_flops: float, device: torch.device) -> bool:
-    """Whether to compile a run of this size, where a compiler is present; a function of the config, not of the clock."""
+    """Whether to compile a run of this size, where a compiler is present; depends on the config, not on the clock."""
     has_compiler = device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
     return has_compiler and total_flops >= COMPILE_PAYS_FLOPS.get(device.type, float("inf"))
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16; a processor without the units is 20-40 times slower at it than in float32."""
+    """Whether the hardware multiplies in bfloat16; without the units it is 20-40 times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -7,7 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# What an objective reports beside its loss: (sum, weight) pairs; their ratio is the mean over rows, micro-batches and processes.
+# What an objective reports beside its loss: (sum, weight) pairs.
+# Their ratio is the mean over rows, micro-batches and processes.
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 

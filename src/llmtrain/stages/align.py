@@ -78,8 +78,9 @@ def ppo(
     room = min(config.train.sequence_length, policy.config.max_sequence_length) - method.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in {room + method.max_new_tokens} tokens "
-            "(train.sequence_length, or the model's max_sequence_length): lower it."
+            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in "
+            f"{room + method.max_new_tokens} tokens (train.sequence_length, or the model's max_sequence_length): "
+            "lower it."
         )
     rows = run.main_first(
         lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
@@ -90,9 +91,10 @@ def ppo(
     prompts = PromptBatches(rows, source_weights(config.data, rows), batch_rows=batch_rows, seed=config.seed)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)
     rollouts = Rollouts(
-        model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts, counts=prompts.counts,
-        stop_tokens=tokenizer.stop_ids, pad_id=tokenizer.pad_id, settings=method, batch_rows=batch_rows,
-        micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed, layout=run.layout, autocast=run.autocast,
+        model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts,
+        counts=prompts.counts, stop_tokens=tokenizer.stop_ids, pad_id=tokenizer.pad_id, settings=method,
+        batch_rows=batch_rows, micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed,
+        layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     steps = num_steps(config.train, rows=sum(map(len, rows.values())))
     run.say(f"ppo: {steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
@@ -112,7 +114,8 @@ def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:
     other = load_tokenizer(handover.model_folder(reward_model))
     if other.encode_batch(PROBE) != tokenizer.encode_batch(PROBE) or other.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"reward_model: {reward_model} has another tokenizer than the policy. Train it from the policy's model, with llmtrain reward."
+            f"reward_model: {reward_model} has another tokenizer than the policy. "
+            "Train it from the policy's model, with llmtrain reward."
         )
 
 

@@ -100,15 +100,16 @@ class Run(Generic[Config]):
             print(text, file=sys.stderr, flush=True)
 
     def fit(
-        self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource, objective: Objective,
-        tokenizer: Tokenizer, steps: int, evaluators: Sequence[Evaluator] = (), parts: Mapping[str, nn.Module] | None = None,
-        fixed_shapes: bool = False,
+        self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource,
+        objective: Objective, tokenizer: Tokenizer, steps: int, evaluators: Sequence[Evaluator] = (),
+        parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
     ) -> None:  # fmt: skip
-        """Train. `model` is what `spread` made of `trained`; `fixed_shapes` says that every batch has the same shape."""
+        """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: every batch has the same shape."""
         config, device = self.config, self.layout.device
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
             self.say(
-                "engine.precision=bfloat16: this processor has no bfloat16 units; computing in float32, which is faster here"
+                "engine.precision=bfloat16: this processor has no bfloat16 units; "
+                "computing in float32, which is faster here"
             )
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
@@ -129,11 +130,14 @@ class Run(Generic[Config]):
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(model, config.optimizer),
-            learning_rate=lambda step: learning_rate(step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule),
+            learning_rate=lambda step: learning_rate(
+                step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
+            ),
             steps=steps, seed=config.seed, tracker=tracker, checkpoint=config.checkpoint, eval=config.eval,
             tracking=config.tracker, write_extra=lambda folder: describe(folder, saved_part(trained), tokenizer),
-            evaluators=evaluators, parts=parts or {}, autocast=self.autocast, micro_batch_rows=config.train.micro_batch_rows,
-            max_grad_norm=config.train.max_grad_norm, compile=compile_it, speed=Speed(device, flops, peak),
+            evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
+            micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
+            compile=compile_it, speed=Speed(device, flops, peak),
         )  # fmt: skip
         try:
             trainer.fit()
@@ -151,7 +155,7 @@ class Run(Generic[Config]):
         return made
 
     def finish(self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
-        """Write `model/`, mark the run finished in `lineage.json`, write the report; all processes call this together."""
+        """Write `model/`, mark the run finished in `lineage.json`, write the report; all processes call this."""
         state = distributed.full_state(trained)
         if self.layout.is_main:
             aside, final = self.folder / ".model.partial", self.folder / "model"
@@ -211,7 +215,8 @@ def fitting_length(config: StageConfig, model: LanguageModel) -> int:
 def row_digests(data: RowsConfig, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """What the lineage says of each source: its path, how many rows were used, and a digest of their ids in order."""
     return {
-        name: {"path": data.sources[name].path, "rows": len(each), "content": _digest(each)} for name, each in rows.items()
+        name: {"path": data.sources[name].path, "rows": len(each), "content": _digest(each)}
+        for name, each in rows.items()
     }  # fmt: skip
 
 
@@ -246,7 +251,7 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
 
 
 def num_steps(train: TrainConfig, *, rows: int, parameters: int = 0, tokens_per_row: int = 0) -> int:
-    """The length of the run in steps. `rows` are those of one epoch, `tokens_per_row` the tokens of one (pretraining)."""
+    """The length of the run in steps; an epoch has `rows`, a row `tokens_per_row` tokens (pretraining)."""
     if train.steps is not None:
         return train.steps
     batch_rows = train.batch_rows or (train.batch_tokens or 0) // train.sequence_length

@@ -86,7 +86,7 @@ def evaluate_bits_per_byte(
 
 
 def unigram_bits(counts: Tensor, tokens: Tensor) -> float:
-    """Bits that a unigram model with add-one smoothing needs for `tokens` [N]; `counts` [V] are those of its training text."""
+    """Bits that a unigram model with add-one smoothing needs for `tokens` [N]; `counts` [V]: of its training text."""
     logprobs = torch.log2((counts.double() + 1) / (counts.double().sum() + len(counts)))
     return -float(logprobs[tokens.flatten()].sum())
 

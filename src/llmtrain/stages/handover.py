@@ -52,7 +52,8 @@ def model_folder(path: str | Path) -> Path:
         return folder / "model"
     if (folder / "checkpoints").is_dir():
         raise ConfigError(
-            f"{folder} is a run that has not finished: it has no model/ yet. Run its command again, or name one of its checkpoints."
+            f"{folder} is a run that has not finished: it has no model/ yet. "
+            "Run its command again, or name one of its checkpoints."
         )
     return folder
 
@@ -68,7 +69,7 @@ def newest_finished(runs_dir: str | Path, stages: tuple[str, ...]) -> Path | Non
 
 
 def stage_of(folder: str | Path) -> str | None:
-    """The stage whose run holds `folder`: the run itself, its model/ or one of its checkpoints; None for another folder."""
+    """The stage whose run `folder` is, or is the model/ or a checkpoint of; None for another folder."""
     path = Path(folder)
     for place in (path, path.parent, path.parent.parent):
         if stage := read_lineage(place).get("stage"):
@@ -130,7 +131,8 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     for role, parent in (lineage.get("parents") or {}).items():
         if role in now and parent["sha256"] != now[role]["sha256"]:
             raise ConfigError(
-                f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. Choose another run= name."
+                f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. "
+                "Choose another run= name."
             )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.yaml", to_yaml(config))

@@ -63,7 +63,8 @@ def with_mistakes(
         ]  # fmt: skip
         if not sampled:
             raise DataError(
-                f"data.sampled_pairs: the model made no mistake in {len(asked) * wanted.samples} samples of {name}; leave it out"
+                f"data.sampled_pairs: the model made no mistake in {len(asked) * wanted.samples} samples of {name}; "
+                "leave it out"
             )
         run.say(
             f"{name}: {len(sampled)} pairs against the model's own mistakes in {len(asked) * wanted.samples} samples"

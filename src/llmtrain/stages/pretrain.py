@@ -50,7 +50,8 @@ def stage(config: PretrainConfig) -> None:
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     steps = num_steps(config.train, rows=blocks, parameters=parameters, tokens_per_row=config.train.sequence_length)
     run.say(
-        f"{parameters:,} parameters, {steps} steps, {sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
+        f"{parameters:,} parameters, {steps} steps, "
+        f"{sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
     )
 
     names = batches.order.mixture.names
@@ -116,8 +117,11 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 
 def domains(
-    config: PretrainConfig, tokenizer: Tokenizer, sources: Mapping[str, TokenSource], held_out: Mapping[str, TokenSource],
-) -> dict[str, Domain]:  # fmt: skip
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    sources: Mapping[str, TokenSource],
+    held_out: Mapping[str, TokenSource],
+) -> dict[str, Domain]:
     """For each source: held-out blocks, their bytes, and a unigram model's bits per byte on them."""
     found = {}
     for number, (name, source) in enumerate(held_out.items()):

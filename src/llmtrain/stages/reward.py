@@ -53,7 +53,8 @@ def stage(config: RewardConfig) -> None:
         ["loss", "accuracy", "margin"], names={"accuracy": "pair_accuracy"},
     )  # fmt: skip
     run.fit(
-        model=model, trained=trained, batches=batches, objective=BradleyTerry(), tokenizer=tokenizer, steps=steps, evaluators=[measure],
+        model=model, trained=trained, batches=batches, objective=BradleyTerry(), tokenizer=tokenizer, steps=steps,
+        evaluators=[measure],
     )  # fmt: skip
     reference = held_out_batches(
         {name: each[:REFERENCE_PAIRS] for name, each in rows.items()}, collate_pairs, tokenizer.pad_id
