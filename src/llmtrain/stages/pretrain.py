@@ -70,7 +70,7 @@ def stage(config: PretrainConfig) -> None:
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
     """The tokenizer of `tokenizer.path`, of the model that training goes on from, or one trained on the mixture."""
-    template = Path(config.tokenizer.chat_template).read_text() if config.tokenizer.chat_template else None
+    template = assembly.read_template(config.tokenizer.chat_template)
     if config.tokenizer.path:
         return load_tokenizer(config.tokenizer.path, template)
     if config.model.init_from:

@@ -1,7 +1,5 @@
 """`llmtrain sft`: supervised fine-tuning on conversations; the loss is on the assistant's tokens only."""
 
-from pathlib import Path
-
 from llmtrain.config.schema import SftConfig
 from llmtrain.data.batches import ConversationBatches, collate_conversations
 from llmtrain.data.encoding import TokenRow, load_conversations, source_weights
@@ -63,5 +61,5 @@ def stage(config: SftConfig) -> None:
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:
     """The tokenizer of the model, or of `tokenizer.path`, with its chat template or `tokenizer.chat_template`."""
-    template = Path(config.tokenizer.chat_template).read_text() if config.tokenizer.chat_template else None
+    template = assembly.read_template(config.tokenizer.chat_template)
     return load_tokenizer(config.tokenizer.path or handover.model_folder(assembly.parent(config)), template)
