@@ -2,26 +2,17 @@
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import TINY, make_parents
+from tests.tiny import COMMANDS, finish, make_parents, start
 
-STAGES = {
-    "pretrain": ["pretrain", *TINY["pretrain"]],
-    "sft": ["sft", *TINY["sft"]],
-    "reward": ["reward", *TINY["reward"]],
-    "dpo": ["align", "method=dpo", *TINY["dpo"]],
-    "ppo": ["align", "method=ppo", *TINY["ppo"]],
-}
-SLOW = pytest.mark.slow
+CASES = COMMANDS | {"dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"]}
+FAST = ("dropout",)
 
 
 @pytest.fixture(scope="module")
@@ -30,55 +21,111 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_parents(tmp_path_factory.mktemp("parents"))
 
 
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where the runs of a case go: pretraining needs no parents."""
+    independent = request.node.callspec.params["case"] in ("pretrain", "dropout")
+    return tmp_path if independent else Path(request.getfixturevalue("parents"))
+
+
 @pytest.mark.parametrize(
-    "stage", ["pretrain", *(pytest.param(name, marks=SLOW) for name in STAGES if name != "pretrain")]
+    "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_killed_three_times_ends_with_the_same_bits(stage: str, parents: Path, tmp_path: Path) -> None:
-    command = [*STAGES[stage], "checkpoint.every_steps=3", "train.steps=12", f"runs_dir={parents}"]
-    calm, killed = f"calm-{stage}", f"killed-{stage}"
-    assert _start([*command, f"run={calm}"]).wait(timeout=300) == 0
+def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> None:
+    command = [*CASES[case], "checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
+    calm, killed = runs / f"calm-{case}", runs / f"killed-{case}"
+    finish([*command, f"run={calm.name}"])
 
-    seed = random.randrange(2**32)
-    print(f"kill moments drawn with seed {seed}")
-    draw = random.Random(seed)
-    folder = parents / killed
-    moments = [
-        lambda: _rows(folder) >= draw.randrange(1, 4),
-        lambda: any(folder.glob("checkpoints/.step-*.partial")),  # in the middle of a save
-        lambda: _rows(folder) >= draw.randrange(7, 11),
-    ]
-    for moment in moments:
-        _kill_when(moment, [*command, f"run={killed}"])
-    assert not (folder / "model" / "config.json").exists(), "every kill came too late"
-    assert _start([*command, f"run={killed}"]).wait(timeout=300) == 0
+    early, late = random.randrange(1, 5), random.randrange(6, 12)
+    print(f"killed after {early} rows of metrics, in the middle of a save, and after {late} rows")
+    command = [*command, f"run={killed.name}"]
+    kill_when(lambda: count_rows(killed) >= early, command)
+    kill_when(lambda: any(killed.glob("checkpoints/.step-*.partial")), command)
+    kill_when(lambda: count_rows(killed) >= late, command)
+    assert not (killed / "model" / "config.json").exists(), "a kill came too late"
+    errors = finish(command)
 
-    assert _digest(folder) == _digest(parents / calm)
-    assert _metrics(folder) == _metrics(parents / calm)
+    assert "resuming" in errors
+    assert weights_digest(killed) == weights_digest(calm)
+    assert metrics(killed) == metrics(calm)
+    assert not list((killed / "checkpoints").glob(".*"))
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "llmtrain", *command], env=environment, stderr=subprocess.DEVNULL)
+@pytest.mark.slow
+def test_killed_at_any_time_of_its_life_ends_with_the_same_bits(tmp_path: Path) -> None:
+    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=1", "train.steps=60", f"runs_dir={tmp_path}"]
+    began = time.monotonic()
+    finish([*command, "run=calm"])
+    life = time.monotonic() - began
+    killed = tmp_path / "killed"
+    for _ in range(8):
+        moment = random.uniform(0.2, 1.0) * life
+        print(f"killed after {moment:.3f} s of {life:.1f}")
+        until = time.monotonic() + moment
+        kill_when(lambda until=until: time.monotonic() >= until, [*command, "run=killed"])
+    finish([*command, "run=killed"])
+    assert weights_digest(killed) == weights_digest(tmp_path / "calm")
+    assert metrics(killed) == metrics(tmp_path / "calm")
 
 
-def _kill_when(moment: Callable[[], bool], command: list[str]) -> None:
-    process = _start(command)
-    deadline = time.monotonic() + 120
+def test_a_torn_newest_checkpoint_is_named_and_the_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", "train.steps=6", f"runs_dir={tmp_path}"]
+    finish([*command, "run=calm"])
+    disturbed = tmp_path / "disturbed"
+    kill_when(lambda: (disturbed / "checkpoints" / "step-00000004").is_dir(), [*command, "run=disturbed"])
+    newest = max((disturbed / "checkpoints").glob("step-*"))
+    for path in (newest / "state").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+
+    errors = finish([*command, "run=disturbed"])
+    assert str(newest) in errors
+    assert "passed over" in errors
+    assert "resuming" in errors
+    assert weights_digest(disturbed) == weights_digest(tmp_path / "calm")
+    assert metrics(disturbed) == metrics(tmp_path / "calm")
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=4"]
+    finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=4"])
+    checkpoints = tmp_path / "full" / "checkpoints"
+    kill_when(lambda: (checkpoints / "step-00000002").is_dir(), command)
+    before = sorted(path.name for path in checkpoints.glob("step-*"))
+
+    # a limit on the size of a file, between that of the metrics and that of the weights, stands for a full disk
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited", sys.executable]
+    errors = finish(command, limited, expect=1)
+    assert "could not save step 4" in errors
+    assert "File too large" in errors
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in checkpoints.iterdir()) == before == ["step-00000002"]
+
+    assert "resuming" in finish(command)
+    assert weights_digest(tmp_path / "full") == weights_digest(tmp_path / "calm")
+
+
+def kill_when(moment: Callable[[], bool], command: list[str]) -> None:
+    """Start the command and kill it, with no time to tidy up, as soon as `moment` has come."""
+    process = start(command)
+    deadline = time.monotonic() + 200
     while not moment() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
 
 
-def _rows(folder: Path) -> int:
+def count_rows(folder: Path) -> int:
+    """Rows of metrics written so far."""
     path = folder / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def _digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
+    """sha256 of a finished run's weights."""
     return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]

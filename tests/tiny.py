@@ -1,0 +1,57 @@
+"""Runs so small that a test can afford several: overrides for each stage, and finished runs to start from."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.max_sequence_length=128"]
+ROWS = [
+    "data.sources.arithmetic.max_rows=64", "data.validation_every=8", "train.batch_rows=8", "train.sequence_length=128",
+    "eval.max_rows=4",
+]  # fmt: skip
+PROBLEMS = ["eval.max_problems=2", "eval.max_new_tokens=4"]
+TINY = {
+    "pretrain": [
+        *MODEL, "tokenizer.vocab_size=300", "tokenizer.train_bytes=20000", "train.sequence_length=32",
+        "train.batch_tokens=256", "eval.max_rows=4", "data.validation_every=2",
+        *(f"data.sources.{name}.max_documents=4" for name in ("prose", "code", "arithmetic")),
+    ],
+    "sft": [*ROWS, *PROBLEMS],
+    "reward": ROWS,
+    "dpo": [*ROWS, *PROBLEMS],
+    "ppo": [*ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100"],
+}  # fmt: skip
+COMMANDS = {
+    "pretrain": ["pretrain", *TINY["pretrain"]],
+    "sft": ["sft", *TINY["sft"]],
+    "reward": ["reward", *TINY["reward"]],
+    "dpo": ["align", "method=dpo", *TINY["dpo"]],
+    "ppo": ["align", "method=ppo", *TINY["ppo"]],
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def start(arguments: Sequence[str], launcher: Sequence[str] = (), **options: object) -> subprocess.Popen[str]:
+    """`llmtrain ...` in a process of its own; `launcher` is what stands before `-m llmtrain`, such as torchrun."""
+    before = launcher or [sys.executable]
+    return subprocess.Popen(
+        [*before, "-m", "llmtrain", *arguments], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def finish(arguments: Sequence[str], launcher: Sequence[str] = (), expect: int = 0) -> str:
+    """Run `llmtrain ...` to its end, which must be with exit code `expect`; what it wrote on standard error."""
+    process = start(arguments, launcher)
+    output, errors = process.communicate(timeout=280)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{output}\n{errors}"
+    return errors
+
+
+def make_parents(folder: Path) -> Path:
+    """A folder with tiny finished runs `pretrain`, `sft` and `reward`, each started from the one before."""
+    for name in ("pretrain", "sft", "reward"):
+        finish([*COMMANDS[name], "train.steps=3", "schedule.warmup_steps=0", f"runs_dir={folder}", f"run={name}"])
+    return folder
