@@ -7,7 +7,11 @@ same code is tested where there is no GPU. accelerate tells how the process was 
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
+import socket
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -18,7 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
+
+from llmtrain.config.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +57,46 @@ def launched_by_others() -> bool:
 
 
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
-    """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all.
 
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        start_method="spawn", max_restarts=0, monitor_interval=0.2,
-    )  # fmt: skip
-    elastic_launch(config, function)(*arguments)
+    Raises what ended the process that failed first: its UserError, or RuntimeError with its traceback.
+    """
+    failures = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        start_processes(
+            _run_as, (function, arguments, processes, _free_port(), failures), nprocs=processes, start_method="spawn"
+        )
+    except ProcessExitedException as ended:
+        if failures.empty():  # it had no time to say why
+            raise UserError(
+                f"process {ended.error_index} of {processes} was ended from outside ({ended.signal_name}); the others "
+                "were stopped. Was there too little memory? The same command goes on from the last checkpoint."
+            ) from None
+        raise failures.get() from None
+
+
+def _run_as(
+    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, port: int, failures: Any
+) -> None:
+    """What a new process does. Failures reach the parent in the order in which they happen: the cause comes first."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        function(*arguments)
+        leave()
+    except Exception as error:
+        told = isinstance(error, UserError)
+        failures.put(error if told else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()[-20_000:]}"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: taking leave of the others in good order could wait for them for ever
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def spread(model: nn.Module, layout: Layout, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
@@ -70,7 +109,8 @@ def spread(model: nn.Module, layout: Layout, sharding: Literal["ddp", "fsdp"]) -
     if layout.world == 1:
         return model
     if sharding == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=False)
+        # buffers are the same everywhere by construction: sending them at each pass would be for nothing
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = init_device_mesh(layout.device.type, (layout.world,))
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):

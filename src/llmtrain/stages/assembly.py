@@ -47,19 +47,9 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
         folder = handover.run_folder(config)
         print(f"{folder} has finished already; nothing to do. Choose another run= name to train anew.", file=sys.stderr)
     elif config.engine.processes > 1 and not distributed.launched_by_others():
-        distributed.launch(_in_new_process, (stage, config), config.engine.processes)
+        distributed.launch(stage, (config,), config.engine.processes)
     else:
         stage(config)
-
-
-def _in_new_process(stage: Callable[[Config], None], config: Config) -> None:
-    try:
-        stage(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-    finally:
-        distributed.leave()
 
 
 @dataclasses.dataclass

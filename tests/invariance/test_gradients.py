@@ -1,0 +1,270 @@
+"""The same global batch gives the same gradient, however it is cut into micro-batches and processes.
+
+One run of two processes goes through all cases; process 0 also computes the plain gradient of the whole batch.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.schema import CheckpointConfig, EvalConfig, ModelConfig, PpoConfig, TrackerConfig
+from llmtrain.engine.distributed import Layout, bare, join, launch, leave, spread
+from llmtrain.engine.speed import Speed
+from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.trainer import Trainer
+from llmtrain.generation.rollouts import Rollouts
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.next_token import NextToken, TokenBatch
+from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, Trajectory, policy_and_values, rows_of_process
+from llmtrain.objectives.preference import BradleyTerry, Dpo, PairBatch
+
+VOCAB, ROWS, WIDTH = 61, 8, 32
+LENGTHS = [32, 3, 17, 2, 5, 31, 4, 9]
+MICRO_BATCHES = (1, 2, 4, None)
+LAYOUTS = ("1", "2 ddp", "2 fsdp")
+OBJECTIVES = ("next_token", "sft", "bradley_terry", "dpo", "ppo")
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
+ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
+PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every figure of the run of two processes."""
+    path = tmp_path_factory.mktemp("gradients") / "figures.json"
+    launch(measure, (path,), 2)
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_is_that_of_the_whole_batch(objective: str, layout: str, measured: dict[str, Any]) -> None:
+    for micro in MICRO_BATCHES:
+        assert measured["gradients"][f"{objective}/{layout}/{micro}"] <= 1e-5, f"micro-batches of {micro}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_rollout_does_not_depend_on_the_processes(layout: str, measured: dict[str, Any]) -> None:
+    assert measured["rollout"][f"{layout}/same tokens"]
+    for name in ("logprobs", "values", "advantages", "returns"):
+        assert measured["rollout"][f"{layout}/{name}"] < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_first_update_of_a_rollout_has_ratio_one_and_no_kl(layout: str, measured: dict[str, Any]) -> None:
+    for micro in MICRO_BATCHES:
+        figures = measured["first update"][f"{layout}/{micro}"]
+        assert figures == {"ratio": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "largest logprob difference": 0.0}
+
+
+def measure(path: Path) -> None:
+    """In each of two processes: all cases; process 0 writes the figures."""
+    layout = join("cpu", threads=1)
+    gradients, rollout, first = {}, {}, {}
+    for name in OBJECTIVES:
+        expected = plain_gradients(name)
+        for place, sharding, where in places(layout):
+            for micro in MICRO_BATCHES:
+                found = trained_gradients(name, place, sharding, micro)
+                gradients[f"{name}/{where}/{micro}"] = max(map(relative_error, found, expected))
+    for place, sharding, where in places(layout):
+        rollout |= {f"{where}/{key}": value for key, value in rollout_differences(place, sharding).items()}
+        for micro in MICRO_BATCHES:
+            first[f"{where}/{micro}"] = first_update(place, sharding, micro)
+    if layout.is_main:
+        path.write_text(json.dumps({"gradients": gradients, "rollout": rollout, "first update": first}))
+    leave()
+
+
+def places(layout: Layout) -> list[tuple[Layout, Any, str]]:
+    """Alone (both processes do the same), replicated, sharded."""
+    return [(ALONE, "ddp", "1"), (layout, "ddp", "2 ddp"), (layout, "fsdp", "2 fsdp")]
+
+
+def language_model(seed: int) -> LanguageModel:
+    model = LanguageModel(CONFIG, VOCAB).initialise(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the start, where answers are all alike
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def actor_critic() -> ActorCritic:
+    value = ScalarModel.from_language_model(language_model(3), torch.Generator().manual_seed(4))
+    value.score_mean.fill_(0.3)
+    value.score_std.fill_(0.7)
+    return ActorCritic(language_model(1), value)
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """A model and its objective."""
+    if name == "ppo":
+        return actor_critic(), Ppo()
+    if name == "bradley_terry":
+        return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), BradleyTerry()
+    objective = Dpo(language_model(2).eval(), sft_weight=0.2) if name == "dpo" else NextToken(z_loss=1e-3)
+    return language_model(1), objective
+
+
+def global_batch(name: str) -> Batch:
+    """Eight rows of very different lengths; nearly all that is to be learnt stands in a few of them."""
+    draw = torch.Generator().manual_seed(7)
+    lengths = torch.tensor(LENGTHS)
+    inside = torch.arange(WIDTH) < lengths[:, None]
+    tokens, others = (torch.randint(1, VOCAB, (ROWS, WIDTH), generator=draw) * inside for _ in range(2))
+    mask = inside & (torch.arange(WIDTH) >= (1 if name == "next_token" else (lengths[:, None] // 2).clamp(min=1)))
+    source = torch.arange(ROWS) % 2
+    if name in ("next_token", "sft"):
+        return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
+    if name == "ppo":
+        logprobs, values, advantages, returns = torch.randn(4, ROWS, WIDTH - 1, generator=draw) * mask[:, 1:]
+        return Trajectory(
+            tokens=tokens, response_mask=mask, logprobs=logprobs - 4, values=values, advantages=advantages,
+            returns=returns, epochs=2, minibatches=2, first_slot=0, seed=5, step=3,
+        )  # fmt: skip
+    return PairBatch(chosen=tokens, rejected=others, chosen_mask=mask, rejected_mask=mask, source=source)
+
+
+def own_rows(batch: Batch, layout: Layout) -> Batch:
+    """A process's part of the global batch, as the batch sources cut it."""
+    if isinstance(batch, Trajectory):
+        mine = batch[rows_of_process(layout.rank, layout.world, ROWS, batch.minibatches)]
+        return dataclasses.replace(mine, first_slot=layout.rank * (ROWS // batch.minibatches) // layout.world)
+    return batch[layout.rank * ROWS // layout.world : (layout.rank + 1) * ROWS // layout.world]
+
+
+def plain_gradients(name: str) -> list[dict[str, Tensor]]:
+    """The gradient of each update of the whole batch, by no part of the engine, in double precision."""
+    model, objective = build(name)
+    model.double()
+    if name == "dpo":
+        objective.reference.double()
+    found = []
+    for update in global_batch(name).updates():
+        model.zero_grad()
+        (objective(model, update)[0] / objective.weight(update)).backward()
+        found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
+    return found
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that notes the gradients and changes nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.0)
+        self.model = bare(model)
+        self.seen: list[dict[str, Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:
+        whole = {
+            name: value.grad.full_tensor() if hasattr(value.grad, "full_tensor") else value.grad
+            for name, value in self.model.named_parameters() if value.grad is not None
+        }  # fmt: skip
+        self.seen.append({name: value.clone() for name, value in whole.items()})
+
+
+class Fixed:
+    """A batch source of one batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __call__(self, step: int) -> Batch:
+        return self.batch
+
+    def counts(self, step: int) -> dict[str, float]:
+        return {}
+
+
+def trainer(model: nn.Module, batches: Any, objective: Any, layout: Layout, micro: int | None) -> tuple[Any, Recorder]:
+    optimizer = Recorder(model)
+    made = Trainer(
+        folder=Path(), layout=layout, model=model, batches=batches, objective=objective, optimizer=optimizer,
+        learning_rate=lambda step: 0.0, steps=1, seed=0, tracker=quiet_tracker(), checkpoint=CheckpointConfig(),
+        eval=EvalConfig(), tracking=TrackerConfig(), write_extra=lambda folder: None, autocast=no_autocast,
+        micro_batch_rows=micro, max_grad_norm=None, speed=Speed(layout.device, 1.0, 1.0),
+    )  # fmt: skip
+    return made, optimizer
+
+
+def quiet_tracker() -> Tracker:
+    return Tracker(Path(), TrackerConfig(), steps=1, is_main=False, run="", run_config={})
+
+
+def no_autocast() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+def trained_gradients(name: str, layout: Layout, sharding: Any, micro: int | None) -> list[dict[str, Tensor]]:
+    """The gradients that the trainer hands to the optimizer."""
+    trained, objective = build(name)
+    model = spread(trained, layout, sharding)
+    made, optimizer = trainer(model, Fixed(own_rows(global_batch(name), layout)), objective, layout, micro)
+    made._step(0, objective)
+    return optimizer.seen
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest, over the parameters, of |found - expected| / |expected|."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - each).norm() / each.norm()) for name, each in expected.items())
+
+
+def rollouts(layout: Layout, sharding: Any, micro: int | None) -> tuple[nn.Module, Rollouts]:
+    trained = actor_critic()
+    model = spread(trained, layout, sharding)
+    model.train()
+    prompts = [[(7 * row + place) % (VOCAB - 1) + 1 for place in range(2 + 3 * row)] for row in range(ROWS)]
+    reward_model = ScalarModel.from_language_model(language_model(6), torch.Generator().manual_seed(8)).eval()
+    return model, Rollouts(
+        model=model, policy=trained.policy, reference=language_model(9).eval(), reward_model=reward_model,
+        prompts=lambda step: prompts, counts=lambda step: {}, stop_tokens=frozenset(range(1, 8)), pad_id=0,
+        settings=PPO, batch_rows=ROWS, micro_batch_rows=micro, kl=AdaptiveKL(0.1, 1.0, 100), seed=11, layout=layout,
+        autocast=no_autocast,
+    )  # fmt: skip
+
+
+def rollout_differences(layout: Layout, sharding: Any) -> dict[str, Any]:
+    """A rollout against that of a single process: whether the tokens are the same, how far apart the numbers are."""
+    whole = rollouts(ALONE, "ddp", None)[1](4)
+    mine = rollouts(layout, sharding, 2)[1](4)
+    expected = whole[rows_of_process(layout.rank, layout.world, ROWS, PPO.minibatches)]
+    width = min(mine.tokens.shape[1], expected.tokens.shape[1])
+    same = torch.equal(mine.tokens[:, :width], expected.tokens[:, :width])
+    found: dict[str, Any] = {"same tokens": same and len({int(n) for n in mine.response_mask.sum(1)}) > 1}
+    for name in ("logprobs", "values", "advantages", "returns"):
+        one, other = getattr(mine, name)[:, : width - 1], getattr(expected, name)[:, : width - 1]
+        found[name] = float((one - other).abs().max())
+    return found
+
+
+def first_update(layout: Layout, sharding: Any, micro: int | None) -> dict[str, float]:
+    """What the first update of a rollout sees, in training mode with gradients."""
+    model, make = rollouts(layout, sharding, micro)
+    update = next(make(4).updates())
+    metrics: dict[str, list[float]] = {"ratio": [], "approx_kl": [], "clip_fraction": []}
+    largest = 0.0
+    for part in update.micro_batches(micro):
+        loss, found = Ppo()(model, part)
+        loss.backward()
+        for name, values in metrics.items():
+            values.append(float(found[name][0] / found[name][1]))
+        logprobs, _, _ = policy_and_values(model, part.tokens, part.response_mask, 1.0)
+        largest = max(largest, float((logprobs - part.logprobs).abs().max()))
+    return {
+        "ratio": max(metrics["ratio"], key=lambda value: abs(value - 1)),
+        "approx_kl": max(map(abs, metrics["approx_kl"])),
+        "clip_fraction": max(metrics["clip_fraction"]), "largest logprob difference": largest,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":  # the figures themselves: python -m tests.invariance.test_gradients
+    launch(measure, (Path("figures.json"),), 2)
+    print(json.dumps(json.loads(Path("figures.json").read_text()), indent=1))

@@ -1,0 +1,120 @@
+"""One process or several, started by whatever launcher: the same rows, the same losses within rounding."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tests.tiny import COMMANDS, finish, make_parents, start
+
+ALONE: list[str] = []
+DDP = ["engine.processes=2", "engine.sharding=ddp"]
+FSDP = ["engine.processes=2", "engine.sharding=fsdp"]
+LAUNCHERS = {
+    "torchrun": [
+        "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+    ],
+    "accelerate": ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--main_process_port=0"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, `alone`, that the others are held against."""
+    folder = tmp_path_factory.mktemp("processes")
+    pretrain(folder, "alone", ALONE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished tiny runs for the later stages to start from."""
+    return make_parents(tmp_path_factory.mktemp("parents"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param(FSDP, ALONE, id="fsdp then alone"),
+        pytest.param(DDP, ALONE, id="ddp then alone", marks=pytest.mark.slow),
+        pytest.param(ALONE, FSDP, id="alone then fsdp", marks=pytest.mark.slow),
+        pytest.param(ALONE, DDP, id="alone then ddp", marks=pytest.mark.slow),
+        pytest.param(FSDP, DDP, id="fsdp then ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_goes_on_in_another_layout(first: list[str], then: list[str], pretrained: Path) -> None:
+    name = f"{'-'.join(first)}-then-{'-'.join(then)}".replace("engine.", "").replace("=", "")
+    pretrain(pretrained, name, first)
+    assert_same_run(pretrained / name, pretrained / "alone")
+    rewind(pretrained / name, step=4)
+    assert f"resuming {pretrained / name} at step 4" in pretrain(pretrained, name, then)
+    assert_same_run(pretrained / name, pretrained / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
+    pretrain(pretrained, launcher, ALONE, LAUNCHERS[launcher])
+    assert_same_run(pretrained / launcher, pretrained / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_every_stage_runs_on_two_processes(stage: str, layout: list[str], parents: Path) -> None:
+    command = [*COMMANDS[stage], "train.steps=4", "schedule.warmup_steps=1", f"runs_dir={parents}"]
+    alone = parents / f"alone-{stage}"
+    if not alone.exists():
+        finish([*command, f"run={alone.name}"])
+    together = parents / f"{layout[1]}-{stage}".replace("engine.sharding=", "")
+    finish([*command, f"run={together.name}", *layout])
+    assert_same_run(together, alone)
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_ends_the_processes_and_the_run_goes_on(pretrained: Path) -> None:
+    command = [*pretrain_command(pretrained, "orphans"), *DDP]
+    process = start(command)
+    while process.poll() is None and not (pretrained / "orphans" / "checkpoints" / "step-00000004").is_dir():
+        pass
+    process.kill()
+    process.communicate(timeout=60)  # the pipes close when the last process has gone
+    finish(command)
+    assert_same_run(pretrained / "orphans", pretrained / "alone")
+
+
+def pretrain_command(folder: Path, name: str) -> list[str]:
+    """Eight steps with a checkpoint in the middle."""
+    return [
+        *COMMANDS["pretrain"], "train.steps=8", "schedule.warmup_steps=2", "checkpoint.every_steps=4",
+        "train.micro_batch_rows=2", f"runs_dir={folder}", f"run={name}",
+    ]  # fmt: skip
+
+
+def pretrain(folder: Path, name: str, layout: list[str], launcher: list[str] | None = None) -> str:
+    """Run it to its end; what it said."""
+    return finish([*pretrain_command(folder, name), *layout], [sys.executable, *launcher] if launcher else ())
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Make a finished run look as if it had been killed after `step`."""
+    shutil.rmtree(folder / "model")
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+    lineage = json.loads((folder / "lineage.json").read_text())
+    (folder / "lineage.json").write_text(json.dumps(lineage | {"finished": None}))
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """The same metrics at the same steps: what was consumed exactly, what was computed within rounding."""
+    rows, others = ([json.loads(line) for line in (place / "metrics.jsonl").open()] for place in (folder, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            if name.startswith("data/") and not name.endswith("/loss"):
+                assert row[name] == value, name
+            elif not name.startswith("perf/"):
+                assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} at step {row['step']}"
