@@ -7,11 +7,13 @@ same code is tested where there is no GPU. accelerate tells how the process was 
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.config.errors import UserError
+from llmtrain.config.errors import ConfigError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,24 @@ class Layout:
 
 
 def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None) -> Layout:
-    """Join the other processes of this run, if there are any, and say where this process stands."""
-    state = PartialState(cpu=device == "cpu")
+    """Join the other processes of this run, if there are any, and say where this process stands.
+
+    Raises ConfigError where there is no GPU for this process.
+    """
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not on_cpu and local_rank >= gpus:
+        raise ConfigError(
+            f"engine.device={device}: process {local_rank + 1} of this machine finds no GPU of its own ({gpus} in all). "
+            "Set engine.device=cpu, or start as many processes as there are GPUs."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it chooses a number of threads and says so; the number is set below
+        state = PartialState(cpu=on_cpu)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     if threads or state.num_processes > 1:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
-    return Layout(state.process_index, state.num_processes, state.device)
+    return Layout(state.process_index, state.num_processes, torch.device("cpu") if on_cpu else state.device)
 
 
 def launched_by_others() -> bool:
@@ -56,11 +70,19 @@ def launched_by_others() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def goes_first() -> bool:
+    """Whether this process is the run's main one, as its launcher numbered it; known before they have joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
     """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all.
 
     Raises what ended the process that failed first: its UserError, or RuntimeError with its traceback.
     """
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(
+        logging.ERROR
+    )  # how it stops the others is of no interest
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     try:
         start_processes(
@@ -172,7 +194,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def leave() -> None:
-    """Leave the process group, if this process is in one."""
+    """Leave the process group, if this process is in one, together with the others."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
         PartialState._reset_state()

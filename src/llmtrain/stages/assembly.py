@@ -42,10 +42,14 @@ Samples = list[dict[str, str]]
 def start(stage: Callable[[Config], None], config: Config) -> None:
     """Run a stage: in this process, or in `engine.processes` new ones; a run that has finished is left alone."""
     config = handover.resolve_parents(config)
-    lineage = handover.open_run(config)
-    if lineage["finished"]:
-        folder = handover.run_folder(config)
-        print(f"{folder} has finished already; nothing to do. Choose another run= name to train anew.", file=sys.stderr)
+    folder, first = handover.run_folder(config), distributed.goes_first()
+    lineage = handover.open_run(config) if first else handover.read_lineage(folder)
+    if lineage.get("finished"):
+        if first:
+            print(
+                f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
+                file=sys.stderr,
+            )
     elif config.engine.processes > 1 and not distributed.launched_by_others():
         distributed.launch(stage, (config,), config.engine.processes)
     else:
