@@ -3,6 +3,7 @@
 Nothing is imported before it is needed: `--help` loads no library, a config fault is told before torch is loaded.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from typing import Any, NoReturn
 from llmtrain import __version__
 from llmtrain.config.commands import COMMANDS
 from llmtrain.config.errors import ConfigError, UserError
+
+# What the machine refuses; other errors of the operating system are faults of ours.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (llmtrain ... | head). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -145,4 +154,12 @@ def _hydra_flags(flags: Namespace) -> list[str]:
 def execute(command: str, config: Any) -> Any:
     """Run a command with its config: `run(config)` of the file in `stages/` or `commands/` that has its name."""
     package = "stages" if (Path(__file__).parent / "stages" / f"{command}.py").is_file() else "commands"
+    from llmtrain.config.schema import StageConfig
+
+    if isinstance(config, StageConfig):
+        # what the folders of the run and its parents tell is told before torch is loaded
+        from llmtrain.stages import handover
+
+        config = handover.resolve_parents(config)
+        handover.check_start(config)
     return importlib.import_module(f"llmtrain.{package}.{command}").run(config)

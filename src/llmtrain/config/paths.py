@@ -9,7 +9,8 @@ from llmtrain.config.fields import parts
 from llmtrain.config.plain import Finding
 from llmtrain.config.view import NotValid, View
 
-FOLDERS = ("model.init_from", "reward_model", "tokenizer.path", "tokenizer.chat_template")
+FOLDERS = ("model.init_from", "reward_model")
+FILES = ("tokenizer.path", "tokenizer.chat_template")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".xz", ".csv")
 EMBEDDED = {"pretrain": ("prose", "code", "arithmetic")}
 EMBEDDED_ROWS = ("arithmetic",)
@@ -17,10 +18,17 @@ EMBEDDED_ROWS = ("arithmetic",)
 
 def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
     """A finding for each path that is not there. A hub id is left to the loader."""
-    for key in (*FOLDERS, *(("model",) if view.command == "generate" else ())):
+    folders = ("model",) if view.command == "generate" else FOLDERS
+    for key in (*folders, *FILES):
         path = _get(view, key)
-        if path is not None and key not in later and not os.path.exists(path):
+        if path is None or key in later:
+            continue
+        if not os.path.exists(path):
             yield Finding(parts(key), f"no such file or folder: {path}{_meant(path, _get(view, 'runs_dir'))}")
+        elif key in folders and not os.path.isdir(path):
+            yield Finding(parts(key), f"{path} is a file; name the folder that holds config.json and the weights")
+    if view.command != "generate":
+        yield from _writable(_get(view, "runs_dir"))
     for name, source in view.sources().items():
         for key in ("path", "validation_path"):
             yield from _data(source.get(key), ("data", "sources", name, key), EMBEDDED.get(view.command, EMBEDDED_ROWS))
@@ -33,6 +41,19 @@ def _get(view: View, key: str) -> str | None:
     except NotValid:
         return None
     return value if isinstance(value, str) else None
+
+
+def _writable(folder: str | None) -> Iterator[Finding]:
+    """A finding if the folder is no folder or cannot be written; if it is yet to be made, of what it will stand in."""
+    if folder is None:
+        return
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        yield Finding(("runs_dir",), f"{place} is a file, not a folder")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Finding(("runs_dir",), f"{place} cannot be written by this user; name another folder")
 
 
 def _data(path: str | None, key: tuple[str, ...], embedded: tuple[str, ...]) -> Iterator[Finding]:

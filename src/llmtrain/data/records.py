@@ -64,10 +64,9 @@ def find_files(path: str, split: str = "train") -> list[Path]:
         return [place]
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if _suffix(file) in READABLE and not _hidden(file, place))
-        files = _of_split(found, place, split)
-        if not files:
+        if not found:
             raise DataError(f"{path}: no data files in this folder; expected {', '.join(READABLE)}, also with .gz")
-        return files
+        return _of_split(found, place, split)
     files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
     if not files:
         what = "no file matches" if glob.has_magic(path) else "no such file or folder"

@@ -192,7 +192,10 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     names = _special_tokens(folder, backend)
     template = chat_template or _stored_template(folder)
     stops = _as_list(_read(folder / "generation_config.json").get("eos_token_id"))
-    return Tokenizer(backend, names, template, stop_ids=stops)
+    try:
+        return Tokenizer(backend, names, template, stop_ids=stops)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _stored_template(folder: Path) -> str | None:
@@ -227,7 +230,13 @@ def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, st
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def _as_list(value: Any) -> list[int]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,11 @@ def newest_finished(runs_dir: str | Path, stages: tuple[str, ...]) -> Path | Non
     """The run of one of `stages` that finished last."""
     found = []
     for path in Path(runs_dir).glob("**/lineage.json"):
-        lineage = json.loads(path.read_text())
+        try:
+            lineage = read_lineage(path.parent)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
         if lineage.get("finished") and lineage.get("stage") in stages:
             found.append((lineage["finished"], str(path.parent)))
     return Path(max(found)[1]) if found else None
@@ -80,10 +85,10 @@ def stage_of(folder: str | Path) -> str | None:
 def resolve_parents(config: Config) -> Config:
     """The config with `model.init_from` (and `reward_model` for PPO) filled in.
 
-    A run that exists keeps the parents it started with; else the newest finished run of the stage before is taken.
+    A run that has begun keeps the parents it started with; else the newest finished run of the stage before is taken.
     Raises ConfigError when there is none.
     """
-    before = _saved_config(config)
+    before = _saved_config(config) if _has_begun(run_folder(config)) else {}
     if not isinstance(config, PretrainConfig) and config.model.init_from is None:
         folder = (before.get("model") or {}).get("init_from") or _newest(
             config, STAGE_BEFORE[stage_name(config)], "model.init_from"
@@ -95,10 +100,31 @@ def resolve_parents(config: Config) -> Config:
     return config
 
 
+def check_start(config: StageConfig) -> None:
+    """Raises ConfigError for what folders tell: parents (of a resolved config) that are none, another run in place."""
+    for role, folder in _named(config).items():
+        inside, stage = model_folder(folder), stage_of(folder)
+        if inside.is_dir() and not (inside / "config.json").is_file():
+            key = "model.init_from" if role == "model" else role
+            raise ConfigError(f"{key}: {folder} is neither a run nor a model folder: it has no config.json")
+        if role == "model" and stage == "reward":
+            raise ConfigError(f"model.init_from: {folder} is a reward model, which writes no text. Name another run.")
+        if role == "reward_model" and stage not in (None, "reward"):
+            raise ConfigError(f"reward_model: {folder} is a run of {stage}. Name one of llmtrain reward.")
+    _changes(config)
+
+
+def _named(config: StageConfig) -> dict[str, str]:
+    """Role → folder of the models that a run starts from."""
+    named = {"model": config.model.init_from, "reward_model": getattr(config, "reward_model", None)}
+    return {role: folder for role, folder in named.items() if folder}
+
+
 def parents(config: StageConfig) -> dict[str, dict[str, str]]:
     """The models that a run starts from: role → folder and digest of the weights."""
-    named = {"model": config.model.init_from, "reward_model": getattr(config, "reward_model", None)}
-    return {role: {"folder": folder, "sha256": weights_digest(folder)} for role, folder in named.items() if folder}
+    return {
+        role: {"folder": folder, "sha256": weights_digest(folder)} for role, folder in _named(config).items()
+    }  # fmt: skip
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -118,15 +144,10 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     weights have changed since.
     """
     folder = run_folder(config)
-    before = _saved_config(config)
-    if before:
-        changed = [line for line in differences(before, to_dict(config)) if not line.startswith(MAY_DIFFER)]
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a run with another config:\n  " + "\n  ".join(changed)
-                + "\nChoose another run= name, or go back to that config to resume it."
-            )  # fmt: skip
-    lineage = read_lineage(folder)
+    if _changes(config):
+        for name in ("samples.json", "tokenizer"):
+            _remove(folder / name)
+    lineage = read_lineage(folder) if _has_begun(folder) else {}
     now = parents(config)
     for role, parent in (lineage.get("parents") or {}).items():
         if role in now and parent["sha256"] != now[role]["sha256"]:
@@ -134,7 +155,6 @@ def open_run(config: StageConfig) -> dict[str, Any]:
                 f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. "
                 "Choose another run= name."
             )
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.yaml", to_yaml(config))
     if not lineage:
         lineage = {
@@ -149,10 +169,41 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     return lineage
 
 
+def _changes(config: StageConfig) -> list[str]:
+    """Where the config differs from the run's own in what matters. Raises ConfigError if that run has begun."""
+    folder = run_folder(config)
+    before = _saved_config(config)
+    lines = differences(before, to_dict(config)) if before else []
+    changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
+    if changed and _has_begun(folder):
+        raise ConfigError(
+            f"{folder} holds a run with another config:\n  " + "\n  ".join(changed)
+            + "\nChoose another run= name, or go back to that config to resume it."
+        )  # fmt: skip
+    return changed
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds more than an attempt that failed before its first measurement."""
+    metrics = folder / "metrics.jsonl"
+    saved = any((folder / "checkpoints").glob("step-*")) or (folder / "model").is_dir()
+    return saved or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """What `lineage.json` says; empty when there is none."""
+    """What `lineage.json` says; empty when there is none. Raises UserError where it cannot be read."""
     path = folder / "lineage.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Restore it, or name another folder.") from None
 
 
 def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
@@ -195,8 +246,11 @@ def _saved_config(config: StageConfig) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.partial")
         aside.write_text(text)
         os.replace(aside, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Set runs_dir= to a folder with room.") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Set runs_dir= to a folder that can be written and has room."
+        ) from error
