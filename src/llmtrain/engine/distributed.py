@@ -53,7 +53,7 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not on_cpu and local_rank >= gpus:
         raise ConfigError(
-            f"engine.device={device}: process {local_rank + 1} of this machine finds no GPU of its own ({gpus} in all). "
+            f"engine.device={device}: process {local_rank + 1} of this machine has no GPU of its own ({gpus} in all). "
             "Set engine.device=cpu, or start as many processes as there are GPUs."
         )
     with warnings.catch_warnings():
@@ -80,9 +80,8 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
 
     Raises what ended the process that failed first: its UserError, or RuntimeError with its traceback.
     """
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(
-        logging.ERROR
-    )  # how it stops the others is of no interest
+    # how it stops the others is of no interest
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     try:
         start_processes(
@@ -90,8 +89,9 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
         )
     except ProcessExitedException as ended:
         if failures.empty():  # it had no time to say why
+            reason = ended.signal_name or f"exit code {ended.exit_code}"
             raise UserError(
-                f"process {ended.error_index} of {processes} was ended from outside ({ended.signal_name}); the others "
+                f"process {ended.error_index} of {processes} was ended from outside ({reason}); the others "
                 "were stopped. Was there too little memory? The same command goes on from the last checkpoint."
             ) from None
         raise failures.get() from None

@@ -1,0 +1,238 @@
+"""The loop: what is divided by what, when it measures and saves, what it refuses."""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.errors import UserError
+from llmtrain.config.schema import CheckpointConfig, EvalConfig, TrackerConfig
+from llmtrain.engine import trainer as trainer_module
+from llmtrain.engine.distributed import Layout
+from llmtrain.engine.speed import Speed
+from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.trainer import Trainer
+from llmtrain.objectives.batch import Batch, Metrics
+
+ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Points(Batch):
+    """Inputs and targets; rows of weight 0 do not count."""
+
+    x: Tensor
+    y: Tensor
+    counts: Tensor
+    repeats: int = 1
+
+    def updates(self) -> Any:
+        return (self for _ in range(self.repeats))
+
+
+class Line:
+    """A batch source of noisy points on a line; pure in the step."""
+
+    def __init__(self, repeats: int = 1) -> None:
+        self.repeats, self.asked = repeats, []
+
+    def __call__(self, step: int) -> Points:
+        self.asked.append(step)
+        draw = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 3, generator=draw)
+        return Points(x, x.sum(1), torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0]), self.repeats)
+
+    def counts(self, step: int) -> dict[str, float]:
+        return {"data/line/rows": 8.0 * step}
+
+
+class SquaredError:
+    def weight(self, batch: Points) -> Tensor:
+        return batch.counts.sum()
+
+    def __call__(self, model: nn.Module, batch: Points) -> tuple[Tensor, Metrics]:
+        losses = (model(batch.x)[:, 0] - batch.y).square() * batch.counts
+        return losses.sum(), {"loss": (losses.detach().sum(), self.weight(batch))}
+
+
+def line_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., Trainer]:
+    """A trainer of a straight line, with some of its parts replaced."""
+
+    def make(
+        *, steps: int = 6, checkpoint: dict[str, Any] | None = None, eval_every: int | None = None, **parts: Any
+    ) -> Trainer:
+        model = parts.pop("model", None) or line_model()
+        tracker = Tracker(tmp_path, TrackerConfig(), steps=steps, is_main=True, run="r", run_config={})
+        return Trainer(
+            **{
+                "folder": tmp_path, "layout": ALONE, "model": model, "batches": Line(), "objective": SquaredError(),
+                "optimizer": torch.optim.AdamW(model.parameters(), lr=1.0),
+                "learning_rate": lambda step: 0.1 / (step + 1),
+                "steps": steps, "seed": 0, "tracker": tracker, "checkpoint": CheckpointConfig(**(checkpoint or {})),
+                "eval": EvalConfig(every_steps=eval_every), "tracking": TrackerConfig(),
+                "write_extra": lambda folder: None, "autocast": lambda: torch.autocast("cpu", enabled=False),
+                "speed": Speed(ALONE.device, 1.0, 1.0), **parts,
+            }
+        )  # fmt: skip
+
+    return make
+
+
+def rows(folder: Path) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_training_is_what_a_plain_loop_does(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = build(micro_batch_rows=3, max_grad_norm=0.5)
+    trainer.fit()
+    model, batches, objective = line_model(), Line(), SquaredError()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        batch = batches(step)
+        loss = objective(model, batch)[0] / 3
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        row = rows(tmp_path)[step + 1]
+        assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert row["train/learning_rate"] == 0.1 / (step + 1)
+        assert row["data/line/rows"] == 8 * (step + 1)
+    torch.testing.assert_close(trainer.model.weight, model.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_is_divided_by_what_counts_in_the_whole_batch(build: Callable[..., Trainer]) -> None:
+    # the weights stand in the first micro-batch alone: a mean of means would come out at a quarter
+    gradients = []
+    for micro in (1, 2, 8, None):
+        trainer = build(micro_batch_rows=micro, max_grad_norm=None)
+        step = trainer.optimizer.step
+        trainer.optimizer.step = lambda trainer=trainer, step=step: (
+            gradients.append(trainer.model.weight.grad.clone()),
+            step(),
+        )
+        trainer._step(0, trainer.objective)
+    assert len(gradients) == 4
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, gradients[-1], rtol=1e-6, atol=1e-7)
+    assert gradients[-1].abs().min() > 1e-3
+
+
+def test_a_batch_is_good_for_as_many_updates_as_it_says(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = build(steps=2, batches=Line(repeats=3))
+    count = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (count.append(1), step())
+    trainer.fit()
+    assert len(count) == 6
+    assert trainer.batches.asked == [0, 1]
+
+
+@pytest.mark.parametrize(("every", "measured"), [(None, [0, 5]), (2, [0, 2, 4, 5])])
+def test_first_and_last_step_are_always_measured(
+    build: Callable[..., Trainer], tmp_path: Path, every: int | None, measured: list[int]
+) -> None:
+    modes = []
+    trainer = build(steps=5, eval_every=every)
+    trainer.evaluators = [lambda: modes.append(trainer.model.training) or {"eval/loss": 1.0}]
+    trainer.fit()
+    assert [step for step, row in rows(tmp_path).items() if "eval/loss" in row] == measured
+    assert modes == [False] * len(measured)
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kept"),
+    [
+        ({}, [7]),
+        ({"every_steps": 2}, [6, 7]),
+        ({"every_steps": 2, "keep_last": 10}, [2, 4, 6, 7]),
+        ({"every_steps": 1, "keep_last": 1, "keep_best": 2, "best_metric": "eval/loss"}, [3, 4, 7]),
+        ({"every_steps": 1, "keep_last": 2, "keep_best": 1, "best_metric": "eval/loss", "best_mode": "max"}, [1, 6, 7]),
+    ],
+)
+def test_what_is_saved_and_kept(
+    build: Callable[..., Trainer], tmp_path: Path, checkpoint: dict[str, Any], kept: list[int]
+) -> None:
+    losses = iter([9.0, 5.0, 4.0, 1.0, 2.0, 3.0, 3.5, 3.2])
+    trainer = build(steps=7, eval_every=1, checkpoint=checkpoint, evaluators=[lambda: {"eval/loss": next(losses)}])
+    trainer.fit()
+    assert saved(tmp_path) == kept
+
+
+def test_minutes_count_from_the_last_save(
+    build: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 20))  # the loop looks at it once a step and once a save: 20 s each
+    monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    build(steps=9, checkpoint={"every_minutes": 1.0, "keep_last": 10}).fit()
+    assert saved(tmp_path) == [3, 6, 9]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    class Broken(SquaredError):
+        def __call__(self, model: nn.Module, batch: Points) -> tuple[Tensor, Metrics]:
+            loss, metrics = super().__call__(model, batch)
+            return (loss * math.nan, {"loss": (metrics["loss"][0] * math.nan, metrics["loss"][1])})
+
+    trainer = build(checkpoint={"every_steps": 1})
+    good = trainer.objective
+    trainer.objective = lambda model, batch: (Broken() if trainer.batches.asked[-1] == 3 else good)(model, batch)
+    trainer.objective.weight = good.weight
+    with pytest.raises(UserError, match=r"step 4: train/loss and train/grad_norm became nan.*optimizer\.lr"):
+        trainer.fit()
+    assert saved(tmp_path) == [2, 3]
+    assert max(rows(tmp_path)) == 3
+
+
+def test_a_run_goes_on_where_it_stopped(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    class Fragile(Line):
+        def __call__(self, step: int) -> Points:
+            if step == 5:
+                raise Stop
+            return super().__call__(step)
+
+    whole = build()
+    whole.fit()
+    expected = whole.model.weight.detach().clone()
+    (tmp_path / "metrics.jsonl").unlink()
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        path.rename(tmp_path / path.name)
+
+    stopped = build(checkpoint={"every_steps": 2}, batches=Fragile())
+    with pytest.raises(Stop):
+        stopped.fit()
+    again = build(checkpoint={"every_steps": 2})
+    again.fit()
+    assert again.batches.asked == [4, 5]
+    assert torch.equal(again.model.weight, expected)
+    assert list(rows(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_trained_further(build: Callable[..., Trainer]) -> None:
+    build().fit()
+    again = build()
+    again.fit()
+    assert again.batches.asked == []
