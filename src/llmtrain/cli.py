@@ -156,6 +156,9 @@ def execute(command: str, config: Any) -> Any:
     package = "stages" if (Path(__file__).parent / "stages" / f"{command}.py").is_file() else "commands"
     from llmtrain.config.schema import StageConfig
 
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        # the user's own `_target_` modules; last, so that no file here takes a library's place
+        sys.path.append(os.getcwd())
     if isinstance(config, StageConfig):
         # what the folders of the run and its parents tell is told before torch is loaded
         from llmtrain.stages import handover

@@ -10,19 +10,19 @@ from llmtrain.config.seeds import derive_seed
 from llmtrain.data.conversations import encode_prompt
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.generation.sampler import generate
-from llmtrain.models.formats import load_language_model
-from llmtrain.stages import handover
+from llmtrain.stages import assembly, handover
 
 
 def run(config: GenerateConfig) -> None:
     """Answer the prompt `samples` times."""
+    text = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
     folder, chat = _model(config)
-    tokenizer = load_tokenizer(folder)
-    model = load_language_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(handover.model_folder(folder))
+    model = assembly.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     if chat:
-        prompt = encode_prompt(tokenizer, [{"role": "user", "content": config.prompt}])
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
     else:
-        prompt = tokenizer.encode(config.prompt) or [tokenizer.bos_id or tokenizer.eos_id]
+        prompt = tokenizer.encode(text) or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     answers = generate(
         model, [prompt] * config.samples, max_new_tokens=config.max_new_tokens, stop_tokens=set(tokenizer.stop_ids),
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -33,7 +33,7 @@ def run(config: GenerateConfig) -> None:
 
 
 def _model(config: GenerateConfig) -> tuple[str, bool]:
-    """The folder of the model, and whether it is asked as in a conversation."""
+    """The run, checkpoint or model folder, and whether it is asked as in a conversation."""
     root = config.model
     if root is None:
         found = handover.newest_finished(config.runs_dir, ("align", "sft", "pretrain"))
@@ -46,4 +46,4 @@ def _model(config: GenerateConfig) -> tuple[str, bool]:
     stage = handover.stage_of(root)
     if stage == "reward":
         raise ConfigError(f"model: {root} is a reward model: it scores answers and writes none. Name another folder.")
-    return str(handover.model_folder(root)), config.chat if config.chat is not None else stage in ("sft", "align")
+    return root, config.chat if config.chat is not None else stage in ("sft", "align")

@@ -421,7 +421,7 @@ class GenerateConfig:
     model: str | None = None
     """Folder: a run, a checkpoint or a Transformers folder. Null: the newest finished run."""
     prompt: str = ""
-    """The user's message; the chat template is applied where the model has one and `chat` is not false."""
+    """What the model is to answer or go on from; `-` reads it from standard input."""
     chat: bool | None = None
     """Apply the chat template. Null: if the model's run was fine-tuned on conversations."""
     runs_dir: str = "runs"

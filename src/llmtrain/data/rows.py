@@ -123,7 +123,9 @@ def _read(kind: Kind[Row], place: str, record: Record) -> Row:
         return kind.read(record)
     except DataError as error:
         raise DataError(f"{place}: {error}\nthe row: {_short(record)}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise DataError(f"{place}: no {error}, which the rows before have\nthe row: {_short(record)}") from None
+    except (TypeError, AttributeError) as error:
         raise DataError(f"{place}: not like the rows before ({error!r})\nthe row: {_short(record)}") from None
 
 

@@ -195,7 +195,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     try:
         return Tokenizer(backend, names, template, stop_ids=stops)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}{' with another chat template' if chat_template else ''}: {error}") from None
 
 
 def _stored_template(folder: Path) -> str | None:

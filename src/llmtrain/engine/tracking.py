@@ -129,6 +129,11 @@ def _row(step: int, values: Mapping[str, float]) -> str:
     return json.dumps({"step": step} | plain, allow_nan=False) + "\n"
 
 
+def check_trackers(config: TrackerConfig) -> None:
+    """Raises ConfigError when a tracker that was asked for is not installed or is not a tracker."""
+    _makers(config)
+
+
 def _makers(config: TrackerConfig) -> list[Callable[[Tracker, int], Any]]:
     """A function for every tracker that was asked for; each opens its tracker when the run starts."""
     makers: list[Callable[[Tracker, int], Any]] = []

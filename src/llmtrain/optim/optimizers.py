@@ -25,15 +25,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     Raises:
         ConfigError: if the class cannot be found or does not know an option.
     """
-    target = resolve_target(config.target, Optimizer, "optimizer._target_")
-    _refuse_closures(target, config.target)
-    check_options(target, config.options, "optimizer.options", reserved=("params", "lr", "weight_decay", *SHARED))
+    target = optimizer_class(config)
     groups = parameter_groups(model, _decay(target, config))
     arguments = {"lr": config.lr, **_shared(target, config), **_fused(target, config, model), **config.options}
     try:
         return target(groups, **arguments)
     except (ValueError, TypeError, RuntimeError) as problem:
         raise ConfigError(f"optimizer: {config.target} refuses its arguments: {problem}") from problem
+
+
+def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
+    """The class that `config` names; raises ConfigError if it cannot be found or does not know an option."""
+    target = resolve_target(config.target, Optimizer, "optimizer._target_")
+    _refuse_closures(target, config.target)
+    check_options(target, config.options, "optimizer.options", reserved=("params", "lr", "weight_decay", *SHARED))
+    _shared(target, config)
+    _decay(target, config)
+    return target
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:

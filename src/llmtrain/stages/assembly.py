@@ -26,11 +26,11 @@ from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
-from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
-from llmtrain.optim.optimizers import build_optimizer
+from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
 
@@ -42,6 +42,9 @@ Samples = list[dict[str, str]]
 def start(stage: Callable[[Config], None], config: Config) -> None:
     """Run a stage: in this process, or in `engine.processes` new ones; a run that has finished is left alone."""
     config = handover.resolve_parents(config)
+    # what can be refused is refused before data is prepared
+    optimizer_class(config.optimizer)
+    check_trackers(config.tracker)
     folder, first = handover.run_folder(config), distributed.goes_first()
     lineage = handover.open_run(config) if first else handover.read_lineage(folder)
     if lineage.get("finished"):
