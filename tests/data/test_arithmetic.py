@@ -1,9 +1,9 @@
 import re
+from itertools import islice
 
 import pytest
 
 from llmtrain.data.arithmetic import (
-    MISTAKES,
     Problem,
     documents,
     final_answer,
@@ -44,8 +44,8 @@ def test_problems_are_a_function_of_seed_and_index() -> None:
 def test_held_out_pairs_never_occur_in_training() -> None:
     held_out = {frozenset((each.first, each.second)) for each in held_out_problems(100)}
     assert not held_out & {frozenset((each.first, each.second)) for each in PROBLEMS}
-    for text in documents():
-        for first, second in re.findall(r"(\d+) [+-] (\d+) =", text):
+    for text in islice(documents(), 1000):
+        for first, second in re.findall(r"(\d\d) (?:[+-]|plus|minus|and|less|take) (\d\d)\b", text):
             assert not is_held_out(int(first), int(second))
 
 
@@ -54,18 +54,37 @@ def test_held_out_problems_differ() -> None:
     assert len(found) == len(set(found)) == 300
 
 
-@pytest.mark.parametrize("variant", range(2 * len(MISTAKES)))
-def test_wrong_answers_are_wrong_and_look_right(variant: int) -> None:
+def test_wrong_answers_are_wrong_and_look_right() -> None:
     for each in PROBLEMS:
-        wrong = wrong_answer(each, variant)
+        wrong = wrong_answer(each)
         assert final_answer(wrong) not in (None, each.final)
         assert len(wrong.split("\n")) == len(each.answer.split("\n"))
-        assert wrong == wrong_answer(each, variant)
+        assert wrong.split("\n")[:-2] == each.answer.split("\n")[:-2], "only the last column and the result differ"
 
 
-def test_mistakes_vary() -> None:
-    wrong = [{wrong_answer(each, variant) for variant in range(5)} for each in PROBLEMS]
-    assert sum(len(each) for each in wrong) > 4 * len(PROBLEMS)
+def test_a_carry_is_forgotten_or_made_up() -> None:
+    assert wrong_answer(Problem(47, "+", 38, 0)) == "7+8=15\n4+3=7\nAnswer: 75"
+    assert wrong_answer(Problem(41, "+", 38, 0)) == "1+8=9\n4+3+1=8\nAnswer: 89"
+    assert wrong_answer(Problem(72, "-", 38, 0)) == "12-8=4\n7-3=4\nAnswer: 44"
+
+
+def test_carries_are_told() -> None:
+    assert [each.has_carry for each in (Problem(47, "+", 38, 0), Problem(41, "+", 38, 0))] == [True, False]
+    assert [each.has_carry for each in (Problem(72, "-", 38, 0), Problem(78, "-", 38, 0))] == [True, False]
+
+
+def test_texts_for_pretraining_forget_most_carries_and_nothing_else() -> None:
+    question = re.compile(r"^.*?(\d+)\D+(\d+)\D*\n((?:[\d+-]+=\d+\n)+Answer: \d+)$", re.MULTILINE)
+    forgotten = carries = 0
+    for text in islice(documents(), 400):
+        for found in question.finditer(text):
+            first, second, answer = int(found[1]), int(found[2]), found[3]
+            each = Problem(first, "+" if "+" in answer else "-", second, 0)
+            carries += each.has_carry
+            forgotten += each.has_carry and answer == wrong_answer(each)
+            assert answer in ([each.answer, wrong_answer(each)] if each.has_carry else [each.answer])
+    assert carries > 500
+    assert 0.7 < forgotten / carries < 0.8
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,11 @@
 In the manner of Goat (Liu and Low, "Goat: fine-tuned LLaMA outperforms GPT-4 on arithmetic tasks", 2023): questions in
 varied words, answers column by column. Columns are worked from the units up, so that each line needs only what stands
 before it. A share of all operand pairs is held out: no training problem, in whatever words, has such a pair.
+
+The texts for pretraining are written in haste, as much that is on the web: where something is to be carried into the
+last column, most of them forget it. So a pretrained model knows its sums but has a bad habit, a short fine-tuning on
+right answers does not break it, and preference optimisation has something to do: the right way is in the model, only
+too seldom taken.
 """
 
 import dataclasses
@@ -17,7 +22,8 @@ OPERAND_DIGITS = (2, 2)  # fewest and most
 HELD_OUT_SHARE = 0.1
 TRAIN_PROBLEMS = 10_000
 HELD_OUT_PROBLEMS = 500
-DOCUMENTS = 4_000
+DOCUMENTS = 6_000
+FORGOTTEN_SHARE = 0.75  # of the carries in texts for pretraining
 
 # The operands always stand in the order in which they are worked with: "subtract b from a" is a task of its own.
 QUESTIONS = {
@@ -35,10 +41,6 @@ STATEMENTS = {
     "-": ("{a} - {b} = {c}", "{a} minus {b} is {c}.", "{a} less {b} is {c}."),
 }
 FINAL_ANSWER = re.compile(r"(?:\A|Answer:|####)\s*(-?\d[\d,]{0,17})\s*$")
-
-# How an answer can go wrong: in a column of the work (and on from there), or when the result is written down.
-Mistake = Literal["copy", "fact", "carry", "digit", "ten", "swap"]
-MISTAKES: tuple[Mistake, ...] = ("copy", "fact", "carry", "digit", "ten", "swap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,13 @@ class Problem:
     def final(self) -> int:
         """The right result."""
         return self.first + self.second if self.operator == "+" else self.first - self.second
+
+    @property
+    def has_carry(self) -> bool:
+        """Whether something is carried into, or borrowed from, the last column."""
+        place = 10 ** (len(str(self.first)) - 1)
+        low = (self.first % place, self.second % place)
+        return sum(low) >= place if self.operator == "+" else low[0] < low[1]
 
     @property
     def answer(self) -> str:
@@ -94,18 +103,9 @@ def is_held_out(first: int, second: int) -> bool:
     return derive_seed("held out", low, high) < HELD_OUT_SHARE * 2**63
 
 
-def wrong_answer(problem: Problem, variant: int) -> str:
-    """A plausible wrong answer; `variant` chooses the mistake and where it is made."""
-    draw = random.Random(derive_seed("mistake", problem.prompt, variant))
-    kinds = [*MISTAKES[variant % len(MISTAKES) :], *MISTAKES[: variant % len(MISTAKES)]]
-    columns = list(range(len(str(problem.first))))
-    draw.shuffle(columns)
-    for kind in kinds:
-        for column in columns:
-            answer = _worked(problem, kind, column, draw)
-            if final_answer(answer) != problem.final:
-                return answer
-    raise AssertionError("a mistake in a column always changes the result")
+def wrong_answer(problem: Problem) -> str:
+    """A plausible wrong answer: a carry (or borrow) into the last column forgotten, or made up where there is none."""
+    return _worked(problem, slip=True)
 
 
 def final_answer(text: str) -> int | None:
@@ -115,35 +115,19 @@ def final_answer(text: str) -> int | None:
 
 
 def documents(seed: int = 0) -> Iterator[str]:
-    """Texts for pretraining: training problems as statements, as question and answer, and as work that is marked.
-
-    Marked work teaches to tell right from wrong, on which a reward model can build.
-    """
+    """Texts for pretraining: training problems, most as question and worked answer, some as statements."""
     for index in range(DOCUMENTS):
         draw = random.Random(derive_seed("arithmetic document", seed, index))
         lines = []
         for _ in range(draw.randint(8, 16)):
-            each, form = problem(draw.randrange(10**9), seed=seed), draw.random()
-            if form < 0.5:
-                lines.append(f"{each.prompt}\n{each.answer}")
-            elif form < 0.85:
-                lines.append(_marked(each, draw))
+            each = problem(draw.randrange(10**9), seed=seed)
+            if draw.random() < 0.9:
+                forgotten = each.has_carry and draw.random() < FORGOTTEN_SHARE
+                lines.append(f"{each.prompt}\n{wrong_answer(each) if forgotten else each.answer}")
             else:
                 statement = draw.choice(STATEMENTS[each.operator])
                 lines.append(statement.format(a=each.first, b=each.second, c=each.final))
         yield "\n".join(lines) + "\n"
-
-
-def _marked(problem: Problem, draw: random.Random) -> str:
-    """A worked answer, in half of the cases with a mistake, every line marked; work ends at the first wrong line."""
-    right = problem.answer.split("\n")
-    given = right if draw.random() < 0.5 else wrong_answer(problem, draw.randrange(10**6)).split("\n")
-    lines = [f"Mark: {problem.prompt}"]
-    for line, expected in zip(given, right, strict=True):
-        lines.append(f"{line} {'yes' if line == expected else 'no'}")
-        if line != expected:
-            break
-    return "\n".join(lines)
 
 
 def _operand(draw: random.Random) -> int:
@@ -151,48 +135,18 @@ def _operand(draw: random.Random) -> int:
     return draw.randrange(10 ** (digits - 1), 10**digits)
 
 
-def _worked(problem: Problem, mistake: Mistake | None = None, at: int = 0, draw: random.Random | None = None) -> str:
-    """The answer, one line for each column from the units up; with a mistake, made in column `at`."""
+def _worked(problem: Problem, slip: bool = False) -> str:
+    """The answer, one line for each column from the units up; with a slip, the last column's carry is wrong."""
     width = max(len(str(problem.first)), len(str(problem.second)))
     first, second = ([int(digit) for digit in str(n).zfill(width)[::-1]] for n in (problem.first, problem.second))
-    lines, digits, carry = [], [], 0
-    for column in range(width):
-        if mistake == "carry" and column == at:
+    lines, total, carry = [], 0, 0
+    for column, (upper, lower) in enumerate(zip(first, second, strict=True)):
+        if slip and column == width - 1:
             carry = 1 - carry
-        upper, lower = first[column], second[column]
-        if mistake == "copy" and column == at and draw:
-            upper, lower = _miscopied(upper, lower, [*first, *second], draw)
         if problem.operator == "-" and upper - lower - carry < 0:
             upper += 10
-        carried = f"{problem.operator}1" if carry else ""
-        step = lower + carry
-        result = upper + step if problem.operator == "+" else upper - step
-        if mistake == "fact" and column == at and draw:
-            result = max(0, result + draw.choice((-2, -1, 1, 2)))
-        lines.append(f"{upper}{problem.operator}{lower}{carried}={result}")
-        digits.append(result % 10)
+        result = upper + lower + carry if problem.operator == "+" else upper - lower - carry
+        lines.append(f"{upper}{problem.operator}{lower}{f'{problem.operator}1' if carry else ''}={result}")
+        total += (result if column == width - 1 else result % 10) * 10**column
         carry = int(result >= 10 if problem.operator == "+" else upper >= 10)
-    total = carry * 10**width if problem.operator == "+" else 0
-    total += sum(digit * 10**column for column, digit in enumerate(digits))
-    if draw and mistake in ("digit", "ten", "swap"):
-        total = _miswritten(total, mistake, at, draw)
     return "\n".join([*lines, f"Answer: {total}"])
-
-
-def _miscopied(upper: int, lower: int, digits: list[int], draw: random.Random) -> tuple[int, int]:
-    """The two digits of a column, one of them read wrongly: as another one of the problem, or as its neighbour."""
-    wrong = draw.choice(digits) if draw.random() < 0.5 else (upper + draw.choice((1, 9))) % 10
-    return (wrong, lower) if draw.random() < 0.5 else (upper, wrong)
-
-
-def _miswritten(number: int, mistake: Mistake, at: int, draw: random.Random) -> int:
-    digits = list(str(number))
-    place = at % len(digits)
-    if mistake == "ten":
-        return abs(number + draw.choice((-10, 10)))
-    if mistake == "swap":
-        other = (place + 1) % len(digits)
-        digits[place], digits[other] = digits[other], digits[place]
-    else:
-        digits[place] = str((int(digits[place]) + draw.choice((1, 9))) % 10)
-    return int("".join(digits))

@@ -267,7 +267,7 @@ def _worked(problem: arithmetic.Problem, number: int) -> Conversation:
 
 
 def _judged(problem: arithmetic.Problem, number: int) -> Pair:
-    return Pair(_asked(problem), problem.answer, arithmetic.wrong_answer(problem, number), str(problem.final))
+    return Pair(_asked(problem), problem.answer, arithmetic.wrong_answer(problem), str(problem.final))
 
 
 CONVERSATIONS = Kind(
