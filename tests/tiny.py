@@ -50,8 +50,17 @@ def finish(arguments: Sequence[str], launcher: Sequence[str] = (), expect: int =
     return errors
 
 
+def starting_from(folder: Path, stage: str) -> list[str]:
+    """Overrides by which a stage starts from the runs of `make_parents`, whatever else has finished there."""
+    if stage == "pretrain":
+        return []
+    before = [f"model.init_from={folder / ('pretrain' if stage == 'sft' else 'sft')}"]
+    return [*before, f"reward_model={folder / 'reward'}"] if stage == "ppo" else before
+
+
 def make_parents(folder: Path) -> Path:
     """A folder with tiny finished runs `pretrain`, `sft` and `reward`, each started from the one before."""
     for name in ("pretrain", "sft", "reward"):
-        finish([*COMMANDS[name], "train.steps=3", "schedule.warmup_steps=0", f"runs_dir={folder}", f"run={name}"])
+        where = [*starting_from(folder, name), f"runs_dir={folder}", f"run={name}"]
+        finish([*COMMANDS[name], "train.steps=3", "schedule.warmup_steps=0", *where])
     return folder

@@ -116,8 +116,20 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
         write(tmp_path, step, **{"eval/loss": loss})
     (tmp_path / ".step-00000009.partial").mkdir()
-    checkpoints.prune(tmp_path, keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
+    checkpoints.prune(tmp_path, newest=5, keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_that_was_passed_over_evicts_no_good_one(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    next(write(tmp_path, 9).folder.glob("state/*")).write_bytes(b"torn")
+    (write(tmp_path, 1).folder / "manifest.json").write_text("torn")
+    write(tmp_path, 3)  # the run went on from step 2
+    checkpoints.prune(tmp_path, newest=3, keep_last=1, keep_best=0, best_metric=None, best_mode="min")
+    found = checkpoints.newest_good(tmp_path, ALONE, print)
+    assert found is not None
+    assert found.step == 3
+    assert not (tmp_path / "step-00000009").exists()
 
 
 def test_the_manifest_lists_every_other_file(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, finish, make_parents, start
+from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
@@ -63,7 +63,8 @@ def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
 @pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_every_stage_runs_on_two_processes(stage: str, layout: list[str], parents: Path) -> None:
-    command = [*COMMANDS[stage], "train.steps=4", "schedule.warmup_steps=1", f"runs_dir={parents}"]
+    short = ["train.steps=4", "schedule.warmup_steps=1", f"runs_dir={parents}"]
+    command = [*COMMANDS[stage], *short, *starting_from(parents, stage)]
     alone = parents / f"alone-{stage}"
     if not alone.exists():
         finish([*command, f"run={alone.name}"])

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, finish, make_parents, start
+from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
 CASES = COMMANDS | {"dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"]}
+INDEPENDENT = ("pretrain", "dropout")
 FAST = ("dropout",)
 
 
@@ -24,7 +25,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Where the runs of a case go: pretraining needs no parents."""
-    independent = request.node.callspec.params["case"] in ("pretrain", "dropout")
+    independent = request.node.callspec.params["case"] in INDEPENDENT
     return tmp_path if independent else Path(request.getfixturevalue("parents"))
 
 
@@ -33,6 +34,7 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 )
 def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> None:
     command = [*CASES[case], "checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
+    command += [] if case in INDEPENDENT else starting_from(runs, case)
     calm, killed = runs / f"calm-{case}", runs / f"killed-{case}"
     finish([*command, f"run={calm.name}"])
 

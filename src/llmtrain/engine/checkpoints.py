@@ -167,14 +167,19 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
-def prune(root: Path, *, keep_last: int, keep_best: int, best_metric: str | None, best_mode: str) -> None:
-    """Remove checkpoints beyond the newest `keep_last` and the best `keep_best`, and what a kill left behind."""
+def prune(root: Path, *, newest: int, keep_last: int, keep_best: int, best_metric: str | None, best_mode: str) -> None:
+    """Remove checkpoints beyond the last `keep_last` and the best `keep_best`, and what a kill left behind.
+
+    `newest` is the step just saved. What lies beyond it was passed over when the run went on from before it, so it
+    must not count among the last.
+    """
     for partial in root.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
-    saved = [read(folder) for folder in sorted(root.glob("step-*")) if (folder / "manifest.json").is_file()]
-    keep = {checkpoint.step for checkpoint in saved[-keep_last:]}
+    saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
+    until_now = [checkpoint for checkpoint in saved if checkpoint.step <= newest]
+    keep = {checkpoint.step for checkpoint in until_now[-keep_last:]}
     if best_metric and keep_best:
-        ranked = [checkpoint for checkpoint in saved if best_metric in checkpoint.metrics]
+        ranked = [checkpoint for checkpoint in until_now if best_metric in checkpoint.metrics]
         ranked.sort(key=lambda checkpoint: checkpoint.metrics[best_metric], reverse=best_mode == "max")
         keep |= {checkpoint.step for checkpoint in ranked[:keep_best]}
     for checkpoint in saved:
@@ -183,6 +188,14 @@ def prune(root: Path, *, keep_last: int, keep_best: int, best_metric: str | None
             doomed = root / f".{checkpoint.folder.name}.partial"
             os.replace(checkpoint.folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _readable(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder; None where its manifest is damaged."""
+    try:
+        return read(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def agree_any(value: bool, layout: Layout) -> list[bool]:

@@ -59,6 +59,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it chooses a number of threads and says so; the number is set below
         state = PartialState(cpu=on_cpu)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    assert state.num_processes == wanted, f"{wanted} processes were started, {state.num_processes} found each other"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     if threads or state.num_processes > 1:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))

@@ -199,6 +199,7 @@ class Trainer:
             keep = self.checkpoint
             checkpoints.prune(
                 root,
+                newest=step,
                 keep_last=keep.keep_last,
                 keep_best=keep.keep_best,
                 best_metric=keep.best_metric,
