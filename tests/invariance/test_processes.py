@@ -85,6 +85,16 @@ def test_killing_the_launcher_ends_the_processes_and_the_run_goes_on(pretrained:
     assert_same_run(pretrained / "orphans", pretrained / "alone")
 
 
+@pytest.mark.slow
+def test_a_fault_of_the_user_is_told_once_and_without_traceback(tmp_path: Path) -> None:
+    command = [*pretrain_command(tmp_path, "wild"), "optimizer.lr=1e30", "train.max_grad_norm=null", *DDP]
+    errors = finish(command, expect=1)
+    assert errors.count("error:") == 1
+    assert "stopped before it could be saved" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "wild").glob("checkpoints/*"))
+
+
 def pretrain_command(folder: Path, name: str) -> list[str]:
     """Eight steps with a checkpoint in the middle."""
     return [

@@ -7,6 +7,7 @@ same code is tested where there is no GPU. accelerate tells how the process was 
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import multiprocessing
 import os
@@ -58,7 +59,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it chooses a number of threads and says so; the number is set below
-        state = PartialState(cpu=on_cpu)
+        # the others wait that long while the main process prepares data; a process that dies is noticed at once
+        state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     assert state.num_processes == wanted, f"{wanted} processes were started, {state.num_processes} found each other"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))

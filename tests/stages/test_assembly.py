@@ -1,0 +1,118 @@
+"""The frame around every stage: how long a run is, who starts it, what it hands on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.config.compose import load_config
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema import TrainConfig
+from llmtrain.stages import assembly, handover
+from llmtrain.stages.assembly import num_steps
+
+
+def pretrain_config(folder: Path, *overrides: str) -> Any:
+    return load_config("pretrain", [f"runs_dir={folder}", "run=a", *overrides])
+
+
+def finished_run(folder: Path, name: str, stage: str, when: float) -> Path:
+    """What a later stage sees of a finished run."""
+    run = folder / name
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    (run / "model" / "model.safetensors").write_bytes(name.encode())
+    (run / "lineage.json").write_text(json.dumps({"stage": stage, "finished": when}))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"epochs": 2.0}, 20),  # 2 x 40 rows in batches of 4
+        ({"epochs": 0.01}, 1),
+        ({"tokens": 6400}, 25),  # 6400 tokens in batches of 4 x 64
+        ({"tokens_per_parameter": 20.0}, 78),  # 20 x 1000 / 256
+    ],
+)
+def test_length_of_a_run(train: dict[str, Any], steps: int) -> None:
+    config = TrainConfig(batch_rows=4, sequence_length=64, **train)
+    assert num_steps(config, rows=40, parameters=1000, tokens_per_row=64) == steps
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, began = pretrain_config(tmp_path), []
+    assembly.start(lambda config: began.append(1), config)
+    handover.write_lineage(tmp_path / "a", handover.read_lineage(tmp_path / "a") | {"finished": 1.0})
+    (tmp_path / "a" / "model").mkdir()
+    assembly.start(lambda config: began.append(1), config)
+    assert began == [1]
+    assert "has finished already" in capsys.readouterr().err
+
+
+def test_of_several_processes_only_the_first_opens_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    config, began = pretrain_config(tmp_path), []
+    assembly.start(lambda config: began.append(1), config)
+    assert began == [1]
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("RANK", "0")
+    assembly.start(lambda config: began.append(1), config)
+    assert handover.read_lineage(tmp_path / "a")["stage"] == "pretrain"
+
+
+def test_another_config_is_refused_once_the_run_has_begun(tmp_path: Path) -> None:
+    config = pretrain_config(tmp_path)
+    handover.open_run(config)
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 0}\n')
+    handover.open_run(pretrain_config(tmp_path, "checkpoint.every_steps=3", "train.micro_batch_rows=2"))
+    with pytest.raises(ConfigError, match=r"(?s)another config.*seed.*Choose another run= name"):
+        handover.open_run(pretrain_config(tmp_path, "seed=5"))
+
+
+def test_a_stage_takes_the_newest_finished_run_of_the_stage_before_and_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path, "old", "pretrain", 1.0)
+    newest = finished_run(tmp_path, "deep/new", "pretrain", 3.0)
+    finished_run(tmp_path, "other", "reward", 4.0)
+    config = load_config("sft", [f"runs_dir={tmp_path}", "run=s"])
+    resolved = handover.resolve_parents(config)
+    assert resolved.model.init_from == str(newest)
+    assert str(newest) in capsys.readouterr().err
+
+    lineage = handover.open_run(resolved)
+    assert lineage["parents"]["model"]["sha256"] == handover.weights_digest(newest)
+    (tmp_path / "s" / "metrics.jsonl").write_text('{"step": 0}\n')
+    finished_run(tmp_path, "newer", "pretrain", 9.0)
+    assert handover.resolve_parents(config) == resolved
+
+    (newest / "model" / "model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(ConfigError, match="have changed since the run began"):
+        handover.open_run(resolved)
+
+
+def test_no_run_to_start_from_is_said_with_the_cure(tmp_path: Path) -> None:
+    config = load_config("align", [f"runs_dir={tmp_path}", "run=s"])
+    with pytest.raises(ConfigError, match=r"no finished sft or pretrain run.*llmtrain sft"):
+        handover.resolve_parents(config)
+
+
+def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="has not finished"):
+        handover.model_folder(tmp_path)
+
+
+def test_parents_are_named_by_role(tmp_path: Path) -> None:
+    sft, reward = finished_run(tmp_path, "sft", "sft", 1.0), finished_run(tmp_path, "r", "reward", 2.0)
+    config = handover.resolve_parents(load_config("align", ["method=ppo", f"runs_dir={tmp_path}", "run=s"]))
+    assert {role: each["folder"] for role, each in handover.parents(config).items()} == {
+        "model": str(sft), "reward_model": str(reward),
+    }  # fmt: skip
+    changed = dataclasses.replace(config, reward_model=str(sft))
+    assert handover.parents(changed)["reward_model"]["sha256"] != handover.parents(config)["reward_model"]["sha256"]
