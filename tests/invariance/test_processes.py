@@ -81,7 +81,10 @@ def test_killing_the_launcher_ends_the_processes_and_the_run_goes_on(pretrained:
         pass
     process.kill()
     process.communicate(timeout=60)  # the pipes close when the last process has gone
-    finish(command)
+    assert "resuming" in finish(command)
+    pretrain(pretrained, "calm", DDP)
+    weights = [(pretrained / name / "model" / "model.safetensors").read_bytes() for name in ("orphans", "calm")]
+    assert weights[0] == weights[1]
     assert_same_run(pretrained / "orphans", pretrained / "alone")
 
 
