@@ -108,7 +108,7 @@ def fail(how: str) -> None:
     ("how", "error", "words"),
     [
         ("told", ConfigError, r"^rank 1 has no rows: give it some$"),
-        ("broken", RuntimeError, "(?s)process 1 failed.*ZeroDivisionError: a mistake of ours"),
+        ("broken", RuntimeError, "(?s)in process 1:.*ZeroDivisionError: a mistake of ours"),
         ("killed", UserError, "process 1 of 2 was ended from outside .SIGKILL"),
     ],
 )

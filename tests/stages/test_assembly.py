@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from llmtrain.config.compose import load_config
-from llmtrain.config.errors import ConfigError
+from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import TrainConfig
+from llmtrain.engine.distributed import Layout
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import num_steps
 
@@ -116,3 +120,27 @@ def test_parents_are_named_by_role(tmp_path: Path) -> None:
     }  # fmt: skip
     changed = dataclasses.replace(config, reward_model=str(sft))
     assert handover.parents(changed)["reward_model"]["sha256"] != handover.parents(config)["reward_model"]["sha256"]
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_told_and_the_run_stays_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(assembly, "save_model", full)
+    monkeypatch.setattr(assembly, "token_ids", lambda tokenizer: {})
+    config = pretrain_config(tmp_path)
+    handover.open_run(config)
+    run = assembly.Run(config, tmp_path / "a", Layout(0, 1, torch.device("cpu")), 0.0)
+    with pytest.raises(UserError, match=r"cannot write .*model: No space left.*run the command again"):
+        run.finish(nn.Linear(1, 1), None, {})  # type: ignore[arg-type]
+    assert not handover.read_lineage(tmp_path / "a")["finished"]
+
+
+def test_samples_from_before_the_run_are_kept_when_it_goes_on(tmp_path: Path) -> None:
+    run = assembly.Run(pretrain_config(tmp_path), tmp_path, Layout(0, 1, torch.device("cpu")), 0.0)
+    for number, moment in enumerate(("before", "before", "after", "after")):
+        run.write_samples(moment, lambda number=number: [{"answer": str(number)}])
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert samples == {"before": [{"answer": "0"}], "after": [{"answer": "3"}]}

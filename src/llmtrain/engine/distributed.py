@@ -82,7 +82,7 @@ def goes_first() -> bool:
 def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
     """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all.
 
-    Raises what ended the process that failed first: its UserError, or RuntimeError with its traceback.
+    Raises what ended the process that failed first: its UserError or OSError, else RuntimeError with its traceback.
     """
     # how it stops the others is of no interest
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -112,8 +112,10 @@ def _run_as(
         function(*arguments)
         leave()
     except Exception as error:
-        told = isinstance(error, UserError)
-        failures.put(error if told else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()[-20_000:]}"))
+        seen = f"in process {rank}:\n{traceback.format_exc()[-20_000:]}"
+        if isinstance(error, OSError):
+            error.add_note(seen)
+        failures.put(error if isinstance(error, UserError | OSError) else RuntimeError(seen))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: taking leave of the others in good order could wait for them for ever

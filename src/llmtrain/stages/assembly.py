@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
@@ -157,7 +158,12 @@ class Run(Generic[Config]):
         if self.layout.is_main:
             aside, final = self.folder / ".model.partial", self.folder / "model"
             shutil.rmtree(aside, ignore_errors=True)
-            save_model(aside, trained, state=state, extra_config=token_ids(tokenizer))
+            try:
+                save_model(aside, trained, state=state, extra_config=token_ids(tokenizer))
+            except SafetensorError as error:  # a full disk, say
+                raise UserError(
+                    f"cannot write {final}: {error}. The last checkpoint is complete: make room, run the command again."
+                ) from error
             tokenizer.save(aside, trained.config.max_sequence_length)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
@@ -174,7 +180,9 @@ class Run(Generic[Config]):
         if distributed.agree(moment == "after" or moment not in kept, self.layout):
             samples = make()
             if self.layout.is_main:
-                path.write_text(json.dumps(kept | {moment: samples}, indent=1, ensure_ascii=False))
+                aside = path.with_name(".samples.json.partial")
+                aside.write_text(json.dumps(kept | {moment: samples}, indent=1, ensure_ascii=False))
+                os.replace(aside, path)
 
 
 def describe(folder: Path, model: LanguageModel | ScalarModel, tokenizer: Tokenizer) -> None:
