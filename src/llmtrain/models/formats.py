@@ -3,6 +3,7 @@
 Nothing is ever unpickled. `layouts.py` holds the names.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -37,10 +38,13 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, int]:
     return _architecture(_read_fields(folder)[0], folder)
 
 
-def load_language_model(folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> LanguageModel:
+def load_language_model(
+    folder: str | Path, *, state: Mapping[str, Tensor] | None = None, dropout: float | None = None
+) -> LanguageModel:
     """The language model of a folder or hub id, float32 on the CPU.
 
     `state` holds the weights by our own names, where they are not in the folder (a training checkpoint's).
+    `dropout` takes the place of the folder's.
     Raises UserError, which lists all tensors that do not fit.
     """
     folder = locate(folder)
@@ -50,13 +54,15 @@ def load_language_model(folder: str | Path, *, state: Mapping[str, Tensor] | Non
         raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
     config, vocab_size = _architecture(fields, folder)
     with torch.device("meta"):
-        model = LanguageModel(config, vocab_size)
+        model = LanguageModel(_with_dropout(config, dropout), vocab_size)
     _fill(model, layout if state is None else OWN, tensors, folder)
     return model
 
 
-def load_scalar_model(folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> ScalarModel:
-    """The score model of a folder or hub id, float32 on the CPU; `state` and errors as in `load_language_model`."""
+def load_scalar_model(
+    folder: str | Path, *, state: Mapping[str, Tensor] | None = None, dropout: float | None = None
+) -> ScalarModel:
+    """The score model of a folder or hub id, float32 on the CPU; the rest as in `load_language_model`."""
     folder = locate(folder)
     fields, layout = _read_fields(folder)
     tensors = _read_tensors(folder, layout) if state is None else state
@@ -64,12 +70,16 @@ def load_scalar_model(folder: str | Path, *, state: Mapping[str, Tensor] | None 
         raise UserError(f"{folder} holds no reward model: it has no score.weight; was it trained by `llmtrain reward`?")
     config, vocab_size = _architecture(fields, folder)
     with torch.device("meta"):
-        model = ScalarModel(config, vocab_size)
+        model = ScalarModel(_with_dropout(config, dropout), vocab_size)
     statistics = {**SCORE_STATISTICS, **fields.get("llmtrain", {}), **(state or {})}
     model.score_mean, model.score_std = (torch.tensor(float(statistics[name])) for name in SCORE_STATISTICS)
     weights = {name: tensor for name, tensor in tensors.items() if name not in SCORE_STATISTICS}
     _fill(model, layout if state is None else OWN, weights, folder)
     return model
+
+
+def _with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
+    return config if dropout is None else dataclasses.replace(config, dropout=dropout)
 
 
 def save_model(

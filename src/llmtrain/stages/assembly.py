@@ -243,14 +243,17 @@ def _digest(rows: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def load_policy(folder: str) -> LanguageModel:
-    """The language model in a run, a checkpoint or a Transformers folder, float32 on the CPU."""
-    return load_language_model(handover.model_folder(folder), state=_checkpoint_state(folder))
+def load_policy(folder: str, dropout: float | None = None) -> LanguageModel:
+    """The language model in a run, a checkpoint or a Transformers folder, float32 on the CPU.
+
+    `dropout` takes the place of the one that it was trained with.
+    """
+    return load_language_model(handover.model_folder(folder), state=_checkpoint_state(folder), dropout=dropout)
 
 
 def load_reward_model(folder: str) -> ScalarModel:
-    """The reward model in a run, a checkpoint or a Transformers folder."""
-    return load_scalar_model(handover.model_folder(folder), state=_checkpoint_state(folder))
+    """The reward model in a run, a checkpoint or a Transformers folder, without dropout."""
+    return load_scalar_model(handover.model_folder(folder), state=_checkpoint_state(folder), dropout=0.0)
 
 
 def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
