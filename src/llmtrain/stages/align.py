@@ -26,8 +26,8 @@ def stage(config: AlignConfig) -> None:
     run = Run.open(config)
     folder = assembly.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
-    policy, reference = assembly.load_policy(folder), assembly.load_policy(folder)
     # dropout off in everything: the ratio of policy and reference is to be 1 at the start
+    policy, reference = (assembly.load_policy(folder, dropout=0.0) for _ in range(2))
     reference.to(run.layout.device).eval().requires_grad_(False)
     if isinstance(config.method, DpoConfig):
         dpo(run, config.method, policy, reference, tokenizer)
