@@ -1,5 +1,6 @@
 """Folders written by the command line load in Transformers and answer the same; folders written there train here."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.tiny import COMMANDS
 from llmtrain import cli
 from llmtrain.data.conversations import encode_prompt
 from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.engine.tracking import read_metrics
 from llmtrain.models.formats import load_language_model, load_scalar_model
 
 transformers = pytest.importorskip("transformers")
@@ -167,3 +169,14 @@ def test_folders_of_transformers_train_here(
     capsys.readouterr()
     assert cli.main(["generate", f"model={tmp_path / 'sft'}", "prompt=12?", "max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_alignment_is_without_the_dropout_of_its_model(tmp_path: Path) -> None:
+    folder, tokenizer = tmp_path / "theirs", their_tokenizer(CHATML)
+    make = their_gpt2(len(tokenizer))
+    assert make.config.resid_pdrop > 0
+    make.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = read_metrics(train("dpo", tmp_path, f"model.init_from={folder}"))
+    assert rows[1]["train/margin"] == 0.0  # policy and reference are still the same
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2))
