@@ -317,6 +317,8 @@ class PpoConfig:
     """Clip of the value update."""
     value_weight: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
+    value_warmup_steps: int = Field(default=0, ge=0)
+    """First steps in which only the value model learns."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty per nat of log-ratio to the reference, in the reward of each token."""
     kl_target: float | None = Field(default=None, gt=0)

@@ -11,6 +11,7 @@ import datetime
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -87,18 +88,22 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     # how it stops the others is of no interest
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     failures = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments_of_all = (function, arguments, processes, _free_port(), failures)
+    running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
     try:
-        start_processes(
-            _run_as, (function, arguments, processes, _free_port(), failures), nprocs=processes, start_method="spawn"
-        )
+        while not running.join():
+            pass
     except ProcessExitedException as ended:
-        if failures.empty():  # it had no time to say why
-            reason = ended.signal_name or f"exit code {ended.exit_code}"
-            raise UserError(
-                f"process {ended.error_index} of {processes} was ended from outside ({reason}); the others "
-                "were stopped. Was there too little memory? The same command goes on from the last checkpoint."
-            ) from None
-        raise failures.get() from None
+        failure = None if failures.empty() else failures.get()
+        killed = [number for number, each in enumerate(running.processes) if each.exitcode == -signal.SIGKILL]
+        if isinstance(failure, UserError) or (failure and not killed):
+            raise failure from None
+        # it had no time to say why; what the others said is only that they lost it
+        number, reason = (killed[0], "SIGKILL") if killed else (ended.error_index, f"exit code {ended.exit_code}")
+        raise UserError(
+            f"process {number} of {processes} was ended from outside ({reason}); the others were stopped. "
+            "Was there too little memory? The same command goes on from the last checkpoint."
+        ) from None
 
 
 def _run_as(

@@ -233,9 +233,11 @@ class Ppo:
         value_clip_range: float = 0.2,
         value_weight: float = 0.1,
         temperature: float = 1.0,
+        value_warmup_steps: int = 0,
     ) -> None:
         self.clip_range, self.value_clip_range = clip_range, value_clip_range
         self.value_weight, self.temperature = value_weight, temperature
+        self.value_warmup_steps = value_warmup_steps
 
     def weight(self, batch: Trajectory) -> Tensor:
         """Number of sampled tokens."""
@@ -251,10 +253,12 @@ class Ppo:
         logprobs, entropy, values = policy_and_values(model, batch.tokens, batch.response_mask, self.temperature)
         policy_loss = ppo_policy_loss(logprobs, batch.logprobs, batch.advantages, mask, clip_range=self.clip_range)
         value_loss = ppo_value_loss(values, batch.values, batch.returns, mask, clip_range=self.value_clip_range)
-        loss = (policy_loss + self.value_weight * value_loss).sum()
+        # a value model that knows nothing yet makes advantages of noise: at first it learns alone
+        policy_weight = 0.0 if batch.step < self.value_warmup_steps else 1.0
+        losses = policy_weight * policy_loss + self.value_weight * value_loss
         ratio = _ratio(logprobs, batch.logprobs, mask)
         per_token = {
-            "loss": policy_loss + self.value_weight * value_loss,
+            "loss": losses,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "ratio": ratio,
@@ -263,7 +267,7 @@ class Ppo:
             "entropy": entropy,
         }
         weight = self.weight(batch)
-        return loss, {
+        return losses.sum(), {
             name: (torch.where(mask, value.detach().float(), 0.0).sum(), weight) for name, value in per_token.items()
         }
 

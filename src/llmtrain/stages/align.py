@@ -102,7 +102,9 @@ def ppo(
     run.write_samples("before", problems.samples)
     run.fit(
         model=model, trained=trained, batches=rollouts,
-        objective=Ppo(method.clip_range, method.value_clip_range, method.value_weight, method.temperature),
+        objective=Ppo(
+            method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
+        ),
         tokenizer=tokenizer, steps=steps, evaluators=problems.evaluators, parts={"kl": kl},
     )  # fmt: skip
     run.write_samples("after", problems.samples)
