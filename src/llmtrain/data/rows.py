@@ -124,7 +124,7 @@ def _read(kind: Kind[Row], place: str, record: Record) -> Row:
     except DataError as error:
         raise DataError(f"{place}: {error}\nthe row: {_short(record)}") from None
     except KeyError as error:
-        raise DataError(f"{place}: no {error}, which the rows before have\nthe row: {_short(record)}") from None
+        raise DataError(f"{place}: this row has no {error}\nthe row: {_short(record)}") from None
     except (TypeError, AttributeError) as error:
         raise DataError(f"{place}: not like the rows before ({error!r})\nthe row: {_short(record)}") from None
 

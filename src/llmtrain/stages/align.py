@@ -103,7 +103,8 @@ def ppo(
     run.fit(
         model=model, trained=trained, batches=rollouts,
         objective=Ppo(
-            method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
+            method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
+            method.value_warmup_steps,
         ),
         tokenizer=tokenizer, steps=steps, evaluators=problems.evaluators, parts={"kl": kl},
     )  # fmt: skip
