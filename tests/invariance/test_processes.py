@@ -15,7 +15,8 @@ LAUNCHERS = {
     "torchrun": [
         "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
     ],
-    "accelerate": ["-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--main_process_port=0"],
+    # with --cpu, accelerate itself starts one process only
+    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
 }  # fmt: skip
 
 
@@ -47,6 +48,8 @@ def test_a_checkpoint_goes_on_in_another_layout(first: list[str], then: list[str
     name = f"{'-'.join(first)}-then-{'-'.join(then)}".replace("engine.", "").replace("=", "")
     pretrain(pretrained, name, first)
     assert_same_run(pretrained / name, pretrained / "alone")
+    shards = (pretrained / name / "checkpoints" / "step-00000004" / "state").iterdir()
+    assert len(list(shards)) == (2 if first else 1), "as many shards as processes"
     rewind(pretrained / name, step=4)
     assert f"resuming {pretrained / name} at step 4" in pretrain(pretrained, name, then)
     assert_same_run(pretrained / name, pretrained / "alone")
@@ -57,6 +60,7 @@ def test_a_checkpoint_goes_on_in_another_layout(first: list[str], then: list[str
 def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
     pretrain(pretrained, launcher, ALONE, LAUNCHERS[launcher])
     assert_same_run(pretrained / launcher, pretrained / "alone")
+    assert len(list((pretrained / launcher / "checkpoints" / "step-00000008" / "state").iterdir())) == 2
 
 
 @pytest.mark.slow

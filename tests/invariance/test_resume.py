@@ -87,6 +87,7 @@ def test_a_torn_newest_checkpoint_is_named_and_the_run_ends_with_the_same_bits(t
     assert metrics(disturbed) == metrics(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=4"]
     finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=4"])
