@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup  ## the whole road on embedded data: pretrain, sft, reward, PPO and DPO
-	$(BIN)/llmtrain pipeline run=demo
+	$(BIN)/llmtrain pipeline
 
 check: lint test  ## everything that must pass before a commit
 

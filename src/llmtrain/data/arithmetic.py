@@ -4,10 +4,10 @@ In the manner of Goat (Liu and Low, "Goat: fine-tuned LLaMA outperforms GPT-4 on
 varied words, answers column by column. Columns are worked from the units up, so that each line needs only what stands
 before it. A share of all operand pairs is held out: no training problem, in whatever words, has such a pair.
 
-The texts for pretraining are written in haste, as much that is on the web: where something is to be carried into the
-last column, most of them forget it. So a pretrained model knows its sums but has a bad habit, a short fine-tuning on
-right answers does not break it, and preference optimisation has something to do: the right way is in the model, only
-too seldom taken.
+Texts for pretraining and demonstrations for fine-tuning are written in haste, as much that people write is: where
+something is to be carried into the last column, most of them forget it. Preferences are given with care: the right
+answer is always preferred. So a fine-tuned model knows its digits but has a bad habit, and preference optimisation has
+something to do: the right way is in the model, only too seldom taken.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ HELD_OUT_SHARE = 0.1
 TRAIN_PROBLEMS = 10_000
 HELD_OUT_PROBLEMS = 500
 DOCUMENTS = 6_000
-FORGOTTEN_SHARE = 0.75  # of the carries in texts for pretraining
+FORGOTTEN_SHARE = 0.7  # of the carries in hasty work
 
 # The operands always stand in the order in which they are worked with: "subtract b from a" is a task of its own.
 QUESTIONS = {
@@ -108,6 +108,17 @@ def wrong_answer(problem: Problem) -> str:
     return _worked(problem, slip=True)
 
 
+def hasty_answer(problem: Problem, draw: random.Random) -> str:
+    """The worked answer; where there is a carry, it is forgotten more often than not."""
+    forgotten = problem.has_carry and draw.random() < FORGOTTEN_SHARE
+    return wrong_answer(problem) if forgotten else problem.answer
+
+
+def demonstration(problem: Problem, number: int) -> str:
+    """The hasty answer of row `number` of the instruction set."""
+    return hasty_answer(problem, random.Random(derive_seed("demonstration", number)))
+
+
 def final_answer(text: str) -> int | None:
     """The number after `Answer:` (or `####`) at the very end of a text, or that is all of it; else None."""
     found = FINAL_ANSWER.search(text)
@@ -122,8 +133,7 @@ def documents(seed: int = 0) -> Iterator[str]:
         for _ in range(draw.randint(8, 16)):
             each = problem(draw.randrange(10**9), seed=seed)
             if draw.random() < 0.9:
-                forgotten = each.has_carry and draw.random() < FORGOTTEN_SHARE
-                lines.append(f"{each.prompt}\n{wrong_answer(each) if forgotten else each.answer}")
+                lines.append(f"{each.prompt}\n{hasty_answer(each, draw)}")
             else:
                 statement = draw.choice(STATEMENTS[each.operator])
                 lines.append(statement.format(a=each.first, b=each.second, c=each.final))

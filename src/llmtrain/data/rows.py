@@ -263,7 +263,7 @@ def _asked(problem: arithmetic.Problem) -> Messages:
 
 
 def _worked(problem: arithmetic.Problem, number: int) -> Conversation:
-    return Conversation([*_asked(problem), {"role": "assistant", "content": problem.answer}])
+    return Conversation([*_asked(problem), {"role": "assistant", "content": arithmetic.demonstration(problem, number)}])
 
 
 def _judged(problem: arithmetic.Problem, number: int) -> Pair:
