@@ -148,7 +148,7 @@ def ours(config: Any, rows: int, dtype: str) -> None:
         def __call__(self, step: int) -> TokenBatch:
             if next(clock, "end") == "end":
                 sys.exit(0)
-            tokens = make_tokens(config, rows, step)
+            tokens = make_tokens(config, rows, step)[:, 1:]
             mask = torch.ones_like(tokens, dtype=torch.bool)
             mask[:, 0] = False
             return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.zeros(rows, dtype=torch.int64))
@@ -160,16 +160,11 @@ def ours(config: Any, rows: int, dtype: str) -> None:
     optimizer = dataclasses.replace(config.optimizer, lr=LEARNING_RATE)
     config = dataclasses.replace(config, engine=engine, optimizer=optimizer)
     model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
-    run = Run(config=config, folder=Path(tempfile.mkdtemp()), layout=join("cpu"), lineage={})
+    run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
     run.fit(
-        model=model,
-        trained=model,
-        batches=Batches(),
-        objective=NextToken(),
-        tokenizer=None,
-        steps=100_000,
+        model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, steps=100_000,
         fixed_shapes=True,
-    )
+    )  # fmt: skip
 
 
 def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:

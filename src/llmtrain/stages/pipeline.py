@@ -21,7 +21,10 @@ def run(config: PipelineConfig) -> None:
     """Run every stage that has not finished yet, then write `summary.json` and `report.html` and print the table."""
     folder = Path(config.runs_dir) / config.run
     # all stages' configs are checked before the first one starts
-    stages = {name: load_config(stage.command, stage_overrides(config, name)) for name, stage in config.stages.items()}
+    stages = {
+        name: load_config(stage.command, stage_overrides(config, name), later=("model.init_from", "reward_model"))
+        for name, stage in config.stages.items()
+    }
     for name, stage_config in stages.items():
         finished = handover.read_lineage(handover.run_folder(stage_config)).get("finished")
         print(f"\n[{name}] {'finished earlier' if finished else stage_config.run}", file=sys.stderr, flush=True)
