@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.tiny import TINY
 
 from llmtrain.cli import main
-from tests.tiny import TINY
 
 
 @pytest.mark.slow
