@@ -63,13 +63,20 @@ def _docstrings(module: str, tree: ast.Module) -> Iterator[str]:
 def _source_files() -> Iterator[tuple[str, str]]:
     """Module name and source of the files of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    for path in paths:
-        parts = path.split("/")
-        size = (root / path).stat().st_size
-        if LEFT_OUT.isdisjoint(parts) and not parts[0].startswith("config-") and FILE_BYTES[0] <= size <= FILE_BYTES[1]:
-            try:
-                text = (root / path).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
-            yield path.removesuffix(".py").replace("/", "."), text
+    for path in _source_paths(root):
+        try:
+            text = (root / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield path.removesuffix(".py").replace("/", "."), text
+
+
+@functools.cache
+def _source_paths(root: Path) -> tuple[str, ...]:
+    """Files of the standard library that are worth reading, in order; found once, since the walk takes its time."""
+    found = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in LEFT_OUT and not name.startswith("config-")]
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
+        found += [path for path in paths if FILE_BYTES[0] <= path.stat().st_size <= FILE_BYTES[1]]
+    return tuple(sorted(path.relative_to(root).as_posix() for path in found))
