@@ -5,7 +5,9 @@ read, never imported, in sorted order, so the text is the same wherever the same
 """
 
 import ast
+import functools
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
