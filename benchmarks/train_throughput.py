@@ -45,12 +45,18 @@ def turns() -> Iterator[None]:
         print(json.dumps(seconds), flush=True)
 
 
-def model_config(name: str) -> Any:
-    """The architecture of configs/model/NAME.yaml."""
+def build_config(model: str, dtype: str) -> Any:
+    """The config of `llmtrain pretrain` for this comparison."""
     from llmtrain.config.compose import load_config
 
-    return load_config("pretrain", [f"model={name}", f"train.sequence_length={256 if name == 'bench_a' else 512}",
-                                    f"train.batch_tokens={4096}", "train.steps=100000"])  # fmt: skip
+    length = {"bench_a": 256, "bench_b": 512}[model]
+    return load_config(
+        "pretrain",
+        [
+            f"model={model}", f"train.sequence_length={length}", "train.batch_tokens=4096", "train.steps=100000",
+            f"optimizer.lr={LEARNING_RATE}", f"engine.precision={dtype}", "engine.compile=true",
+        ],
+    )  # fmt: skip
 
 
 def make_tokens(config: Any, rows: int, step: int) -> Any:
@@ -132,7 +138,6 @@ def hf(config: Any, rows: int, dtype: str) -> None:
 
 def ours(config: Any, rows: int, dtype: str) -> None:
     """The loop of the pretrain stage."""
-    import dataclasses
     import tempfile
 
     import torch
@@ -156,9 +161,6 @@ def ours(config: Any, rows: int, dtype: str) -> None:
         def counts(self, step: int) -> dict[str, float]:
             return {}
 
-    engine = dataclasses.replace(config.engine, precision=dtype, compile=True)
-    optimizer = dataclasses.replace(config.optimizer, lr=LEARNING_RATE)
-    config = dataclasses.replace(config, engine=engine, optimizer=optimizer)
     model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
     run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
     run.fit(
@@ -223,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.contender:
         contender = {"ours": ours, "bare": bare, "hf": hf}[arguments.contender]
-        contender(model_config(arguments.model), ROWS[arguments.model], arguments.dtype)
+        contender(build_config(arguments.model, arguments.dtype), ROWS[arguments.model], arguments.dtype)
         return
     import torch
     import transformers
