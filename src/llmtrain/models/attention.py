@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.models import cpu_attention
 from llmtrain.models.positions import RotaryTables, rotate
 
 
@@ -109,12 +110,15 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]."""
+        dropout = self.dropout if self.training else 0.0
+        if causal and dropout == 0.0 and torch.is_grad_enabled() and cpu_attention.is_faster(query):
+            return cpu_attention.causal_attention(query, key, value)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )

@@ -1,0 +1,58 @@
+"""The blocked bfloat16 attention against float64 and against torch's own kernel; it runs on any processor."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models import cpu_attention
+from llmtrain.models.heads import LanguageModel
+
+
+def _run(attend, tensors: list[Tensor], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    attended = attend(*leaves)
+    return [attended.double(), *(part.double() for part in torch.autograd.grad(attended, leaves, grad.to(dtype)))]
+
+
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("length", [2, 63, 64, 200])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_equals_softmax_attention(length: int, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, heads, length, 16) for heads in (6, kv_heads, kv_heads, 6)]
+    *tensors, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+        expected = _run(_torch_attention, [tensor.to(dtype) for tensor in tensors], grad.to(dtype), torch.float64)
+        found = _run(cpu_attention.causal_attention, tensors, grad, dtype)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= tolerance * max(float(other.norm()), 1.0)
+
+
+def test_operators_are_sound_for_compilers() -> None:
+    tensors = [torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
+    torch.library.opcheck(cpu_attention._forward, tuple(tensors))
+
+
+def test_model_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training only: generation and evaluation keep torch's kernel."""
+    calls = []
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        cpu_attention,
+        "causal_attention",
+        lambda *heads, attend=cpu_attention.causal_attention: calls.append(1) or attend(*heads),
+    )
+    config = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_sequence_length=32)
+    model = LanguageModel(config, 61).initialise(torch.Generator().manual_seed(0))
+    tokens = torch.arange(10)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = model(tokens)
+        with torch.no_grad():
+            evaluated = model(tokens)
+    assert len(calls) == config.num_layers
+    torch.testing.assert_close(trained, evaluated, rtol=0.05, atol=0.05)
