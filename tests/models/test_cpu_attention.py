@@ -26,7 +26,7 @@ def test_equals_softmax_attention(length: int, kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(length)
     shapes = [(2, heads, length, 16) for heads in (6, kv_heads, kv_heads, 6)]
     *tensors, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
         expected = _run(_torch_attention, [tensor.to(dtype) for tensor in tensors], grad.to(dtype), torch.float64)
         found = _run(cpu_attention.causal_attention, tensors, grad, dtype)
         for one, other in zip(found, expected, strict=True):

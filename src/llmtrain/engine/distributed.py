@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.engine.memory import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
             f"engine.device={device}: process {local_rank + 1} of this machine has no GPU of its own ({gpus} in all). "
             "Set engine.device=cpu, or start as many processes as there are GPUs."
         )
+    if on_cpu:
+        keep_freed_memory()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it chooses a number of threads and says so; the number is set below
         # the others wait that long while the main process prepares data; a process that dies is noticed at once
