@@ -1,0 +1,59 @@
+"""What a run can be told: every key, its type, its default and its meaning.
+
+These frozen dataclasses are the only place where defaults live; YAML holds choices and differences.
+The string under a field is its documentation: it feeds `llmtrain STAGE --help` and the reference page.
+Nothing here imports torch, so a wrong config is refused before torch is loaded.
+"""
+
+from llmtrain.config.schema.commands import (
+    AlignConfig,
+    GenerateConfig,
+    PipelineConfig,
+    PipelineStage,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    ShowConfig,
+    StageConfig,
+)
+from llmtrain.config.schema.data import CorpusConfig, RowsConfig, RowSourceConfig, SampledPairsConfig, SourceConfig
+from llmtrain.config.schema.methods import DpoConfig, PpoConfig
+from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.training import (
+    CheckpointConfig,
+    EngineConfig,
+    EvalConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrackerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlignConfig",
+    "CheckpointConfig",
+    "CorpusConfig",
+    "DpoConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "ModelTokenizerConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "PipelineStage",
+    "PpoConfig",
+    "PretrainConfig",
+    "RewardConfig",
+    "RowSourceConfig",
+    "RowsConfig",
+    "SampledPairsConfig",
+    "ScheduleConfig",
+    "SftConfig",
+    "ShowConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrackerConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,141 @@
+"""One class for each command: the whole of its config."""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llmtrain.config.schema.data import CorpusConfig, RowsConfig
+from llmtrain.config.schema.methods import DpoConfig, PpoConfig
+from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.strict import STRICT
+from llmtrain.config.schema.training import (
+    CheckpointConfig,
+    EngineConfig,
+    EvalConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrackerConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StageConfig:
+    """Keys that every training stage has."""
+
+    run: str
+    """Name of the run; its folder is `runs_dir`/`run`. The same command with the same name resumes."""
+    runs_dir: str = "runs"
+    """Folder that holds all runs and the cache of prepared data."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the initial weights, the order of the data and every random draw."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    tracker: TrackerConfig = Field(default_factory=TrackerConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PretrainConfig(StageConfig):
+    """`llmtrain pretrain`: next-token training on a mixture of text."""
+
+    data: CorpusConfig
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SftConfig(StageConfig):
+    """`llmtrain sft`: supervised fine-tuning on conversations; the loss is on the assistant's tokens only."""
+
+    data: RowsConfig
+    tokenizer: ModelTokenizerConfig = Field(default_factory=ModelTokenizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RewardConfig(StageConfig):
+    """`llmtrain reward`: a Bradley-Terry reward model from preference pairs."""
+
+    data: RowsConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AlignConfig(StageConfig):
+    """`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo)."""
+
+    data: RowsConfig
+    method: DpoConfig | PpoConfig = Field(discriminator="name")
+    reward_model: str | None = None
+    """Folder of the reward model (method=ppo)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PipelineStage:
+    """One stage of a pipeline."""
+
+    command: Literal["pretrain", "sft", "reward", "align"]
+    """Which stage command."""
+    model: str | None = None
+    """Name of the earlier stage of this pipeline whose finished model this one starts from."""
+    reward_model: str | None = None
+    """Name of the earlier stage of this pipeline that trained the reward model."""
+    overrides: list[str] = Field(default_factory=list)
+    """Overrides of the stage's config, as on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PipelineConfig:
+    """`llmtrain pipeline`: stages in sequence, each fed by the ones before, from one YAML."""
+
+    run: str
+    """Name of the pipeline; stage NAME runs in `runs_dir`/`run`/NAME."""
+    stages: dict[str, PipelineStage]
+    """Stages by name, in order."""
+    runs_dir: str = "runs"
+    """Folder that holds all runs and the cache of prepared data."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every stage."""
+    overrides: list[str] = Field(default_factory=list)
+    """Overrides for every stage, before the stage's own."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerateConfig:
+    """`llmtrain generate`: print what a model answers; the text alone goes to standard output."""
+
+    model: str | None = None
+    """Folder: a run, a checkpoint or a Transformers folder. Null: the newest finished run."""
+    prompt: str = ""
+    """What the model is to answer or go on from; `-` reads it from standard input."""
+    chat: bool | None = None
+    """Apply the chat template. Null: if the model's run was fine-tuned on conversations."""
+    runs_dir: str = "runs"
+    """Where the newest run is looked for."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampling."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probability reaches p."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer in tokens."""
+    samples: int = Field(default=1, ge=1)
+    """Number of answers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ShowConfig:
+    """`llmtrain show`: print what a stage's model will really see."""
+
+    stage: Literal["pretrain", "sft", "reward", "align"] = "pretrain"
+    """Whose data to show."""
+    rows: int = Field(default=3, ge=1)
+    """How many rows."""
+    overrides: list[str] = Field(default_factory=list)
+    """Overrides of that stage's config, as on the command line."""

@@ -1,0 +1,132 @@
+"""How any stage trains, saves and measures."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llmtrain.config.schema.strict import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """How long, and in which portions. Say the length once: steps, tokens, epochs or tokens_per_parameter."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Length of the run in steps."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Length of the run in tokens (pretraining)."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Length of the run in passes over the training rows or tokens."""
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    """Length of the run in tokens per model parameter (pretraining; about 20 is Chinchilla's optimum)."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per step, over all processes (pretraining); a multiple of `sequence_length`."""
+    batch_rows: int | None = Field(default=None, ge=1)
+    """Rows per step, over all processes: conversations, pairs or prompts."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens the model sees in one row (at most, where rows differ in length)."""
+    micro_batch_rows: int | None = Field(default=None, ge=1)
+    """Rows in one forward and backward pass of one process. Null: all rows of the process."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient to this global norm. Null: do not clip."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """The optimizer. Read by `optim/optimizers.py`."""
+
+    target: str = Field(default="torch.optim.AdamW", alias="_target_")
+    """Import path of a `torch.optim.Optimizer` class; your own class works too."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] | None = Field(default=(0.9, 0.95), strict=False)
+    """Decay rates of the moments, for optimizers that take `betas`. Null: the optimizer's own."""
+    eps: float | None = Field(default=1e-8, gt=0)
+    """Added to the denominator, for optimizers that take `eps`. Null: the optimizer's own."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of the matrices (vectors get none)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the optimizer's class."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """The learning rate as a function of the step. Read by `optim/schedules.py`."""
+
+    name: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise from lr / (warmup_steps + 1) to lr."""
+    min_lr_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Last learning rate as a share of the peak (cosine, linear, wsd). Null: 0.1 for cosine, 0 for linear and wsd."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Length of the final decay (wsd). Null: a fifth of the run."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EngineConfig:
+    """Where and how it runs. Read by `engine/`."""
+
+    processes: int = Field(default=1, ge=1)
+    """Processes to start on this machine; leave at 1 under torchrun or accelerate launch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live. auto: cuda if there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of matrix products (autocast); weights and optimizer moments stay float32."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: replicate the model (ddp) or shard weights, gradients and moments (fsdp: FSDP2)."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each process. Null: the cores shared out evenly."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When to save, and what to keep. Read by `engine/checkpoints.py`."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save every n steps. The end of a run is always saved."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Save when this much time has passed since the last save."""
+    keep_last: int = Field(default=2, ge=1)
+    """Keep this many of the newest checkpoints."""
+    keep_best: int = Field(default=0, ge=0)
+    """Keep this many of the best checkpoints by `best_metric`, besides the newest."""
+    best_metric: str | None = None
+    """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a lower or a higher `best_metric` is better."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvalConfig:
+    """Measuring while training; the first and the last step are always measured."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Measure every n steps as well."""
+    max_rows: int = Field(default=256, ge=1)
+    """Held-out rows (or blocks of tokens, per source) that the loss is measured on."""
+    problems: str | None = None
+    """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`."""
+    max_problems: int = Field(default=500, ge=1)
+    """Problems that are answered (greedily) and compared."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer to a problem in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackerConfig:
+    """Who is told of the metrics besides `metrics.jsonl`. Read by `engine/tracking.py`."""
+
+    every_steps: int = Field(default=1, ge=1)
+    """Write a row of metrics every n steps."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases: off, files in the run folder only, or sent."""
+    wandb_project: str = "llmtrain"
+    """Weights & Biases project."""
+    target: str | None = Field(default=None, alias="_target_")
+    """Import path of an `accelerate.tracking.GeneralTracker` class of your own."""
