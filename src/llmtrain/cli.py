@@ -109,7 +109,12 @@ def _run(command: str, flags: Namespace) -> None:
         raise ConfigError(f"--config-dir {missing[0]}: no such folder (from {os.getcwd()})")
     if flags.help:
         print(_command_help(command, flags))
-    elif _needs_hydra_main(flags):
+        return
+    if command == "show":
+        from llmtrain.config.overrides import for_stage
+
+        flags.overrides = for_stage(flags.overrides)
+    if _needs_hydra_main(flags):
         from llmtrain.config import hydra_app
 
         flags.hydra = _hydra_flags(flags)

@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig, RowSourceConfig
-from llmtrain.data.encoding import load_conversations, load_pairs, load_prompts, source_weights
+from llmtrain.data.encoding import load_conversations, load_pairs, load_prompts
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -36,7 +36,6 @@ def test_long_rows_are_left_out_and_counted(
     assert tokenizer.decode(first.tokens.tolist(), skip_special=False) == "<|user|>xxx<|assistant|>yes<|end|>"
     assert tokenizer.decode(first.tokens[first.mask].tolist(), skip_special=False) == "yes<|end|>"
     assert "1 of 2 rows left out: longer than 20 tokens" in caplog.text
-    assert source_weights(rows, {"a": [first]}) == {"a": 2.0}
 
 
 def test_long_rows_can_be_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:

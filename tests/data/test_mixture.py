@@ -3,11 +3,20 @@ import time
 import numpy as np
 import pytest
 
-from llmtrain.data.mixture import MAX_PERIOD, Mixture, permute, shuffled
+from llmtrain.data.mixture import (
+    MAX_PERIOD,
+    Mixture,
+    Phase,
+    PhasedMixture,
+    permute,
+    shuffled,
+    weights_of_epochs,
+    weights_of_temperature,
+)  # fmt: skip
 
 # The 22 shares of the Pile (Gao et al. 2020, table 1), in percent.
-PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 4.0, 3.65, 3.05, 2.34, 2.17, 1.53, 1.24, 0.93, 0.88, 0.75,
-        0.55, 0.31, 0.30, 0.14]  # fmt: skip
+PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 3.65, 3.07, 2.17, 1.55, 1.53, 1.24, 0.88, 0.75, 0.73, 0.62,
+        0.60, 0.38, 0.30, 0.14]  # fmt: skip
 
 
 def worst_deviation(weights: list[float], samples: int) -> float:
@@ -113,3 +122,72 @@ def test_sources_are_shuffled_apart() -> None:
     one, two = shuffled(np.array([3, 3]), np.array([1000, 1000]), np.array([5, 6]))
     assert one != two
     assert shuffled(np.array([3]), np.array([1000]), np.array([6]))[0] == two
+
+
+def sequence(mixture: PhasedMixture, samples: int) -> list[tuple[str, int]]:
+    source, number = mixture(np.arange(samples))
+    return [(mixture.names[i], n) for i, n in zip(source, number.tolist(), strict=True)]
+
+
+def test_one_phase_is_the_plain_mixture() -> None:
+    weights = {"a": 0.3, "b": 0.5, "c": 0.2}
+    for one, other in zip(
+        PhasedMixture([Phase(0, weights)])(np.arange(500)), Mixture(weights)(np.arange(500)), strict=True
+    ):
+        assert (one == other).all()
+
+
+def test_each_phase_goes_on_where_the_one_before_stopped() -> None:
+    phases = [Phase(0, {"a": 3, "b": 1}), Phase(101, {"b": 1, "c": 1}), Phase(203, {"a": 1})]
+    mixture = PhasedMixture(phases)
+    drawn = sequence(mixture, 400)
+    for name in "abc":
+        assert [n for each, n in drawn if each == name] == list(range(sum(each == name for each, _ in drawn)))
+    assert {name for name, _ in drawn[101:203]} == {"b", "c"}
+    assert {name for name, _ in drawn[203:]} == {"a"}
+    for n in (0, 50, 101, 150, 203, 400):
+        assert mixture.counts(n) == {name: sum(each == name for each, _ in drawn[:n]) for name in "abc"}
+    assert mixture.length is None
+    assert [phase.start for phase in mixture.phases] == [0, 101, 203]
+
+
+def test_a_spent_source_leaves_the_rest_to_the_others() -> None:
+    mixture = PhasedMixture([Phase(0, {"a": 2, "b": 1, "c": 1})], {"a": 50, "b": 40})
+    drawn = sequence(mixture, 300)
+    counts = {name: sum(each == name for each, _ in drawn) for name in "abc"}
+    assert counts == {"a": 50, "b": 40, "c": 210}
+    end = max(i for i, (name, _) in enumerate(drawn) if name == "a")
+    assert abs(sum(name == "b" for name, _ in drawn[:end]) - end / 4) < 1
+    assert mixture.counts(10**12) == {"a": 50, "b": 40, "c": 10**12 - 90}
+
+
+def test_limits_can_end_the_sequence() -> None:
+    stopping = PhasedMixture([Phase(0, {"a": 3, "b": 1})], {"a": 30}, renormalise=False)
+    assert stopping.length is not None
+    assert stopping.counts(stopping.length)["a"] == 30
+    assert stopping.counts(stopping.length - 1)["a"] == 29
+    used_up = PhasedMixture([Phase(0, {"a": 3, "b": 1})], {"a": 30, "b": 5})
+    assert used_up.length == 35
+
+
+def test_a_source_spent_before_a_phase_is_left_out_of_it() -> None:
+    mixture = PhasedMixture([Phase(0, {"a": 1}), Phase(20, {"a": 1, "b": 1})], {"a": 10, "b": 100})
+    assert mixture.length == 10  # nothing to fill the gap with
+    mixture = PhasedMixture([Phase(0, {"a": 1, "c": 1}), Phase(40, {"a": 1, "b": 1})], {"a": 10})
+    assert {name for name, _ in sequence(mixture, 80)[40:]} == {"b"}
+
+
+def test_weights_of_epochs_and_temperature() -> None:
+    sizes = {"a": 100.0, "b": 25.0}
+    assert weights_of_epochs({"a": 1.0, "b": 2.0}, sizes) == {"a": 100.0, "b": 50.0}
+    assert weights_of_temperature(sizes, 1.0) == sizes
+    assert weights_of_temperature(sizes, 2.0) == {"a": 10.0, "b": 5.0}
+
+
+def test_a_trillion_samples_of_the_pile() -> None:
+    """22 sources: shares within one sample at random prefixes, batches in milliseconds, whatever the step."""
+    weights = {str(i): weight for i, weight in enumerate(PILE)}
+    mixture = PhasedMixture([Phase(0, weights)])
+    shares = np.array(PILE) / sum(PILE)
+    for n in np.random.default_rng(0).integers(0, 10**12, size=1000).tolist():
+        assert np.abs(np.array(list(mixture.counts(n).values())) - n * shares).max() < 1.001  # float64 of n x share

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.commands import plans
 from llmtrain.config.compose import load_config
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
 from llmtrain.data.batches import RowOrder, TokenBatches
-from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts, source_weights
+from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
@@ -25,8 +26,15 @@ MARKS = ("«", "»")
 
 def run(config: ShowConfig) -> None:
     """Show the mixture and the first rows of a stage. Raises what the stage would raise for its config or data."""
-    stage = handover.resolve_parents(load_config(config.stage, config.overrides))
     console = Console()
+    planned = load_config(config.stage, config.overrides, later=("data",))
+    if isinstance(planned, PretrainConfig) and plans.is_elsewhere(planned):
+        rows = plans.planned_rows(planned)
+        console.print(plans.plan_table(planned, rows))
+        _warn(console, {row["source"]: row["run_epochs"] or 0.0 for row in rows})
+        console.print("Not all of this text is on this machine, so no rows are shown.")
+        return
+    stage = handover.resolve_parents(load_config(config.stage, config.overrides))
     if isinstance(stage, PretrainConfig):
         show_text(stage, config.rows, console)
     else:
@@ -38,17 +46,15 @@ def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
     cache, length = _cache(config.runs_dir), config.train.sequence_length
     tokenizer = pretrain.build_tokenizer(config, cache)
     sources = pretrain.prepare(config, tokenizer, cache, "train")
-    weights = {name: source.weight for name, source in config.data.sources.items()}
-    batch_rows = (config.train.batch_tokens or length) // length
-    batches = TokenBatches(sources, weights, batch_rows=batch_rows, sequence_length=length, seed=config.seed)
     parameters = 0
     if config.train.tokens_per_parameter:
         parameters = sum(each.numel() for each in pretrain.build_model(config, tokenizer).parameters())
-    blocks = sum(source.num_blocks(length) for source in sources.values())
-    steps = assembly.num_steps(config.train, rows=blocks, parameters=parameters, tokens_per_row=length)
+    sizes = {name: source.num_blocks(length) for name, source in sources.items()}
+    mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
+    batch_rows = assembly.rows_per_step(config.train)
+    batches = TokenBatches(sources, mixture, batch_rows=batch_rows, sequence_length=length, seed=config.seed)
     counts = {name: source.manifest.documents for name, source in sources.items()}
-    table = _mixture_table(batches.order, batches.counts(steps), counts, ("documents", "tokens"), f"{steps:,} steps")
-    console.print(table)
+    _print_mixture(console, batches.order, batches.counts(steps), counts, ("documents", "tokens"), steps)
     for number, (source, block) in enumerate(islice(_places(batches.order), rows)):
         tokens = batches.sources[source].block(block, length)
         title = f"row {number}: {batches.order.mixture.names[source]}, block {block}, {length} tokens"
@@ -63,9 +69,9 @@ def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console
     load, sides = _loader(config)
     found = load(config.data, tokenizer, split="train", max_length=length, cache_dir=_cache(config.runs_dir))
     sizes = {name: len(each) for name, each in found.items()}
-    order = RowOrder(source_weights(config.data, found), sizes, config.train.batch_rows or 1, config.seed)
-    steps = assembly.num_steps(config.train, rows=sum(sizes.values()))
-    console.print(_mixture_table(order, order.counts(steps, "rows"), sizes, ("rows", "rows"), f"{steps:,} steps"))
+    mixture, steps = assembly.plan(config.data, config.train, sizes)
+    order = RowOrder(mixture, sizes, config.train.batch_rows or 1, config.seed)
+    _print_mixture(console, order, order.counts(steps, "rows"), sizes, ("rows", "rows"), steps)
     _print_sampled_pairs(console, config.data)
     for number, (source, row) in enumerate(islice(_places(order), rows)):
         name = order.mixture.names[source]
@@ -93,18 +99,28 @@ def _places(order: RowOrder) -> Iterator[tuple[int, int]]:
         yield from zip(*(each.tolist() for each in order(step)), strict=True)
 
 
-def _mixture_table(
-    order: RowOrder, used: dict[str, float], sizes: dict[str, int], units: tuple[str, str], title: str
-) -> Table:
+def _print_mixture(
+    console: Console, order: RowOrder, used: dict[str, float], sizes: dict[str, int], units: tuple[str, str], steps: int
+) -> None:
     """One line for each source: its weight, its size and what the run uses of it."""
     size_unit, used_unit = units
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{steps:,} steps", title_justify="left")
     for heading in ("source", "weight", size_unit, f"{used_unit} used", "epochs"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, share in order.mixture.shares.items():
         amount, epochs = used[f"data/{name}/{used_unit}"], used[f"data/{name}/epochs"]
         table.add_row(name, f"{share:.2%}", f"{sizes[name]:,}", f"{amount:,.0f}", f"{epochs:.2f}")
-    return table
+    console.print(table)
+    phases = [phase for phase in order.mixture.phases if phase.start < steps * order.batch_rows]
+    for start, shares in phases[1:]:
+        said = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+        console.print(f"from step {start // order.batch_rows:,} on: {said}")
+    _warn(console, {name: used[f"data/{name}/epochs"] for name in order.mixture.names})
+
+
+def _warn(console: Console, epochs: dict[str, float]) -> None:
+    for warning in plans.repeated(epochs):
+        console.print(Text(warning, style="yellow"))
 
 
 def _print_sampled_pairs(console: Console, data: RowsConfig) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from llmtrain.config.faults import suggestion
 from llmtrain.config.fields import fields_of, parts
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
@@ -240,9 +241,43 @@ def sampled_pairs(view: View) -> Iterator[Finding]:
 
 
 def sources(view: View) -> Iterator[Finding]:
-    """A mixture has something in it."""
-    if not view["data.sources"]:
+    """A mixture has something in it, and says how much of each source in one way."""
+    named = view["data.sources"]
+    if not named:
         yield finding("needs at least one source: data.sources.NAME.path=...", "data.sources")
+        return
+    weights = {name: source["weight"] for name, source in named.items() if source["weight"] is not None}
+    epochs = [name for name, source in named.items() if source["epochs"] is not None]
+    if view["data.temperature"] is not None:
+        why = "has no effect: data.temperature shares out by size; leave one of them away"
+        for key in (*(f"{name}.weight" for name in weights), *(f"{name}.epochs" for name in epochs)):
+            yield finding(why, f"data.sources.{key}", "data.temperature")
+    elif epochs:
+        for name in named:
+            if name in weights:
+                yield finding(f"say how much in one way: {epochs[0]} has `epochs`", f"data.sources.{name}.weight")
+            elif name not in epochs:
+                yield finding(f"needs `epochs`, as {epochs[0]} has", f"data.sources.{name}")
+    elif len(weights) == len(named) and not any(weights.values()):
+        yield finding("all weights are 0: nothing to train on", "data.sources")
+    if all(source["max_epochs"] is None for source in named.values()):
+        yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
+
+
+def phases(view: View) -> Iterator[Finding]:
+    """Phases come one after another and weigh sources that there are."""
+    before = 0.0
+    for number, phase in enumerate(view["data.phases"]):
+        key, weights = f"data.phases.{number}", phase["weights"]
+        if phase["start"] <= before:
+            yield finding(f"phase {number} begins at {phase['start']}, not after the one before", "data.phases")
+        before = phase["start"]
+        unknown = [name for name in weights if name not in view["data.sources"]]
+        if unknown:
+            meant = suggestion(unknown[0], view["data.sources"])
+            yield finding(f"{key}.weights: no source {unknown[0]!r}{meant}", "data.phases")
+        if not any(weights.values()) or min(weights.values()) < 0:
+            yield finding(f"{key}.weights: needs numbers >= 0, one of them larger", "data.phases")
 
 
 def greedy(view: View) -> Iterator[Finding]:
@@ -315,6 +350,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     adaptive_kl,
     sampled_pairs,
     sources,
+    phases,
     greedy,
     pipeline_order,
     pipeline_overrides,

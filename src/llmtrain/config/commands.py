@@ -64,6 +64,6 @@ COMMANDS = {
     "show": Command(
         "ShowConfig",
         "print what a stage's model will really see: texts, tokens, loss mask",
-        ("llmtrain show", "llmtrain show stage=sft rows=5"),
+        ("llmtrain show data=pile", "llmtrain show stage=sft rows=5"),
     ),
 }

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 
 from llmtrain.config.faults import Fault, choices
 from llmtrain.config.fields import Path, alternatives, fields_of, find, is_block, parts
+from llmtrain.config.schema import ShowConfig
 
 BROKEN = "not of the form key=value; quote text that holds any of , : [ ] { } ( ) ' \" like key=\"'a, b'\""
 
@@ -41,6 +42,16 @@ class Overrides:
     sweeps: list[Override] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     faulty_groups: set[str] = field(default_factory=set)
+
+
+def for_stage(texts: Sequence[str]) -> list[str]:
+    """The command line of `show`: its own keys, and all others as overrides of the stage that it shows."""
+    own = [text for text in texts if text.lstrip("+~").split("=")[0] in fields_of(ShowConfig)]
+    others = [text for text in texts if text not in own and not text.startswith("hydra")]
+    if not others:
+        return list(texts)
+    quoted = ", ".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in others)
+    return [*(text for text in texts if text not in others), f"overrides=[{quoted}]"]
 
 
 def _is_text(schema: type, key: str) -> bool:

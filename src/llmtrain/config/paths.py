@@ -17,7 +17,7 @@ EMBEDDED_ROWS = ("arithmetic",)
 
 
 def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
-    """A finding for each path that is not there. A hub id is left to the loader."""
+    """A finding for each path that is not there. A hub id is left to the loader; `later` may name "data" as a whole."""
     folders = ("model",) if view.command == "generate" else FOLDERS
     for key in (*folders, *FILES):
         path = _get(view, key)
@@ -29,6 +29,8 @@ def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
             yield Finding(parts(key), f"{path} is a file; name the folder that holds config.json and the weights")
     if view.command != "generate":
         yield from _writable(_get(view, "runs_dir"))
+    if "data" in later:
+        return
     for name, source in view.sources().items():
         for key in ("path", "validation_path"):
             yield from _data(source.get(key), ("data", "sources", name, key), EMBEDDED.get(view.command, EMBEDDED_ROWS))

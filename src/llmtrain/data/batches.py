@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain.config.errors import DataError
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
-from llmtrain.data.mixture import Integers, Mixture, shuffled
+from llmtrain.data.mixture import Integers, PhasedMixture, shuffled
 from llmtrain.data.shards import TokenSource
 from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.preference import PairBatch
@@ -26,11 +25,8 @@ WIDTH_MULTIPLE = 8  # matrix products are faster when a row's length is a multip
 class RowOrder:
     """Which row of which source stands at each place of each batch: mixed by weight, shuffled anew in every epoch."""
 
-    def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int], batch_rows: int, seed: int) -> None:
-        empty = [name for name in weights if not sizes[name]]
-        if empty:
-            raise DataError(f"data.sources.{empty[0]}: nothing to train on: too little text or no rows")
-        self.mixture = Mixture(weights)
+    def __init__(self, mixture: PhasedMixture, sizes: Mapping[str, int], batch_rows: int, seed: int) -> None:
+        self.mixture = mixture
         self.sizes = np.array([sizes[name] for name in self.mixture.names])
         self.keys = np.array([derive_seed(seed, "order", name) for name in self.mixture.names])
         self.batch_rows = batch_rows
@@ -47,7 +43,7 @@ class RowOrder:
             self.mixture.counts(steps * self.batch_rows).items(), self.sizes.tolist(), strict=True
         ):
             counts[f"data/{name}/{unit}"] = rows * per_row
-            counts[f"data/{name}/epochs"] = rows / size
+            counts[f"data/{name}/epochs"] = rows / max(size, 1)
         return counts
 
 
@@ -60,12 +56,12 @@ class TokenBatches:
     """Pretraining: blocks of `sequence_length` tokens of running text; S = sequence_length."""
 
     def __init__(
-        self, sources: Mapping[str, TokenSource], weights: Mapping[str, float], *, batch_rows: int,
+        self, sources: Mapping[str, TokenSource], mixture: PhasedMixture, *, batch_rows: int,
         sequence_length: int, seed: int, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.length = sequence_length
         sizes = {name: source.num_blocks(sequence_length) for name, source in sources.items()}
-        self.order = RowOrder(weights, sizes, batch_rows, seed)
+        self.order = RowOrder(mixture, sizes, batch_rows, seed)
         self.sources = [sources[name] for name in self.order.mixture.names]
         self.share = share(batch_rows, rank, world)
 
@@ -84,10 +80,10 @@ class ConversationBatches:
     """Supervised fine-tuning: conversations, padded on the right; S is the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[TokenRow]], weights: Mapping[str, float], *, batch_rows: int,
+        self, rows: Mapping[str, Sequence[TokenRow]], mixture: PhasedMixture, *, batch_rows: int,
         max_length: int, pad_id: int, seed: int, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.order = RowOrder(weights, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
+        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
         self.rows = [rows[name] for name in self.order.mixture.names]
         self.share, self.pad_id, self.max_length = share(batch_rows, rank, world), pad_id, max_length
 
@@ -107,10 +103,10 @@ class PairBatches:
     """Reward model and DPO: pairs, padded on the right to one S, the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[PairRow]], weights: Mapping[str, float], *, batch_rows: int,
+        self, rows: Mapping[str, Sequence[PairRow]], mixture: PhasedMixture, *, batch_rows: int,
         max_length: int, pad_id: int, seed: int, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.order = RowOrder(weights, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
+        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
         self.rows = [rows[name] for name in self.order.mixture.names]
         self.share, self.pad_id, self.max_length = share(batch_rows, rank, world), pad_id, max_length
 
@@ -130,9 +126,9 @@ class PromptBatches:
     """PPO: the prompts of a step, for the whole batch over all processes; a row's place names its random draws."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[PromptRow]], weights: Mapping[str, float], *, batch_rows: int, seed: int
+        self, rows: Mapping[str, Sequence[PromptRow]], mixture: PhasedMixture, *, batch_rows: int, seed: int
     ) -> None:
-        self.order = RowOrder(weights, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
+        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
         self.rows = [rows[name] for name in self.order.mixture.names]
 
     def __call__(self, step: int) -> list[list[int]]:

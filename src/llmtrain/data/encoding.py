@@ -4,7 +4,7 @@ They are few and short next to pretraining text, so they are held in memory.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -147,8 +147,3 @@ def _encode_all(
     if encoded and not kept:
         raise DataError(f"{place}: all {dropped} rows are longer than {max_length} tokens; raise train.sequence_length")
     return kept
-
-
-def source_weights(config: RowsConfig, rows: Mapping[str, Sequence[Encoded]]) -> dict[str, float]:
-    """Weights of the sources that have rows."""
-    return {name: source.weight for name, source in config.sources.items() if rows.get(name)}

@@ -9,8 +9,9 @@ takes one vectorised call for a batch.
 import functools
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,10 +53,110 @@ class Mixture:
         parts = zip(self.names, self.quotas, self._places, strict=True)
         return {name: rounds * quota + int(np.searchsorted(places, rest)) for name, quota, places in parts}
 
+    def samples_until(self, name: str, count: int) -> int:
+        """The smallest n of which the first `n` samples hold `count` of a source."""
+        source = self.names.index(name)
+        rounds, rank = divmod(count - 1, self.quotas[source])
+        return rounds * self.period + int(self._places[source][rank]) + 1 if count else 0
+
     @property
     def shares(self) -> dict[str, float]:
         """The weights, adding up to 1."""
         return {name: quota / self.period for name, quota in zip(self.names, self.quotas, strict=True)}
+
+
+class Phase(NamedTuple):
+    """Weights that hold from a sample on."""
+
+    start: int
+    weights: Mapping[str, float]
+
+
+class _Stretch(NamedTuple):
+    """Samples from `start` on, of one mixture; `given` is what each source has given before."""
+
+    start: int
+    mixture: Mixture
+    given: dict[str, int]
+
+    def given_at(self, sample: int) -> dict[str, int]:
+        here = self.mixture.counts(sample - self.start)
+        return {name: count + here.get(name, 0) for name, count in self.given.items()}
+
+    def place_of(self, name: str, count: int) -> int:
+        """The first sample before which a source has given `count`."""
+        return self.start + self.mixture.samples_until(name, count - self.given[name])
+
+
+class PhasedMixture:
+    """Mixtures one after another; in each source, every one goes on where the one before stopped.
+
+    Within a phase, realised counts stay within one sample of the weights. `limits` are the samples that a source may
+    give in all. When they are used up, the others go on with the weights that they have (`renormalise`), or the
+    sequence ends there: it has `length` samples.
+    """
+
+    def __init__(
+        self, phases: Sequence[Phase], limits: Mapping[str, int] | None = None, *, renormalise: bool = True
+    ) -> None:
+        limits = limits or {}
+        self.names = list(dict.fromkeys(name for phase in phases for name in phase.weights))
+        self.length: int | None = None
+        self._stretches: list[_Stretch] = []
+        given = dict.fromkeys(self.names, 0)
+        ends = [*(phase.start for phase in phases[1:]), math.inf]
+        for (start, weights), end in zip(phases, ends, strict=True):
+            while self.length is None and start < end:
+                left = {name: weight for name, weight in weights.items() if given[name] < limits.get(name, math.inf)}
+                if not any(left.values()):
+                    self.length = start
+                    break
+                stretch = _Stretch(start, Mixture({name: weight for name, weight in left.items() if weight}), given)
+                self._stretches.append(stretch)
+                spent = [stretch.place_of(name, limits[name]) for name in stretch.mixture.names if name in limits]
+                if min([end, *spent]) == math.inf:
+                    break
+                start = int(min([end, *spent]))
+                given = stretch.given_at(start)
+                if start in spent and not renormalise:
+                    self.length = start
+        self._starts = [stretch.start for stretch in self._stretches]
+
+    def __call__(self, samples: ArrayLike) -> tuple[Integers, Integers]:
+        """As `Mixture`, for samples below `length`."""
+        samples = np.asarray(samples, dtype=np.int64)
+        number = np.searchsorted(self._starts, samples, side="right") - 1
+        source, before = np.empty_like(samples), np.empty_like(samples)
+        for each in np.unique(number).tolist():
+            here, (start, mixture, given) = number == each, self._stretches[each]
+            local, rank = mixture(samples[here] - start)
+            source[here] = np.array([self.names.index(name) for name in mixture.names])[local]
+            before[here] = rank + np.array([given[name] for name in mixture.names])[local]
+        return source, before
+
+    def counts(self, n: int) -> dict[str, int]:
+        """How many of the first `n` samples come from each source."""
+        return self._stretches[int(np.searchsorted(self._starts, n, side="right")) - 1].given_at(n)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares at the start, of all sources."""
+        return dict.fromkeys(self.names, 0.0) | self._stretches[0].mixture.shares
+
+    @property
+    def phases(self) -> list[Phase]:
+        """First sample and shares of each stretch, those that a spent source has made among them."""
+        return [Phase(stretch.start, stretch.mixture.shares) for stretch in self._stretches]
+
+
+def weights_of_epochs(epochs: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
+    """Weights by which every source is gone through its number of times in the same run; sizes in samples or bytes."""
+    return {name: times * sizes[name] for name, times in epochs.items()}
+
+
+def weights_of_temperature(sizes: Mapping[str, float], temperature: float) -> dict[str, float]:
+    """Weights size^(1 / T): 1 is in proportion to size, infinity all alike (T5, arXiv 1910.10683, 3.5.2)."""
+    return {name: size ** (1.0 / temperature) for name, size in sizes.items()}
 
 
 def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> Integers:

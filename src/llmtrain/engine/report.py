@@ -53,8 +53,7 @@ class Share(NamedTuple):
     """One source of the mixture: what was asked for and what was trained on."""
 
     name: str
-    weight: float
-    asked: float
+    asked: float | None
     realised: float | None
     amounts: list[float | None]
 
@@ -93,7 +92,7 @@ def _view(folder: Path, name: str) -> RunView:
     config_file = folder / "config.yaml"
     text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     config = yaml.safe_load(text) or {}
-    measures, mixture = _mixture(config, rows)
+    measures, mixture = _mixture(config, lineage, rows)
     known = flatten({key: value for key, value in lineage.items() if key not in ("parents", "seconds")})
     unfinished = f"This run has not finished. Its command with run={config.get('run', name)} goes on where it stopped."
     return RunView(
@@ -167,23 +166,22 @@ def _charts(rows: Rows) -> Iterator[Markup]:
         yield line_chart(title, charts[title])
 
 
-def _mixture(config: Mapping[str, Any], rows: Rows) -> tuple[list[str], list[Share]]:
-    """The measures counted for each source, and the sources with weight and realised share."""
+def _mixture(config: Mapping[str, Any], lineage: Mapping[str, Any], rows: Rows) -> tuple[list[str], list[Share]]:
+    """The measures counted for each source, and the sources with the share asked for and the realised one."""
     sources = (config.get("data") or {}).get("sources") or {}
     counted = {name: [row[name] for row in rows if name in row][-1] for name in _names(rows, "data/")}
     measures = sorted({name.rsplit("/", 1)[1] for name in counted})
     unit = next((measure for measure in SHARE_MEASURES if measure in measures), "")
     whole = sum(counted.get(f"data/{source}/{unit}", 0.0) for source in sources)
-    weights = {name: float(source.get("weight", 1.0)) for name, source in sources.items()}
+    asked = (lineage.get("mixture") or {}).get("shares") or {}
     return measures, [
         Share(
             name,
-            weight,
-            weight / sum(weights.values()),
+            asked.get(name),
             counted.get(f"data/{name}/{unit}", 0.0) / whole if whole else None,
             [counted.get(f"data/{name}/{measure}") for measure in measures],
         )
-        for name, weight in weights.items()
+        for name in sources
     ]
 
 

@@ -3,7 +3,7 @@
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import AlignConfig, DpoConfig, PpoConfig
 from llmtrain.data.batches import PairBatches, PromptBatches, collate_pairs
-from llmtrain.data.encoding import load_prompts, source_weights
+from llmtrain.data.encoding import load_prompts
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica, Rollouts
@@ -11,7 +11,7 @@ from llmtrain.models.heads import ActorCritic, LanguageModel
 from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo
 from llmtrain.objectives.preference import Dpo
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run, num_steps
+from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 from llmtrain.stages.pairs import build_pairs
 
@@ -43,11 +43,11 @@ def dpo(
     rows, held_out = build_pairs(run, reference, tokenizer, length)
     model = spread(policy, run.layout, config.engine.sharding)
     objective = Dpo(reference, method.beta, method.label_smoothing, method.sft_weight)
+    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
     batches = PairBatches(
-        rows, source_weights(config.data, rows), batch_rows=config.train.batch_rows or 1, max_length=length,
+        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
         pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    steps = num_steps(config.train, rows=sum(map(len, rows.values())))
     run.say(f"dpo: {steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
     measure = evaluate_objective(
         bare(model), objective, held_out_batches(held_out, collate_pairs, tokenizer.pad_id), run.layout.device,
@@ -60,7 +60,7 @@ def dpo(
         evaluators=[measure, *problems.evaluators],
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows))
+    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
 
 
 def ppo(
@@ -88,7 +88,8 @@ def ppo(
     trained = ActorCritic(policy, value)
     model = spread(trained, run.layout, config.engine.sharding)
     batch_rows = config.train.batch_rows or method.minibatches
-    prompts = PromptBatches(rows, source_weights(config.data, rows), batch_rows=batch_rows, seed=config.seed)
+    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
+    prompts = PromptBatches(rows, mixture, batch_rows=batch_rows, seed=config.seed)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)
     rollouts = Rollouts(
         model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts,
@@ -96,7 +97,6 @@ def ppo(
         batch_rows=batch_rows, micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed,
         layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
-    steps = num_steps(config.train, rows=sum(map(len, rows.values())))
     run.say(f"ppo: {steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
     run.write_samples("before", problems.samples)
@@ -109,7 +109,7 @@ def ppo(
         tokenizer=tokenizer, steps=steps, evaluators=problems.evaluators, parts={"kl": kl},
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows))
+    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows), order=prompts.order, steps=steps)
 
 
 def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:

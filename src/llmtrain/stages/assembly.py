@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import RowsConfig, StageConfig, TrainConfig
+from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig, TrainConfig
+from llmtrain.data.batches import RowOrder
+from llmtrain.data.mixture import PhasedMixture
+from llmtrain.data.plans import describe_plan, plan_mixture, steps_left
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.distributed import Layout
@@ -152,7 +155,10 @@ class Run(Generic[Config]):
             made = make()
         return made
 
-    def finish(self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+    def finish(
+        self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, *, data: dict[str, Any], order: RowOrder,
+        steps: int,
+    ) -> None:  # fmt: skip
         """Write `model/`, mark the run finished in `lineage.json`, write the report; all processes call this."""
         state = distributed.full_state(trained)
         if self.layout.is_main:
@@ -169,7 +175,9 @@ class Run(Generic[Config]):
             os.replace(aside, final)
             seconds = round(time.monotonic() - self.started, 1)
             lineage = handover.read_lineage(self.folder)
-            handover.write_lineage(self.folder, lineage | {"data": data, "finished": time.time(), "seconds": seconds})
+            mixture = describe_plan(order.mixture, steps * order.batch_rows)
+            said = {"data": data, "mixture": mixture, "finished": time.time(), "seconds": seconds}
+            handover.write_lineage(self.folder, lineage | said)
             print(f"finished: model in {final}, report {write_report(self.folder)}", file=sys.stderr)
         distributed.barrier(self.layout)
 
@@ -268,11 +276,30 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
     return policy or state
 
 
+def plan(
+    data: CorpusConfig | RowsConfig, train: TrainConfig, sizes: Mapping[str, int], *, parameters: int = 0,
+    tokens_per_row: int = 0,
+) -> tuple[PhasedMixture, int]:  # fmt: skip
+    """The mixture of a run and its length in steps; `sizes` are the sources' rows, of `tokens_per_row` (pretraining).
+
+    Raises DataError for a source without rows.
+    """
+    batch_rows = rows_per_step(train)
+    steps = num_steps(train, rows=sum(sizes.values()), parameters=parameters, tokens_per_row=tokens_per_row)
+    mixture = plan_mixture(data, sizes, steps * batch_rows)
+    return mixture, steps_left(mixture, steps, batch_rows)
+
+
+def rows_per_step(train: TrainConfig) -> int:
+    """Rows of a step over all processes."""
+    return train.batch_rows or (train.batch_tokens or train.sequence_length) // train.sequence_length
+
+
 def num_steps(train: TrainConfig, *, rows: int, parameters: int = 0, tokens_per_row: int = 0) -> int:
     """The length of the run in steps; an epoch has `rows`, a row `tokens_per_row` tokens (pretraining)."""
     if train.steps is not None:
         return train.steps
-    batch_rows = train.batch_rows or (train.batch_tokens or 0) // train.sequence_length
+    batch_rows = rows_per_step(train)
     if train.epochs is not None:
         return max(1, round(train.epochs * rows / batch_rows))
     tokens = train.tokens or round((train.tokens_per_parameter or 0) * parameters)

@@ -10,6 +10,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import PretrainConfig
 from llmtrain.data.batches import TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
+from llmtrain.data.plans import source_weights
 from llmtrain.data.records import Split
 from llmtrain.data.shards import TokenSource, prepare_tokens
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -19,7 +20,7 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run, num_steps
+from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
 
 EVALUATION_ROWS = 16
@@ -41,14 +42,14 @@ def stage(config: PretrainConfig) -> None:
     trained = build_model(config, tokenizer)
     model = spread(trained, run.layout, config.engine.sharding)
 
-    rows = (config.train.batch_tokens or 0) // config.train.sequence_length
-    batches = TokenBatches(
-        sources, {name: source.weight for name, source in config.data.sources.items()}, batch_rows=rows,
-        sequence_length=config.train.sequence_length, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
-    )  # fmt: skip
-    blocks = sum(source.num_blocks(config.train.sequence_length) for source in sources.values())
+    length = config.train.sequence_length
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    steps = num_steps(config.train, rows=blocks, parameters=parameters, tokens_per_row=config.train.sequence_length)
+    sizes = {name: source.num_blocks(length) for name, source in sources.items()}
+    mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
+    batches = TokenBatches(
+        sources, mixture, batch_rows=assembly.rows_per_step(config.train), sequence_length=length, seed=config.seed,
+        rank=run.layout.rank, world=run.layout.world,
+    )  # fmt: skip
     run.say(
         f"{parameters:,} parameters, {steps} steps, "
         f"{sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
@@ -65,7 +66,8 @@ def stage(config: PretrainConfig) -> None:
         steps=steps, evaluators=[measure], fixed_shapes=True,
     )  # fmt: skip
     run.write_samples("after", samples)
-    run.finish(trained, tokenizer, data={name: digests(sources[name]) for name in names})
+    said = {name: digests(sources[name]) for name in names}
+    run.finish(trained, tokenizer, data=said, order=batches.order, steps=steps)
 
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
@@ -83,14 +85,25 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
 
 def mixed_text(config: PretrainConfig, cache: Path) -> Iterator[str]:
     """Text of all sources, each with its share of `tokenizer.train_bytes`."""
-    weights = sum(source.weight for source in config.data.sources.values())
-    for source in config.data.sources.values():
-        left = config.tokenizer.train_bytes * source.weight / weights
+    weights = text_weights(config)
+    for name, source in config.data.sources.items():
+        left = config.tokenizer.train_bytes * weights[name] / sum(weights.values())
         for text in read_documents(source, config.data.validation_every, "train", cache):
-            yield text
-            left -= len(text.encode())
             if left <= 0:
                 break
+            yield text
+            left -= len(text.encode())
+
+
+def text_weights(config: PretrainConfig) -> dict[str, float]:
+    """Weights at the start of the run, as far as they are known before the text has been counted."""
+    sources = config.data.sources
+    if config.data.temperature is not None or any(source.epochs for source in sources.values()):
+        sizes = {name: source.published_gib for name, source in sources.items() if source.published_gib}
+        if len(sizes) == len(sources):
+            return source_weights(config.data, sizes)
+        return dict.fromkeys(sources, 1.0)
+    return source_weights(config.data, {})
 
 
 def prepare(config: PretrainConfig, tokenizer: Tokenizer, cache: Path, split: Split) -> dict[str, TokenSource]:

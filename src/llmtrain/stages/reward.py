@@ -10,14 +10,13 @@ from torch import nn
 
 from llmtrain.config.schema import RewardConfig
 from llmtrain.data.batches import PairBatches, collate_pairs
-from llmtrain.data.encoding import source_weights
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.models.heads import ScalarModel
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.preference import BradleyTerry, PairBatch, answer_scores
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run, num_steps
+from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import evaluate_objective, held_out_batches
 from llmtrain.stages.pairs import build_pairs
 
@@ -41,11 +40,11 @@ def stage(config: RewardConfig) -> None:
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
     model = spread(trained, run.layout, config.engine.sharding)
 
+    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
     batches = PairBatches(
-        rows, source_weights(config.data, rows), batch_rows=config.train.batch_rows or 1, max_length=length,
+        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
         pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    steps = num_steps(config.train, rows=sum(map(len, rows.values())))
     run.say(f"{steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
 
     measure = evaluate_objective(
@@ -61,7 +60,7 @@ def stage(config: RewardConfig) -> None:
     )
     with run.autocast():
         store_statistics(trained, bare(model), reference, run.layout.device)
-    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows))
+    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
 
 
 @torch.no_grad()

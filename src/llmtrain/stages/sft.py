@@ -2,14 +2,14 @@
 
 from llmtrain.config.schema import SftConfig
 from llmtrain.data.batches import ConversationBatches, collate_conversations
-from llmtrain.data.encoding import TokenRow, load_conversations, source_weights
+from llmtrain.data.encoding import TokenRow, load_conversations
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run, num_steps
+from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 
 
@@ -35,11 +35,11 @@ def stage(config: SftConfig) -> None:
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
     model = spread(trained, run.layout, config.engine.sharding)
 
+    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
     batches = ConversationBatches(
-        rows, source_weights(config.data, rows), batch_rows=config.train.batch_rows or 1, max_length=length,
+        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
         pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    steps = num_steps(config.train, rows=sum(map(len, rows.values())))
     run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
 
     measure = evaluate_objective(
@@ -56,7 +56,7 @@ def stage(config: SftConfig) -> None:
         tokenizer=tokenizer, steps=steps, evaluators=[measure, *problems.evaluators],
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows))
+    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
 
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:

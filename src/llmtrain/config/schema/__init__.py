@@ -16,7 +16,15 @@ from llmtrain.config.schema.commands import (
     ShowConfig,
     StageConfig,
 )
-from llmtrain.config.schema.data import CorpusConfig, RowsConfig, RowSourceConfig, SampledPairsConfig, SourceConfig
+from llmtrain.config.schema.data import (
+    CorpusConfig,
+    MixedSourceConfig,
+    PhaseConfig,
+    RowsConfig,
+    RowSourceConfig,
+    SampledPairsConfig,
+    SourceConfig,
+)
 from llmtrain.config.schema.methods import DpoConfig, PpoConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.training import (
@@ -37,9 +45,11 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
+    "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "PipelineConfig",
     "PipelineStage",
     "PpoConfig",

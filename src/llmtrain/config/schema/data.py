@@ -9,49 +9,75 @@ from llmtrain.config.schema.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SourceConfig:
-    """One source of text documents. Read by `data/documents.py`."""
+class MixedSourceConfig:
+    """Where a source lies and how much of it is wanted."""
 
     path: str
-    """File, glob, folder or hub id (JSONL, JSON, Parquet, text; also .gz), or `embedded:prose|code|arithmetic`."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the mixture, relative to the other sources' weights."""
-    text_column: str = "text"
-    """Column that holds the text."""
+    """File, glob, folder or hub id (JSONL, JSON, Parquet, text; also compressed), or an `embedded:` one."""
+    weight: float | None = Field(default=None, ge=0)
+    """Share of the mixture, relative to the other sources' weights. Null: 1. 0: only in `data.phases`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Instead of `weight`, for every source: weights in proportion to size x epochs, as in the Pile."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """Go through the source at most this often; what happens then, says `data.when_exhausted`."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset or of a folder with splits."""
     validation_path: str | None = None
-    """Held-out documents. Null: every `data.validation_every`-th document of `path` is held out."""
-    max_documents: int | None = Field(default=None, ge=1)
-    """Read at most this many documents."""
+    """Held-out documents or rows. Null: every `data.validation_every`-th of `path` is held out."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CorpusConfig:
+class PhaseConfig:
+    """Other weights for the rest of the run, or until the next phase begins."""
+
+    start: float = Field(gt=0, lt=1)
+    """Where the phase begins, as a share of the run."""
+    weights: dict[str, float]
+    """Weights of the sources; those that are not named are not drawn from in this phase."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixtureConfig:
+    """How much of each source, and when. Read by `data/plans.py`."""
+
+    temperature: float | None = Field(default=None, gt=0)
+    """Instead of weights: each source counts size^(1/T). 1: in proportion to size; larger: nearer to all alike."""
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """Later phases of the run with weights of their own, such as an annealing phase; the first has the sources'."""
+    when_exhausted: Literal["renormalise", "stop"] = "renormalise"
+    """When a source has reached `max_epochs`: go on with the others' weights, or end the run there."""
+    validation_every: int = Field(default=50, ge=2)
+    """Hold out every n-th document or row of a source that names no `validation_path`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig(MixedSourceConfig):
+    """One source of text documents. Read by `data/documents.py`."""
+
+    text_column: str = "text"
+    """Column that holds the text."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read at most this many documents."""
+    published_gib: float | None = Field(default=None, gt=0)
+    """Its published size in GiB of text, for `llmtrain show` to plan with before the data is there."""
+    published_tokens: float | None = Field(default=None, gt=0)
+    """Its published size in tokens, for the same."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CorpusConfig(MixtureConfig):
     """The pretraining mixture: sources and weights."""
 
     sources: dict[str, SourceConfig]
     """Sources by name; the names appear in metrics as `data/<name>/tokens`."""
-    validation_every: int = Field(default=50, ge=2)
-    """Hold out every n-th document of a source that names no `validation_path`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RowSourceConfig:
+class RowSourceConfig(MixedSourceConfig):
     """One source of conversations or preference pairs. Read by `data/rows.py`."""
 
-    path: str
-    """A file, glob, folder or hub id, or `embedded:arithmetic`."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the mixture, relative to the other sources' weights."""
-    name: str | None = None
-    """Configuration name of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset or of a folder with splits."""
-    validation_path: str | None = None
-    """Held-out rows. Null: every `data.validation_every`-th row of `path` is held out."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read at most this many rows."""
 
@@ -73,13 +99,11 @@ class SampledPairsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RowsConfig:
+class RowsConfig(MixtureConfig):
     """The mixture of conversations (sft), pairs (reward, dpo) or prompts (ppo)."""
 
     sources: dict[str, RowSourceConfig]
     """Sources by name."""
-    validation_every: int = Field(default=50, ge=2)
-    """Hold out every n-th row of a source that names no `validation_path`."""
     too_long: Literal["drop", "cut"] = "drop"
     """What happens to rows longer than `train.sequence_length`; counted in the log either way."""
     sampled_pairs: SampledPairsConfig | None = None
