@@ -23,6 +23,16 @@ def message(command: str, *overrides: str) -> str:
 
 
 BAD = [
+    # mixtures
+    ("pretrain data.sources.prose.epochs=2", "data.sources.prose.weight: say how much in one way: prose has `epochs`"),
+    ("pretrain data.temperature=2", "data.sources.prose.weight: has no effect: data.temperature shares out by size"),
+    ("pretrain data.when_exhausted=stop", "data.when_exhausted: has no effect: no source has max_epochs"),
+    ("pretrain data.phases=[{start:0.5,weights:{prosa:1}}]", "no source 'prosa'; did you mean prose?"),
+    ("pretrain data.phases=[{start:0.5,weights:{prose:0}}]", "needs numbers >= 0, one of them larger"),
+    (
+        "pretrain data.phases=[{start:0.5,weights:{prose:1}},{start:0.5,weights:{code:1}}]",
+        "data.phases: phase 1 begins at 0.5, not after the one before",
+    ),
     # keys
     ("pretrain optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr? the override optimizer.lrr=1"),
     ("pretrain +optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
