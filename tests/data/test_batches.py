@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from llmtrain.config.schema import SourceConfig
-from llmtrain.data.batches import ConversationBatches, PairBatches, PromptBatches, TokenBatches, held_out_text, share
+from llmtrain.data.batches import (
+    ConversationBatches,
+    PairBatches,
+    PromptBatches,
+    RowOrder,
+    TokenBatches,
+    held_out_text,
+    share,
+)
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Phase, PhasedMixture
 from llmtrain.data.shards import TokenSource, prepare_tokens
@@ -132,3 +140,16 @@ def test_held_out_text_knows_its_bytes(sources: dict[str, TokenSource], tokenize
     predicted = [batch.tokens[i, 1:].tolist() for batch in held_out.batches for i in range(len(batch))]
     assert held_out.num_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in predicted)
     assert held_out.batches[0].source.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 64])
+def test_far_batches_of_many_sources_are_the_same_for_all_processes(processes: int) -> None:
+    weights = {f"source {i}": float(i + 1) for i in range(22)}
+    sizes = {name: 10**6 + 37 * i for i, name in enumerate(weights)}
+    order = RowOrder(mixed(weights), sizes, batch_rows=1024, seed=3)
+    step = 10**12 // 1024
+    whole = np.stack(order(step))
+    parts = [whole[:, share(1024, rank, processes)] for rank in range(processes)]
+    assert all(part.shape[1] == 1024 // processes for part in parts)
+    assert (np.concatenate(parts, axis=1) == whole).all()
+    assert (whole[1] < np.array(list(sizes.values()))[whole[0]]).all()
