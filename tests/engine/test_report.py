@@ -65,7 +65,15 @@ def fill(
     (folder / "config.yaml").write_text(
         f"run: {folder.name}\nruns_dir: runs\ndata: {{sources: {sources}}}\n# {NASTY}\n"
     )
-    lineage = {"stage": stage, "run": folder.name, "parents": parents or {}, "finished": finished, "seconds": 95.0}
+    mixture = {"shares": {"prose": 0.75, "code": 0.25}}
+    lineage = {
+        "mixture": mixture,
+        "stage": stage,
+        "run": folder.name,
+        "parents": parents or {},
+        "finished": finished,
+        "seconds": 95.0,
+    }
     (folder / "lineage.json").write_text(json.dumps(lineage | {"code": {"libraries": {"torch": "2.13.0"}}}))
     samples = {
         "before": [{"prompt": NASTY, "answer": "b<i>ad"}],
@@ -86,8 +94,8 @@ def test_report_tells_what_the_folder_holds(tmp_path: Path) -> None:
         "tokens per second (median) 12.3k",
         "MFU (median) 25.0 %",
         "time 1:35",
-        "prose 3 75.00 % 75.00 % 75,000",  # weight, share asked for, share realised, tokens
-        "code 1 25.00 % 25.00 % 25,000",
+        "prose 75.00 % 75.00 % 75,000",  # share asked for, share realised, tokens
+        "code 25.00 % 25.00 % 25,000",
         "expected seven",
         "llmtrain sft model.init_from=",
         "code.libraries.torch 2.13.0",

@@ -30,7 +30,7 @@ def test_equals_softmax_attention(length: int, kv_heads: int) -> None:
         expected = _run(_torch_attention, [tensor.to(dtype) for tensor in tensors], grad.to(dtype), torch.float64)
         found = _run(cpu_attention.causal_attention, tensors, grad, dtype)
         for one, other in zip(found, expected, strict=True):
-            assert (one - other).norm() <= tolerance * max(float(other.norm()), 1.0)
+            assert (one - other).norm() <= tolerance * max(other.norm().item(), 1.0)
 
 
 def test_operators_are_sound_for_compilers() -> None:
