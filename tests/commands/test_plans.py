@@ -60,3 +60,7 @@ def test_show_takes_the_keys_of_the_stage() -> None:
     faults = finish(["show", "data=pile", "train.stepz=3"], expect=2)
     assert "train.stepz" in faults
     assert "train.steps" in faults
+
+
+def test_a_missing_file_without_a_published_size_is_a_fault() -> None:
+    assert "no such file" in finish(["show", "data=files", "data.sources.files.path=nowhere.jsonl"], expect=2)

@@ -16,10 +16,18 @@ MANY_EPOCHS = 4  # up to here repeated text is worth nearly as much as new one (
 
 
 def is_elsewhere(config: PretrainConfig) -> bool:
-    """Whether a source is not on this machine, so that its tokens cannot be counted."""
-    paths = [source.path for source in config.data.sources.values()]
-    local = [path for path in paths if not path.startswith("embedded:")]
-    return any(is_hub_id(path) or not (os.path.exists(path) or glob.glob(path, recursive=True)) for path in local)
+    """Whether there are sources that are not on this machine, and the size of each of them is published.
+
+    A path that is missing without that is a fault, told as for any other command.
+    """
+    missing = [source for source in config.data.sources.values() if not _is_here(source.path)]
+    return bool(missing) and all(source.published_gib or source.published_tokens for source in missing)
+
+
+def _is_here(path: str) -> bool:
+    if path.startswith("embedded:"):
+        return True
+    return not is_hub_id(path) and (os.path.exists(path) or bool(glob.glob(path, recursive=True)))
 
 
 def planned_rows(config: PretrainConfig) -> list[dict[str, Any]]:
