@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.errors import DataError
-from llmtrain.data.records import find_files, hold_out, read_records
+from llmtrain.data import records
+from llmtrain.data.records import Faults, Record, RowError, find_files, hold_out, read_records
 
 ROWS = [{"text": f"text {i}", "meta": {"n": i} if i % 2 else "of another type"} for i in range(5)]
 JSONL = "\n".join(json.dumps(row) for row in ROWS) + "\n"
 
 
 def read(path: Path, cache: Path, split: str = "train") -> list[dict]:
-    return [record for _, record in read_records(str(path), split=split, name=None, cache_dir=cache)]
+    return [usable(record) for _, record in read_records(str(path), split=split, name=None, cache_dir=cache)]
+
+
+def usable(record: Record | RowError) -> Record:
+    if isinstance(record, RowError):
+        raise record
+    return record
 
 
 @pytest.mark.parametrize(
@@ -112,3 +119,23 @@ def test_every_nth_item_is_held_out() -> None:
 def test_the_last_of_too_few_items_is_divided() -> None:
     assert list(hold_out([1, 2, 3], 5, "train", divide)) == [1, 2, 30]
     assert list(hold_out([1, 2, 3], 5, "validation", divide)) == [300]
+
+
+def test_every_row_is_used_or_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LINE_BYTES", 1000)
+    lines = [
+        b'{"text": "ok"}', b"{", b'"text"', b"\xff\xfe", b'{"text": "' + b"x" * 2000 + b'"}', b'{"n": 1}',
+        b'{"text": "\\ud800"}', b'{"text": "\\ud83d\\ude00"}', b"[" * 900, b"", b"\x00", b'{"text": "last"}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    faults, used = Faults("skip"), []
+    for _, record in read_records(str(tmp_path / "a.jsonl"), split="train", name=None, cache_dir=tmp_path):
+        if isinstance(record, RowError):
+            faults.add(record)
+        else:
+            used.append(record.get("text"))
+    assert used == ["ok", None, "\U0001f600", "last"]
+    assert faults.counts == {
+        "not valid JSON": 3, "not an object with columns": 1, "not UTF-8": 1, "line too long": 1, "half characters": 1,
+    }  # fmt: skip
+    assert "a.jsonl, line 5: longer than 1,000 bytes" in faults.report()

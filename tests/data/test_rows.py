@@ -8,6 +8,7 @@ import pytest
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data.arithmetic import final_answer, is_held_out
+from llmtrain.data.records import Faults
 from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_problems, read_rows
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -21,7 +22,7 @@ def source(folder: Path, *rows: Any, **options: Any) -> RowSourceConfig:
 
 
 def read(kind: Kind, folder: Path, *rows: Any) -> list[Any]:
-    return list(read_rows(kind, source(folder, *rows), 50, "train", folder))
+    return list(read_rows(kind, source(folder, *rows), 50, "train", folder, Faults()))
 
 
 @pytest.mark.parametrize(
@@ -106,21 +107,23 @@ def test_faults_are_named(tmp_path: Path, kind: Kind, rows: list[dict], message:
 
 def test_splits(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "completion": "a"} for i in range(20)]
-    train = list(read_rows(CONVERSATIONS, source(tmp_path, *rows), 5, "train", tmp_path))
-    held_out = list(read_rows(CONVERSATIONS, source(tmp_path, *rows), 5, "validation", tmp_path))
+    train = list(read_rows(CONVERSATIONS, source(tmp_path, *rows), 5, "train", tmp_path, Faults()))
+    held_out = list(read_rows(CONVERSATIONS, source(tmp_path, *rows), 5, "validation", tmp_path, Faults()))
     assert (len(train), len(held_out)) == (16, 4)
     assert not {str(row) for row in train} & {str(row) for row in held_out}
     one = source(tmp_path, rows[0])
-    assert len(list(read_rows(CONVERSATIONS, one, 5, "train", tmp_path))) == 1
-    assert len(list(read_rows(CONVERSATIONS, source(tmp_path, *rows, max_rows=7), 50, "train", tmp_path))) == 6
+    assert len(list(read_rows(CONVERSATIONS, one, 5, "train", tmp_path, Faults()))) == 1
+    assert (
+        len(list(read_rows(CONVERSATIONS, source(tmp_path, *rows, max_rows=7), 50, "train", tmp_path, Faults()))) == 6
+    )
 
 
 def test_generated_rows(tmp_path: Path) -> None:
     generated = RowSourceConfig(path="embedded:arithmetic", max_rows=50)
-    pairs = list(read_rows(PAIRS, generated, 50, "train", tmp_path))
+    pairs = list(read_rows(PAIRS, generated, 50, "train", tmp_path, Faults()))
     assert len(pairs) == 50
     assert all(str(final_answer(pair.chosen)) == pair.answer != str(final_answer(pair.rejected)) for pair in pairs)
-    talks = list(read_rows(CONVERSATIONS, generated, 50, "validation", tmp_path))
+    talks = list(read_rows(CONVERSATIONS, generated, 50, "validation", tmp_path, Faults()))
     numbers = [
         [int(n) for n in "".join(c if c.isdigit() else " " for c in t.messages[0]["content"]).split()] for t in talks
     ]
@@ -135,4 +138,4 @@ def test_problems_need_answers(tmp_path: Path) -> None:
 
 def test_other_embedded_text_has_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="embedded:arithmetic"):
-        list(read_rows(PAIRS, RowSourceConfig(path="embedded:prose"), 50, "train", tmp_path))
+        list(read_rows(PAIRS, RowSourceConfig(path="embedded:prose"), 50, "train", tmp_path, Faults()))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig
 from llmtrain.data.conversations import Row, encode_conversation, encode_pair, encode_prompt
-from llmtrain.data.records import Split
+from llmtrain.data.records import Faults, Split
 from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_rows
 from llmtrain.data.tokenizers import Tokenizer
 
@@ -131,8 +131,11 @@ def _load(
 ) -> dict[str, list[Encoded]]:  # fmt: skip
     loaded: dict[str, list[Encoded]] = {}
     for name, source in config.sources.items():
-        rows = islice(read_rows(kind, source, config.validation_every, split, cache_dir), limit)
-        loaded[name] = _encode_all(rows, encode, f"data.sources.{name} ({split})", max_length)
+        faults, place = Faults(config.on_error), f"data.sources.{name} ({split})"
+        rows = islice(read_rows(kind, source, config.validation_every, split, cache_dir, faults), limit)
+        loaded[name] = _encode_all(rows, encode, place, max_length)
+        if faults.counts:
+            log.warning("%s: %d rows left out:\n%s", place, faults.counts.total(), faults.report())
     return loaded
 
 

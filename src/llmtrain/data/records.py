@@ -1,18 +1,21 @@
 """Files, folders and hub data sets → records: what `documents` and `rows` are made from.
 
 JSON lines and text are read here line by line, so that a fault is named by its line and rows may differ in their
-other columns; Parquet, CSV, Arrow and the hub go through the `datasets` library.
+other columns; Parquet, CSV, Arrow and the hub go through the `datasets` library. A row that cannot be used is a value
+among the others, a `RowError`: whoever reads says what becomes of it (`Faults`), so every row is used or reported.
 """
 
 import bz2
 import glob
 import gzip
 import importlib
+import io
 import json
 import lzma
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -22,7 +25,21 @@ from llmtrain.config.errors import DataError
 Item = TypeVar("Item")
 Split = Literal["train", "validation"]
 Record = dict[str, Any]
-Placed = tuple[str, Record]  # where it stands, for messages, and the record
+OnError = Literal["stop", "skip"]
+
+
+class RowError(DataError):
+    """One row of a source cannot be used; `reason` is what such rows are counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:  # comes whole from another process
+        return RowError, (self.reason, str(self))
+
+
+Placed = tuple[str, Record | RowError]  # where it stands, for messages, and the record or what is wrong with it
 
 LINES, WHOLE = (".jsonl", ".ndjson"), (".txt", ".text", ".md")
 LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -33,13 +50,37 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
+LINE_BYTES = 256 * 1024 * 1024
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+
+
+class Faults:
+    """What becomes of rows that cannot be used: the first one stops everything, or they are counted and left out."""
+
+    def __init__(self, on_error: OnError = "stop") -> None:
+        self.on_error = on_error
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, fault: RowError) -> None:
+        """Count a fault. Raises it where `on_error` is stop."""
+        if self.on_error == "stop":
+            raise fault
+        self.counts[fault.reason] += 1
+        self.first.setdefault(fault.reason, str(fault))
+
+    def report(self) -> str:
+        """One line for each reason: how many rows, and the first of them."""
+        return "\n".join(
+            f"{count} x {reason}; the first: {self.first[reason]}" for reason, count in self.counts.items()
+        )
 
 
 def read_records(path: str, *, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
     """The records of a file, glob, folder or hub data set, in order, each with its place.
 
-    Raises DataError, naming file and line, for what is missing or cannot be read.
+    A row that cannot be read comes as a RowError, which names file and line. Raises DataError for what is missing or
+    cannot be read at all.
     """
     if is_hub_id(path):
         yield from _hub_records(path, split, name, cache_dir)
@@ -131,13 +172,15 @@ def _file_records(file: Path, cache_dir: Path) -> Iterator[Placed]:
     try:
         with open_bytes(file) as stream:
             if suffix in WHOLE:
-                yield str(file), {"text": _decoded(stream.read(), str(file))}
+                yield str(file), _whole(stream.read(), str(file))
             elif suffix == ".json":
                 yield from _json_records(file, _decoded(stream.read(), str(file)))
             else:
                 yield from _lines(file, stream)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{file}: broken or cut off compressed file: {error}") from None
+    except _broken_compression() as error:
+        # what came before is there; what would have followed is one fault
+        message = f"{file}: broken or cut off compressed file: {error}"
+        yield str(file), RowError("broken compressed file", message)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
 
@@ -153,35 +196,79 @@ def open_bytes(file: Path) -> IO[bytes]:
     return COMPRESSED.get(file.suffix, open)(file, "rb")
 
 
-def _lines(file: Path, stream: Iterable[bytes]) -> Iterator[Placed]:
-    for number, line in enumerate(stream, 1):
-        if line.strip():
+def _broken_compression() -> tuple[type[Exception], ...]:
+    zstandard = sys.modules.get("zstandard")
+    known = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+    return (*known, zstandard.ZstdError) if zstandard else known
+
+
+def _whole(data: bytes, place: str) -> Record | RowError:
+    try:
+        return {"text": _decoded(data, place)}
+    except RowError as error:
+        return error
+
+
+def _lines(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
+    for number, line in enumerate(_bounded(stream), 1):
+        if line is None or line.strip():
             place = f"{file}, line {number}"
-            yield place, _parsed(_decoded(line, place), place)
+            yield place, _parsed(line, place)
+
+
+def _bounded(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines; None for one that is longer than `LINE_BYTES`, of which no more than that is ever in memory."""
+    while line := stream.readline(LINE_BYTES):
+        if len(line) < LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(LINE_BYTES)
+        yield None
 
 
 def _json_records(file: Path, text: str) -> Iterator[Placed]:
     """A .json file: an array of objects, or one object a line."""
     if not text.lstrip().startswith("["):
-        yield from _lines(file, (line.encode() for line in text.split("\n")))
+        yield from _lines(file, io.BytesIO(text.encode()))
         return
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from None
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, row {number}: expected an object with named columns, found {_short(row)}")
-        yield f"{file}, row {number}", row
+        place = f"{file}, row {number}"
+        yield place, _checked(row, place, may_hold_surrogates=True)
 
 
-def _parsed(line: str, place: str) -> Record:
+def _parsed(line: bytes | None, place: str) -> Record | RowError:
+    """The record in a line, or what is wrong with it."""
+    if line is None:
+        return RowError("line too long", f"{place}: longer than {LINE_BYTES:,} bytes")
     try:
-        row = json.loads(line)
+        text = _decoded(line, place)
+        # JSON can name halves of characters outside the basic plane, which are no text when they stand alone.
+        return _checked(json.loads(text), place, may_hold_surrogates=b"\\ud" in line.lower())
+    except RowError as error:
+        return error
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno}): {_short(line)}") from None
+        message = f"{place}: not valid JSON ({error.msg}, column {error.colno}): {_short(text)}"
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        message = f"{place}: not valid JSON ({error}): {_short(text)}"
+    return RowError("not valid JSON", message)
+
+
+def _checked(row: Any, place: str, may_hold_surrogates: bool) -> Record | RowError:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with named columns, found {_short(row)}")
+        message = f"{place}: expected an object with named columns, found {_short(row)}"
+        return RowError("not an object with columns", message)
+    if may_hold_surrogates:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return RowError("half characters", f"{place}: half of a surrogate pair, which is no character, in the text")
     return row
 
 
@@ -189,7 +276,7 @@ def _decoded(data: bytes, place: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise RowError("not UTF-8", f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _table_records(file: Path, loader: str, cache_dir: Path) -> Iterator[Placed]:

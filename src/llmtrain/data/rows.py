@@ -12,7 +12,7 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data import arithmetic
 from llmtrain.data.embedded import PREFIX
-from llmtrain.data.records import Record, Split, hold_out, read_records
+from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
 from llmtrain.data.templates import Message
 
 log = logging.getLogger(__name__)
@@ -70,41 +70,46 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 def read_rows(
-    kind: Kind[Row], source: RowSourceConfig, validation_every: int, split: Split, cache_dir: Path
+    kind: Kind[Row], source: RowSourceConfig, validation_every: int, split: Split, cache_dir: Path, faults: Faults
 ) -> Iterator[Row]:
     """The training or held-out rows of a source, in order.
 
-    Held out is `validation_path`, else every `validation_every`-th row. Raises DataError, naming file and line, for
-    what is missing, cannot be read, or has columns that are no rows of this kind.
+    Held out is `validation_path`, else every `validation_every`-th row. Rows that cannot be read go to `faults`.
+    Raises DataError for what is missing, and where the first row has columns that are no rows of this kind.
     """
     limit = source.max_rows
     if source.path.startswith(PREFIX) and source.validation_path is None:
         yield from islice(_generated(kind, source.path, split), limit)
     elif source.validation_path is not None:
         path = source.validation_path if split == "validation" else source.path
-        yield from islice(_all_rows(kind, path, split, source, cache_dir), limit)
+        yield from islice(_all_rows(kind, path, split, source, cache_dir, faults), limit)
     else:
-        rows = islice(_all_rows(kind, source.path, "train", source, cache_dir), limit)
+        rows = islice(_all_rows(kind, source.path, "train", source, cache_dir, faults), limit)
         yield from hold_out(rows, validation_every, split, _last_row)
 
 
 def read_problems(path: str, limit: int, cache_dir: Path) -> list[Prompt]:
     """Held-out problems with one right answer: a file of {prompt, answer}, or `embedded:arithmetic`."""
     source = RowSourceConfig(path=path, weight=1.0, validation_path=path, max_rows=limit)
-    problems = list(read_rows(PROMPTS, source, 2, "validation", cache_dir))
+    problems = list(read_rows(PROMPTS, source, 2, "validation", cache_dir, Faults()))
     for number, problem in enumerate(problems, 1):
         if problem.answer is None:
             raise DataError(f"{path}: problem {number} has no `answer`; expected rows with `prompt` and `answer`")
     return problems
 
 
-def _all_rows(kind: Kind[Row], path: str, split: Split, source: RowSourceConfig, cache_dir: Path) -> Iterator[Row]:
+def _all_rows(
+    kind: Kind[Row], path: str, split: Split, source: RowSourceConfig, cache_dir: Path, faults: Faults
+) -> Iterator[Row]:
     if path.startswith(PREFIX):
         yield from _generated(kind, path, split)
         return
     layout: str | None = None
     part = source.split if split == "train" else "validation"
     for place, record in read_records(path, split=part, name=source.name, cache_dir=cache_dir):
+        if isinstance(record, RowError):
+            faults.add(record)
+            continue
         if layout is None:
             layout = kind.layout(record)
             if layout is None:
@@ -113,20 +118,25 @@ def _all_rows(kind: Kind[Row], path: str, split: Split, source: RowSourceConfig,
                     f"\nthe row: {_short(record)}"
                 )
             log.info("%s: read as %s", path, layout)
-        yield _read(kind, place, record)
+        row = _read(kind, place, record)
+        if isinstance(row, RowError):
+            faults.add(row)
+        else:
+            yield row
     if layout is None:
         raise DataError(f"{path}: no rows in there")
 
 
-def _read(kind: Kind[Row], place: str, record: Record) -> Row:
+def _read(kind: Kind[Row], place: str, record: Record) -> Row | RowError:
     try:
         return kind.read(record)
     except DataError as error:
-        raise DataError(f"{place}: {error}\nthe row: {_short(record)}") from None
+        message = str(error)
     except KeyError as error:
-        raise DataError(f"{place}: this row has no {error}\nthe row: {_short(record)}") from None
+        message = f"this row has no {error}"
     except (TypeError, AttributeError) as error:
-        raise DataError(f"{place}: not like the rows before ({error!r})\nthe row: {_short(record)}") from None
+        message = f"not like the rows before ({error!r})"
+    return RowError(f"not {kind.name}", f"{place}: {message}\nthe row: {_short(record)}")
 
 
 def _generated(kind: Kind[Row], path: str, split: Split) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.documents import read_documents
 from llmtrain.data.embedded import PREFIX, embedded_version
-from llmtrain.data.records import Split, find_files, is_hub_id
+from llmtrain.data.records import Faults, Split, find_files, is_hub_id
 from llmtrain.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def prepare_tokens(
     folder = cache_dir / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "manifest.json").is_file():
         log.info("%s (%s): encoding", source.path, split)
-        documents = read_documents(source, validation_every, split, cache_dir)
+        documents = read_documents(source, validation_every, split, cache_dir, Faults())
         _write(folder, documents, tokenizer, {"source": source.path, "split": split, "options": options})
     return TokenSource(folder)
 

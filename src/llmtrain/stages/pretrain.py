@@ -11,7 +11,7 @@ from llmtrain.config.schema import PretrainConfig
 from llmtrain.data.batches import TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
-from llmtrain.data.records import Split
+from llmtrain.data.records import Faults, Split
 from llmtrain.data.shards import TokenSource, prepare_tokens
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llmtrain.engine.distributed import bare, spread
@@ -88,7 +88,8 @@ def mixed_text(config: PretrainConfig, cache: Path) -> Iterator[str]:
     weights = text_weights(config)
     for name, source in config.data.sources.items():
         left = config.tokenizer.train_bytes * weights[name] / sum(weights.values())
-        for text in read_documents(source, config.data.validation_every, "train", cache):
+        faults = Faults(config.data.on_error)  # told of when the source is prepared
+        for text in read_documents(source, config.data.validation_every, "train", cache, faults):
             if left <= 0:
                 break
             yield text

@@ -48,6 +48,8 @@ class MixtureConfig:
     """Later phases of the run with weights of their own, such as an annealing phase; the first has the sources'."""
     when_exhausted: Literal["renormalise", "stop"] = "renormalise"
     """When a source has reached `max_epochs`: go on with the others' weights, or end the run there."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a row that cannot be read: stop and name it, or leave it out and say how many were, and why."""
     validation_every: int = Field(default=50, ge=2)
     """Hold out every n-th document or row of a source that names no `validation_path`."""
 
