@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.config.schema import SourceConfig
+from llmtrain.config.schema import CorpusConfig, SourceConfig
 from llmtrain.data.batches import (
     ConversationBatches,
     PairBatches,
@@ -16,7 +16,8 @@ from llmtrain.data.batches import (
 )
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Phase, PhasedMixture
-from llmtrain.data.shards import TokenSource, prepare_tokens
+from llmtrain.data.preparation import prepare_sources
+from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
 LENGTH = 16
@@ -30,12 +31,12 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def sources(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenSource]:
     folder = tmp_path_factory.mktemp("tokens")
-    made = {}
+    sources = {}
     for name, count in (("a", 200), ("b", 77)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count)))
-        source = SourceConfig(path=str(folder / f"{name}.jsonl"))
-        made[name] = prepare_tokens(source, tokenizer=tokenizer, split="train", validation_every=50, cache_dir=folder)
-    return made
+        sources[name] = SourceConfig(path=str(folder / f"{name}.jsonl"))
+    prepared = prepare_sources(CorpusConfig(sources=sources), tokenizer=tokenizer, cache_dir=folder, processes=1)
+    return {name: source.train for name, source in prepared.items()}
 
 
 def mixed(weights: dict[str, float]) -> PhasedMixture:

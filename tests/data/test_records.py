@@ -8,7 +8,8 @@ import pytest
 
 from llmtrain.config.errors import DataError
 from llmtrain.data import records
-from llmtrain.data.records import Faults, Record, RowError, find_files, hold_out, read_records
+from llmtrain.data.files import find_files
+from llmtrain.data.records import Faults, Record, RowError, hold_out, read_records
 
 ROWS = [{"text": f"text {i}", "meta": {"n": i} if i % 2 else "of another type"} for i in range(5)]
 JSONL = "\n".join(json.dumps(row) for row in ROWS) + "\n"
@@ -61,7 +62,7 @@ def test_folders_with_splits(tmp_path: Path) -> None:
 def test_globs_are_sorted(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.log"):
         (tmp_path / name).write_text(name)
-    assert [file.name for file in find_files(str(tmp_path / "*.txt"))] == ["a.txt", "b.txt"]
+    assert [Path(file).name for file in find_files(str(tmp_path / "*.txt"))] == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize(

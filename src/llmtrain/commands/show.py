@@ -16,6 +16,7 @@ from llmtrain.config.compose import load_config
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
 from llmtrain.data.batches import RowOrder, TokenBatches
 from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
@@ -45,7 +46,8 @@ def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
     """The mixture of a pretraining run, and its first rows."""
     cache, length = _cache(config.runs_dir), config.train.sequence_length
     tokenizer = pretrain.build_tokenizer(config, cache)
-    sources = pretrain.prepare(config, tokenizer, cache, "train")
+    prepared = prepare_sources(config.data, tokenizer=tokenizer, cache_dir=cache)
+    sources = {name: source.train for name, source in prepared.items()}
     parameters = 0
     if config.train.tokens_per_parameter:
         parameters = sum(each.numel() for each in pretrain.build_model(config, tokenizer).parameters())
@@ -53,7 +55,7 @@ def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
     mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
     batch_rows = assembly.rows_per_step(config.train)
     batches = TokenBatches(sources, mixture, batch_rows=batch_rows, sequence_length=length, seed=config.seed)
-    counts = {name: source.manifest.documents for name, source in sources.items()}
+    counts = {name: source.summary.documents for name, source in sources.items()}
     _print_mixture(console, batches.order, batches.counts(steps), counts, ("documents", "tokens"), steps)
     for number, (source, block) in enumerate(islice(_places(batches.order), rows)):
         tokens = batches.sources[source].block(block, length)

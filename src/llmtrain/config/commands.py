@@ -53,6 +53,14 @@ COMMANDS = {
         "all stages in sequence, each fed by the ones before",
         ("llmtrain pipeline", "llmtrain pipeline run=night overrides=[engine=gpu]"),
     ),
+    "prepare": Command(
+        "PrepareConfig",
+        "read, clean and tokenise a mixture of text ahead of training",
+        (
+            "llmtrain prepare data=files data.sources.files.path='texts/*.jsonl.gz' tokenizer.path=runs/pretrain/model",
+            "llmtrain prepare data=my_mixture processes=16",
+        ),
+    ),
     "generate": Command(
         "GenerateConfig",
         "print what a model answers",

@@ -12,8 +12,7 @@ from llmtrain.config.view import NotValid, View
 FOLDERS = ("model.init_from", "reward_model")
 FILES = ("tokenizer.path", "tokenizer.chat_template")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".xz", ".csv")
-EMBEDDED = {"pretrain": ("prose", "code", "arithmetic")}
-EMBEDDED_ROWS = ("arithmetic",)
+EMBEDDED_TEXT, EMBEDDED_ROWS = ("prose", "code", "arithmetic"), ("arithmetic",)
 
 
 def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
@@ -31,9 +30,10 @@ def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
         yield from _writable(_get(view, "runs_dir"))
     if "data" in later:
         return
+    embedded = EMBEDDED_TEXT if view.command in ("pretrain", "prepare") else EMBEDDED_ROWS
     for name, source in view.sources().items():
         for key in ("path", "validation_path"):
-            yield from _data(source.get(key), ("data", "sources", name, key), EMBEDDED.get(view.command, EMBEDDED_ROWS))
+            yield from _data(source.get(key), ("data", "sources", name, key), embedded)
     yield from _data(_get(view, "eval.problems"), ("eval", "problems"), EMBEDDED_ROWS)
 
 

@@ -1,31 +1,32 @@
 """Files, folders and hub data sets → records: what `documents` and `rows` are made from.
 
 JSON lines and text are read here line by line, so that a fault is named by its line and rows may differ in their
-other columns; Parquet, CSV, Arrow and the hub go through the `datasets` library. A row that cannot be used is a value
-among the others, a `RowError`: whoever reads says what becomes of it (`Faults`), so every row is used or reported.
+other columns; tables go through libraries. A row that cannot be used is a value among the others, a `RowError`: whoever
+reads says what becomes of it (`Faults`), so every row is used or reported.
 """
 
-import bz2
-import glob
-import gzip
+import codecs
 import importlib
-import io
 import json
-import lzma
-import re
-import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 from llmtrain.config.errors import DataError
+from llmtrain.data.files import LOADERS, broken_compression, open_bytes, suffix_of
+from llmtrain.data.pieces import Piece, Place, find_pieces
+from llmtrain.data.tables import cause, datasets_library, hub_dataset, open_parquet, saved_dataset
 
 Item = TypeVar("Item")
 Split = Literal["train", "validation"]
-Record = dict[str, Any]
 OnError = Literal["stop", "skip"]
+Record = dict[str, Any]
+
+LINE_BYTES = 256 * 1024 * 1024  # no line may be longer
+TEXT_BYTES = 1024 * 1024  # a longer text file is read as several texts, each of whole lines
+
+HINT = "data.on_error=skip leaves such rows out, and says how many and why"
 
 
 class RowError(DataError):
@@ -39,19 +40,7 @@ class RowError(DataError):
         return RowError, (self.reason, str(self))
 
 
-Placed = tuple[str, Record | RowError]  # where it stands, for messages, and the record or what is wrong with it
-
-LINES, WHOLE = (".jsonl", ".ndjson"), (".txt", ".text", ".md")
-LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
-READABLE = (*LINES, ".json", *WHOLE, *LOADERS)
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}
-LINE_BYTES = 256 * 1024 * 1024
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+Placed = tuple[Place, Record | RowError]  # where it stands, and the record or what is wrong with it
 
 
 class Faults:
@@ -65,7 +54,7 @@ class Faults:
     def add(self, fault: RowError) -> None:
         """Count a fault. Raises it where `on_error` is stop."""
         if self.on_error == "stop":
-            raise fault
+            raise RowError(fault.reason, f"{fault}\n{HINT}")
         self.counts[fault.reason] += 1
         self.first.setdefault(fault.reason, str(fault))
 
@@ -77,42 +66,26 @@ class Faults:
 
 
 def read_records(path: str, *, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
-    """The records of a file, glob, folder or hub data set, in order, each with its place.
+    """The records of a file, glob, folder, URL or hub data set, in order, each with its place.
 
     A row that cannot be read comes as a RowError, which names file and line. Raises DataError for what is missing or
     cannot be read at all.
     """
-    if is_hub_id(path):
-        yield from _hub_records(path, split, name, cache_dir)
-    elif _is_saved_dataset(Path(path)):
-        yield from _saved_records(Path(path), split)
-    else:
-        for file in find_files(path, split):
-            yield from _file_records(file, cache_dir)
+    for piece in find_pieces(path, split=split, name=name, cache_dir=cache_dir):
+        yield from read_piece(piece, cache_dir)
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `path` can only be the name of a data set on the hub."""
-    place = Path(path)  # a missing file of a folder that is there is a missing file
-    is_local = place.exists() or place.parent.is_dir() or _suffix(place) in READABLE
-    return HUB_ID.fullmatch(path) is not None and not is_local
-
-
-def find_files(path: str, split: str = "train") -> list[Path]:
-    """The files that `path` (file, glob or folder) means, sorted; of a folder with splits those of `split`."""
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if _suffix(file) in READABLE and not _hidden(file, place))
-        if not found:
-            raise DataError(f"{path}: no data files in this folder; expected {', '.join(READABLE)}, also with .gz")
-        return _of_split(found, place, split)
-    files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
-    if not files:
-        what = "no file matches" if glob.has_magic(path) else "no such file or folder"
-        raise DataError(f"{path}: {what} (looked from {Path.cwd()})")
-    return files
+def read_piece(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    """The records of a piece, in order. Raises DataError for a file that cannot be read at all."""
+    reader = READERS[piece.kind]
+    try:
+        yield from reader(piece, cache_dir)
+    except broken_compression() as error:
+        # what came before is there; what would have followed is one fault
+        message = f"{piece.file}: broken or cut off compressed file: {error}"
+        yield Place(piece, 0), RowError("broken compressed file", message)
+    except OSError as error:
+        raise DataError(f"{piece.file}: cannot be read: {error}") from None
 
 
 def hold_out(
@@ -147,112 +120,102 @@ def _numbered(items: Iterable[Item]) -> Iterator[tuple[int, Item, bool]]:
     yield number, item, True
 
 
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """The files whose name or folder says `split`; all of them where none says any split."""
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        words = set(re.split(r"[^a-z]+", file.relative_to(folder).as_posix().lower()))
-        said = next((name for name, names in SPLIT_NAMES.items() if words & set(names)), "")
-        by_split.setdefault(said, []).append(file)
-    if set(by_split) == {""}:
-        return files
-    if split not in by_split:
-        there = ", ".join(sorted(name for name in by_split if name))
-        raise DataError(f"{folder}: no files for the split {split!r}; there are files for: {there}")
-    return by_split[split]
+# Lines and text ---------------------------------------------------------------------------------------------------
 
 
-def _file_records(file: Path, cache_dir: Path) -> Iterator[Placed]:
-    suffix = _suffix(file)
-    if suffix in LOADERS:
-        yield from _table_records(file, LOADERS[suffix], cache_dir)
-        return
-    if suffix not in READABLE:
-        raise DataError(f"{file}: cannot tell what this is by its name; expected {', '.join(READABLE)}, also with .gz")
+def _read_lines(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    with open_bytes(piece.file) as stream:
+        number, is_rest = 0, False
+        for part in _parts_of_lines(stream, piece, LINE_BYTES):
+            was_rest, is_rest = is_rest, not part.endswith(b"\n") and len(part) == LINE_BYTES
+            number += not was_rest
+            if not was_rest and (is_rest or part.strip()):
+                place = Place(piece, number)
+                yield place, _parsed(None if is_rest else part, place)
+
+
+def _read_text(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    """Texts of some `TEXT_BYTES`, of whole lines as far as lines are not longer than that."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if piece.start == 0 else "utf-8")()
+    parts: list[bytes] = []
+    number = size = 0
+    with open_bytes(piece.file) as stream:
+        for part in _parts_of_lines(stream, piece, TEXT_BYTES):
+            parts.append(part)
+            size += len(part)
+            if size >= TEXT_BYTES:
+                number += 1
+                yield _text(decoder, b"".join(parts), Place(piece, number), is_last=False)
+                parts, size = [], 0
+    if parts:
+        yield _text(decoder, b"".join(parts), Place(piece, number + 1), is_last=True)
+
+
+def _parts_of_lines(stream: IO[bytes], piece: Piece, limit: int) -> Iterator[bytes]:
+    """The lines that begin in the piece, longer ones in parts of `limit` bytes."""
+    place, line_ended = piece.start, True
+    if place:  # the line that the piece before has begun is its own
+        stream.seek(place - 1)
+        place -= 1
+        while (part := stream.readline(limit)) and not part.endswith(b"\n"):
+            place += len(part)
+        place += len(part)
+    while piece.end is None or place < piece.end or not line_ended:
+        part = stream.readline(limit)
+        if not part:
+            return
+        yield part
+        place, line_ended = place + len(part), part.endswith(b"\n")
+
+
+def _text(decoder: codecs.IncrementalDecoder, data: bytes, place: Place, is_last: bool) -> Placed:
     try:
-        with open_bytes(file) as stream:
-            if suffix in WHOLE:
-                yield str(file), _whole(stream.read(), str(file))
-            elif suffix == ".json":
-                yield from _json_records(file, _decoded(stream.read(), str(file)))
-            else:
-                yield from _lines(file, stream)
-    except _broken_compression() as error:
-        # what came before is there; what would have followed is one fault
-        message = f"{file}: broken or cut off compressed file: {error}"
-        yield str(file), RowError("broken compressed file", message)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return place, {"text": decoder.decode(data, is_last)}
+    except UnicodeDecodeError as error:
+        decoder.reset()
+        return place, _not_utf8(place, error)
 
 
-def open_bytes(file: Path) -> IO[bytes]:
-    """A file, unpacked where its name says that it is compressed."""
-    if file.suffix == ".zst":
-        try:
-            opened: IO[bytes] = importlib.import_module("zstandard").open(file, "rb")
-        except ImportError:
-            raise DataError(f"{file}: .zst files need another library: pip install zstandard") from None
-        return opened
-    return COMPRESSED.get(file.suffix, open)(file, "rb")
+def _not_utf8(place: Place, error: UnicodeDecodeError) -> RowError:
+    return RowError("not UTF-8", f"{place}: not UTF-8 text: {error.reason} at byte {error.start}")
 
 
-def _broken_compression() -> tuple[type[Exception], ...]:
-    zstandard = sys.modules.get("zstandard")
-    known = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-    return (*known, zstandard.ZstdError) if zstandard else known
+# JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _whole(data: bytes, place: str) -> Record | RowError:
-    try:
-        return {"text": _decoded(data, place)}
-    except RowError as error:
-        return error
-
-
-def _lines(file: Path, stream: IO[bytes]) -> Iterator[Placed]:
-    for number, line in enumerate(_bounded(stream), 1):
-        if line is None or line.strip():
-            place = f"{file}, line {number}"
-            yield place, _parsed(line, place)
-
-
-def _bounded(stream: IO[bytes]) -> Iterator[bytes | None]:
-    """The lines; None for one that is longer than `LINE_BYTES`, of which no more than that is ever in memory."""
-    while line := stream.readline(LINE_BYTES):
-        if len(line) < LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(LINE_BYTES)
-        yield None
-
-
-def _json_records(file: Path, text: str) -> Iterator[Placed]:
+def _read_json(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     """A .json file: an array of objects, or one object a line."""
-    if not text.lstrip().startswith("["):
-        yield from _lines(file, io.BytesIO(text.encode()))
+    with open_bytes(piece.file) as stream:
+        data = stream.read()
+    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if line.strip():
+                place = Place(piece._replace(kind="lines"), number)
+                yield place, _parsed(line, place)
         return
     try:
-        rows = json.loads(text)
+        rows = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(Place(piece, 0), error) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        raise DataError(f"{piece.file}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from None
+        raise DataError(f"{piece.file}: not valid JSON: {error}") from None
     for number, row in enumerate(rows, 1):
-        place = f"{file}, row {number}"
+        place = Place(piece, number)
         yield place, _checked(row, place, may_hold_surrogates=True)
 
 
-def _parsed(line: bytes | None, place: str) -> Record | RowError:
-    """The record in a line, or what is wrong with it."""
+def _parsed(line: bytes | None, place: Place) -> Record | RowError:
+    """The record in a line, or what is wrong with it; None stands for a line longer than `LINE_BYTES`."""
     if line is None:
         return RowError("line too long", f"{place}: longer than {LINE_BYTES:,} bytes")
     try:
-        text = _decoded(line, place)
+        text = line.decode("utf-8-sig")
         # JSON can name halves of characters outside the basic plane, which are no text when they stand alone.
-        return _checked(json.loads(text), place, may_hold_surrogates=b"\\ud" in line.lower())
-    except RowError as error:
-        return error
+        return _checked(json.loads(text), place, may_hold_surrogates=b"\\ud" in line or b"\\uD" in line)
+    except UnicodeDecodeError as error:
+        return _not_utf8(place, error)
     except json.JSONDecodeError as error:
         message = f"{place}: not valid JSON ({error.msg}, column {error.colno}): {_short(text)}"
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
@@ -260,7 +223,7 @@ def _parsed(line: bytes | None, place: str) -> Record | RowError:
     return RowError("not valid JSON", message)
 
 
-def _checked(row: Any, place: str, may_hold_surrogates: bool) -> Record | RowError:
+def _checked(row: Any, place: Place, may_hold_surrogates: bool) -> Record | RowError:
     if not isinstance(row, dict):
         message = f"{place}: expected an object with named columns, found {_short(row)}"
         return RowError("not an object with columns", message)
@@ -272,74 +235,56 @@ def _checked(row: Any, place: str, may_hold_surrogates: bool) -> Record | RowErr
     return row
 
 
-def _decoded(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError("not UTF-8", f"{place}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+# Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table_records(file: Path, loader: str, cache_dir: Path) -> Iterator[Placed]:
-    options: dict[str, Any] = {"sep": "\t"} if ".tsv" in file.suffixes else {}
-    options |= {"data_files": str(file), "cache_dir": str(cache_dir / "datasets")}
+def _read_parquet(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    with open_bytes(piece.file) as stream:
+        table = open_parquet(stream, piece.file)
+        groups = range(piece.start, table.metadata.num_row_groups if piece.end is None else piece.end)
+        before = sum(table.metadata.row_group(number).num_rows for number in range(piece.start))
+        try:
+            rows = (row for batch in table.iter_batches(256, row_groups=list(groups)) for row in batch.to_pylist())
+            for number, row in enumerate(rows, before + 1):
+                yield Place(piece, number), row
+        except importlib.import_module("pyarrow").ArrowException as error:
+            raise DataError(f"{piece.file}: cannot be read as parquet: {cause(error)}") from None
+
+
+def _read_table(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    """A file that the `datasets` library reads: CSV, TSV, Arrow."""
+    loader = LOADERS[suffix_of(piece.file)]
+    options: dict[str, Any] = {"sep": "\t"} if suffix_of(piece.file) == ".tsv" else {}
+    options |= {"data_files": piece.file, "cache_dir": str(cache_dir / "datasets")}
     try:
         rows = datasets_library().load_dataset(loader, split="train", streaming=True, **options)
         for number, row in enumerate(rows, 1):
-            yield f"{file}, row {number}", dict(row)
+            yield Place(piece, number), dict(row)
     except DataError:
         raise
     except Exception as error:  # each format's reader has errors of its own
-        raise DataError(f"{file}: cannot be read as {loader}: {_cause(error)}") from None
+        raise DataError(f"{piece.file}: cannot be read as {loader}: {cause(error)}") from None
 
 
-def _hub_records(path: str, split: str, name: str | None, cache_dir: Path) -> Iterator[Placed]:
-    try:
-        rows = datasets_library().load_dataset(path, name, split=split, cache_dir=str(cache_dir / "datasets"))
-    except Exception as error:  # network, access, names: each has errors of its own
-        said = str(error).split("\n")[0]
-        raise DataError(f"{path}: no file or folder here, nor a data set that the hub gives: {said}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path} ({split}), row {number}", dict(row)
+def _read_hub(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    return _rows_of(piece, hub_dataset(piece.file, piece.name, piece.split, cache_dir))
 
 
-def _saved_records(folder: Path, split: str) -> Iterator[Placed]:
-    """A folder written by `save_to_disk`."""
-    found = datasets_library().load_from_disk(str(folder))
-    if isinstance(found, dict):
-        if split not in found:
-            raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(found)}")
-        found = found[split]
-    for number, row in enumerate(found, 1):
-        yield f"{folder}, row {number}", dict(row)
+def _read_saved(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    return _rows_of(piece, saved_dataset(Path(piece.file), piece.split))
 
 
-def datasets_library() -> Any:
-    """The `datasets` module; imported when first needed, because that takes most of a second."""
-    datasets = importlib.import_module("datasets")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _suffix(file: Path) -> str:
-    return (file.with_suffix("") if file.suffix in (*COMPRESSED, ".zst") else file).suffix.lower()
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost error, in one line: the outer ones only say that something went wrong."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+def _rows_of(piece: Piece, dataset: Any) -> Iterator[Placed]:
+    for number in range(piece.start, len(dataset) if piece.end is None else piece.end):
+        yield Place(piece, number + 1), dict(dataset[number])
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:120] + " ..."
+
+
+READERS: dict[str, Callable[[Piece, Path], Iterator[Placed]]] = {
+    "lines": _read_lines, "text": _read_text, "json": _read_json, "parquet": _read_parquet, "csv": _read_table,
+    "tsv": _read_table, "arrow": _read_table, "hub": _read_hub, "saved": _read_saved,
+}  # fmt: skip

@@ -12,6 +12,7 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data import arithmetic
 from llmtrain.data.embedded import PREFIX
+from llmtrain.data.pieces import Place
 from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
 from llmtrain.data.templates import Message
 
@@ -127,7 +128,7 @@ def _all_rows(
         raise DataError(f"{path}: no rows in there")
 
 
-def _read(kind: Kind[Row], place: str, record: Record) -> Row | RowError:
+def _read(kind: Kind[Row], place: Place, record: Record) -> Row | RowError:
     try:
         return kind.read(record)
     except DataError as error:

@@ -69,6 +69,10 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.stop_ids = frozenset({self.eos_id, *stop_ids, *self._end_of_turn()})
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:  # a compiled template cannot go to another process
+        ends = tuple(sorted(self.stop_ids))
+        return type(self), (self._template_backend, self.special_tokens, self.chat_template, ends)
+
     @property
     def chat_template(self) -> str:
         """Source of the chat template."""

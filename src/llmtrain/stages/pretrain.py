@@ -1,5 +1,8 @@
 """`llmtrain pretrain`: next-token training on a mixture of text."""
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,12 +10,13 @@ from typing import Any
 import torch
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import PretrainConfig
+from llmtrain.config.schema import CorpusConfig, PretrainConfig, TokenizerConfig
 from llmtrain.data.batches import TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
-from llmtrain.data.records import Faults, Split
-from llmtrain.data.shards import TokenSource, prepare_tokens
+from llmtrain.data.preparation import describe_source, prepare_sources
+from llmtrain.data.records import Faults
+from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
@@ -22,6 +26,8 @@ from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
+
+log = logging.getLogger(__name__)
 
 EVALUATION_ROWS = 16
 # The report shows how the model goes on from these.
@@ -37,8 +43,9 @@ def stage(config: PretrainConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
     tokenizer = run.main_first(lambda: build_tokenizer(config, run.cache))
-    sources = run.main_first(lambda: prepare(config, tokenizer, run.cache, "train"))
-    held_out = run.main_first(lambda: prepare(config, tokenizer, run.cache, "validation"))
+    prepared = run.main_first(lambda: prepare_sources(config.data, tokenizer=tokenizer, cache_dir=run.cache))
+    sources = {name: source.train for name, source in prepared.items()}
+    held_out = {name: source.validation for name, source in prepared.items()}
     trained = build_model(config, tokenizer)
     model = spread(trained, run.layout, config.engine.sharding)
 
@@ -72,49 +79,55 @@ def stage(config: PretrainConfig) -> None:
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
     """The tokenizer of `tokenizer.path`, of the model that training goes on from, or one trained on the mixture."""
-    template = assembly.read_template(config.tokenizer.chat_template)
-    if config.tokenizer.path:
-        return load_tokenizer(config.tokenizer.path, template)
-    if config.model.init_from:
+    if config.model.init_from and not config.tokenizer.path:
+        template = assembly.read_template(config.tokenizer.chat_template)
         return load_tokenizer(handover.model_folder(config.model.init_from), template)
-    kept = handover.run_folder(config) / "tokenizer"
+    if config.tokenizer.path:
+        return corpus_tokenizer(config.data, config.tokenizer, cache)
+    kept = handover.run_folder(config) / "tokenizer"  # so that a run keeps it when its mixture changes
     if not (kept / "tokenizer_config.json").is_file():
-        train_tokenizer(mixed_text(config, cache), config.tokenizer.vocab_size, template).save(kept)
+        corpus_tokenizer(config.data, config.tokenizer, cache).save(kept)
     return load_tokenizer(kept)
 
 
-def mixed_text(config: PretrainConfig, cache: Path) -> Iterator[str]:
+def corpus_tokenizer(data: CorpusConfig, config: TokenizerConfig, cache: Path) -> Tokenizer:
+    """The tokenizer of `tokenizer.path`, or one trained on the mixture: once, then found in the cache."""
+    template = assembly.read_template(config.chat_template)
+    if config.path:
+        return load_tokenizer(config.path, template)
+    weights = text_weights(data)
+    sources = [
+        [name, weights[name], describe_source(source, data.validation_every, cache)]
+        for name, source in data.sources.items()
+    ]  # fmt: skip
+    key = json.dumps([sources, config.vocab_size, config.train_bytes, template], sort_keys=True)
+    folder = cache / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "tokenizer_config.json").is_file():  # the last file to be written
+        train_tokenizer(mixed_text(data, config, cache), config.vocab_size, template).save(folder)
+    return load_tokenizer(folder)
+
+
+def mixed_text(data: CorpusConfig, config: TokenizerConfig, cache: Path) -> Iterator[str]:
     """Text of all sources, each with its share of `tokenizer.train_bytes`."""
-    weights = text_weights(config)
-    for name, source in config.data.sources.items():
-        left = config.tokenizer.train_bytes * weights[name] / sum(weights.values())
-        faults = Faults(config.data.on_error)  # told of when the source is prepared
-        for text in read_documents(source, config.data.validation_every, "train", cache, faults):
+    weights = text_weights(data)
+    for name, source in data.sources.items():
+        left = config.train_bytes * weights[name] / sum(weights.values())
+        faults = Faults(data.on_error)  # told of when the source is prepared
+        for text in read_documents(source, data.validation_every, cache, faults):
             if left <= 0:
                 break
             yield text
             left -= len(text.encode())
 
 
-def text_weights(config: PretrainConfig) -> dict[str, float]:
+def text_weights(data: CorpusConfig) -> dict[str, float]:
     """Weights at the start of the run, as far as they are known before the text has been counted."""
-    sources = config.data.sources
-    if config.data.temperature is not None or any(source.epochs for source in sources.values()):
-        sizes = {name: source.published_gib for name, source in sources.items() if source.published_gib}
-        if len(sizes) == len(sources):
-            return source_weights(config.data, sizes)
-        return dict.fromkeys(sources, 1.0)
-    return source_weights(config.data, {})
-
-
-def prepare(config: PretrainConfig, tokenizer: Tokenizer, cache: Path, split: Split) -> dict[str, TokenSource]:
-    """The tokens of every source."""
-    return {
-        name: prepare_tokens(
-            source, tokenizer=tokenizer, split=split, validation_every=config.data.validation_every, cache_dir=cache
-        )
-        for name, source in config.data.sources.items()
-    }  # fmt: skip
+    if data.temperature is not None or any(source.epochs for source in data.sources.values()):
+        sizes = {name: source.published_gib for name, source in data.sources.items() if source.published_gib}
+        if len(sizes) == len(data.sources):
+            return source_weights(data, sizes)
+        return dict.fromkeys(data.sources, 1.0)
+    return source_weights(data, {})
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
@@ -139,6 +152,9 @@ def domains(
     """For each source: held-out blocks, their bytes, and a unigram model's bits per byte on them."""
     found = {}
     for number, (name, source) in enumerate(held_out.items()):
+        if not len(source):
+            log.warning("data.sources.%s: nothing is held out; name a validation_path or lower validation_every", name)
+            continue
         text = held_out_text(
             source, number, tokenizer.token_bytes, max_blocks=config.eval.max_rows, batch_rows=EVALUATION_ROWS,
             length=config.train.sequence_length,
@@ -151,10 +167,10 @@ def domains(
 
 def digests(source: TokenSource) -> dict[str, Any]:
     """What the lineage says of a source."""
-    manifest = source.manifest
+    manifest, summary = source.manifest, source.summary
     return {
-        "path": manifest.source, "documents": manifest.documents, "bytes": manifest.bytes, "tokens": manifest.tokens,
-        "content": manifest.content, "tokenizer": manifest.tokenizer,
+        "path": manifest.source, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
+        "content": summary.content, "tokenizer": manifest.tokenizer,
     }  # fmt: skip
 
 

@@ -104,6 +104,18 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrepareConfig:
+    """`llmtrain prepare`: read, clean and tokenise a mixture of text ahead of training."""
+
+    data: CorpusConfig
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    runs_dir: str = "runs"
+    """Folder that holds all runs and the cache of prepared data."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes to work with. Null: one for each core."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class GenerateConfig:
     """`llmtrain generate`: print what a model answers; the text alone goes to standard output."""
 
