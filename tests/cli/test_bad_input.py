@@ -258,7 +258,9 @@ def test_another_config_is_refused_with_the_differences(refused: Refused, place:
 def test_a_start_that_failed_does_not_hold_the_name(refused: Refused, tmp_path: Path) -> None:
     # the tokenizer is trained on training text alone, so it is there when line 17 is read
     arguments = [*FILES, "run=mine"]
-    refused(Case([*arguments, f"{FILE}=texts.jsonl", "data.sources.files.validation_path=broken.jsonl"], 2, ["line 17"]))
+    refused(
+        Case([*arguments, f"{FILE}=texts.jsonl", "data.sources.files.validation_path=broken.jsonl"], 2, ["line 17"])
+    )
     assert (tmp_path / "mine" / "tokenizer").is_dir()
     arguments += [f"{FILE}=texts.jsonl", "tokenizer.chat_template=plain.jinja", f"runs_dir={tmp_path}"]
     assert cli.main(arguments) == 0

@@ -43,10 +43,14 @@ def mixed(weights: dict[str, float]) -> PhasedMixture:
     return PhasedMixture([Phase(0, weights)])
 
 
+def order(weights: dict[str, float], sizes: dict[str, int], batch_rows: int, seed: int = 0) -> RowOrder:
+    return RowOrder(mixed(weights), sizes, batch_rows, seed)
+
+
 def batches(sources: dict[str, TokenSource], rank: int = 0, world: int = 1, seed: int = 1) -> TokenBatches:
-    weights = {"a": 0.75, "b": 0.25}
+    sizes = {name: source.num_blocks(LENGTH) for name, source in sources.items()}
     return TokenBatches(
-        sources, mixed(weights), batch_rows=8, sequence_length=LENGTH, seed=seed, rank=rank, world=world
+        sources, order({"a": 0.75, "b": 0.25}, sizes, 8, seed), sequence_length=LENGTH, rank=rank, world=world
     )
 
 
@@ -95,7 +99,7 @@ def test_counts_are_what_was_used(sources: dict[str, TokenSource]) -> None:
 
 def test_an_epoch_shows_every_block_once(sources: dict[str, TokenSource]) -> None:
     blocks = sources["b"].num_blocks(LENGTH)
-    alone = TokenBatches({"b": sources["b"]}, mixed({"b": 1.0}), batch_rows=1, sequence_length=LENGTH, seed=0)
+    alone = TokenBatches(sources, order({"b": 1.0}, {"b": blocks}, 1), sequence_length=LENGTH)
     seen = [tuple(alone(step).tokens[0].tolist()) for step in range(2 * blocks)]
     everything = sorted(tuple(sources["b"].block(i, LENGTH).tolist()) for i in range(blocks))
     assert sorted(seen[:blocks]) == sorted(seen[blocks:]) == everything
@@ -104,8 +108,8 @@ def test_an_epoch_shows_every_block_once(sources: dict[str, TokenSource]) -> Non
 
 def test_conversations_are_padded_to_the_global_longest() -> None:
     rows = {"a": [row(length) for length in (3, 5, 9, 12)]}
-    options = {"batch_rows": 4, "max_length": 100, "pad_id": 99, "seed": 0, "world": 2}
-    parts = [ConversationBatches(rows, mixed({"a": 1.0}), rank=rank, **options)(0) for rank in range(2)]
+    options = {"max_length": 100, "pad_id": 99, "world": 2}
+    parts = [ConversationBatches(rows, order({"a": 1.0}, {"a": 4}, 4), rank=rank, **options)(0) for rank in range(2)]
     tokens, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "loss_mask"))
     assert tokens.shape == mask.shape == (4, 16)
     assert sorted((tokens != 99).sum(1).tolist()) == [3, 5, 9, 12]
@@ -114,13 +118,13 @@ def test_conversations_are_padded_to_the_global_longest() -> None:
 
 
 def test_rows_are_not_padded_beyond_the_models_length() -> None:
-    batch = ConversationBatches({"a": [row(9)]}, mixed({"a": 1.0}), batch_rows=1, max_length=10, pad_id=0, seed=0)(0)
+    batch = ConversationBatches({"a": [row(9)]}, order({"a": 1.0}, {"a": 1}, 1), max_length=10, pad_id=0)(0)
     assert batch.tokens.shape == (1, 10)
 
 
 def test_pairs_share_one_width() -> None:
     rows = {"a": [PairRow(row(3), row(6)), PairRow(row(4), row(17))]}
-    source = PairBatches(rows, mixed({"a": 1.0}), batch_rows=2, max_length=64, pad_id=99, seed=0)
+    source = PairBatches(rows, order({"a": 1.0}, {"a": 2}, 2), max_length=64, pad_id=99)
     batch = source(0)
     assert batch.chosen.shape == batch.rejected.shape == batch.rejected_mask.shape == (2, 24)
     assert sorted((batch.chosen != 99).sum(1).tolist()) == [3, 4]
@@ -130,7 +134,7 @@ def test_pairs_share_one_width() -> None:
 
 def test_prompts_are_those_of_the_whole_batch() -> None:
     rows = {"a": [PromptRow([i], "", None) for i in range(6)]}
-    source = PromptBatches(rows, mixed({"a": 1.0}), batch_rows=3, seed=0)
+    source = PromptBatches(rows, order({"a": 1.0}, {"a": 6}, 3))
     assert sorted(ids[0] for step in range(2) for ids in source(step)) == list(range(6))
     assert source(0) != source(2)
 

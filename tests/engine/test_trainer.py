@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, TrackerConfig
+from llmtrain.engine import checkpoints
 from llmtrain.engine import trainer as trainer_module
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.speed import Speed
@@ -83,7 +84,9 @@ def build(tmp_path: Path) -> Callable[..., Trainer]:
                 "learning_rate": lambda step: 0.1 / (step + 1),
                 "steps": steps, "seed": 0, "tracker": tracker, "checkpoint": CheckpointConfig(**(checkpoint or {})),
                 "eval": EvalConfig(every_steps=eval_every), "tracking": TrackerConfig(),
-                "write_extra": lambda folder: None, "autocast": lambda: torch.autocast("cpu", enabled=False),
+                "write_extra": lambda folder, step: None,
+                "resume_from": checkpoints.newest_good(tmp_path / "checkpoints", ALONE, tracker.say),
+                "autocast": lambda: torch.autocast("cpu", enabled=False),
                 "speed": Speed(ALONE.device, 1.0, 1.0), **parts,
             }
         )  # fmt: skip

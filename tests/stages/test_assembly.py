@@ -134,7 +134,7 @@ def test_a_model_that_does_not_fit_on_the_disk_is_told_and_the_run_stays_unfinis
     handover.open_run(config)
     run = assembly.Run(config, tmp_path / "a", Layout(0, 1, torch.device("cpu")), 0.0)
     with pytest.raises(UserError, match=r"cannot write .*model: No space left.*run the command again"):
-        run.finish(nn.Linear(1, 1), None, data={}, order=None, steps=1)  # type: ignore[arg-type]
+        run.finish(nn.Linear(1, 1), None, data={}, plan=None)  # type: ignore[arg-type]
     assert not handover.read_lineage(tmp_path / "a")["finished"]
 
 

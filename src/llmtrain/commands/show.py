@@ -54,11 +54,11 @@ def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
     sizes = {name: source.num_blocks(length) for name, source in sources.items()}
     mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
     batch_rows = assembly.rows_per_step(config.train)
-    batches = TokenBatches(sources, mixture, batch_rows=batch_rows, sequence_length=length, seed=config.seed)
+    batches = TokenBatches(sources, RowOrder(mixture, sizes, batch_rows, config.seed), sequence_length=length)
     counts = {name: source.summary.documents for name, source in sources.items()}
     _print_mixture(console, batches.order, batches.counts(steps), counts, ("documents", "tokens"), steps)
     for number, (source, block) in enumerate(islice(_places(batches.order), rows)):
-        tokens = batches.sources[source].block(block, length)
+        tokens = batches.sources[batches.order.names[source]].block(block, length)
         title = f"row {number}: {batches.order.mixture.names[source]}, block {block}, {length} tokens"
         _print_row(console, title, tokenizer, tokens, np.arange(length) > 0)
 

@@ -23,10 +23,14 @@ WIDTH_MULTIPLE = 8  # matrix products are faster when a row's length is a multip
 
 
 class RowOrder:
-    """Which row of which source stands at each place of each batch: mixed by weight, shuffled anew in every epoch."""
+    """Which row of which source stands at each place of each batch: mixed by weight, shuffled anew in every epoch.
+
+    `sizes` are the rows of every source of the mixture, of those too that are drawn from no longer.
+    """
 
     def __init__(self, mixture: PhasedMixture, sizes: Mapping[str, int], batch_rows: int, seed: int) -> None:
         self.mixture = mixture
+        self.names = mixture.names
         self.sizes = np.array([sizes[name] for name in self.mixture.names])
         self.keys = np.array([derive_seed(seed, "order", name) for name in self.mixture.names])
         self.batch_rows = batch_rows
@@ -56,19 +60,20 @@ class TokenBatches:
     """Pretraining: blocks of `sequence_length` tokens of running text; S = sequence_length."""
 
     def __init__(
-        self, sources: Mapping[str, TokenSource], mixture: PhasedMixture, *, batch_rows: int,
-        sequence_length: int, seed: int, rank: int = 0, world: int = 1,
+        self, sources: Mapping[str, TokenSource], order: RowOrder, *, sequence_length: int, rank: int = 0,
+        world: int = 1,
     ) -> None:  # fmt: skip
-        self.length = sequence_length
-        sizes = {name: source.num_blocks(sequence_length) for name, source in sources.items()}
-        self.order = RowOrder(mixture, sizes, batch_rows, seed)
-        self.sources = [sources[name] for name in self.order.mixture.names]
-        self.share = share(batch_rows, rank, world)
+        self.order, self.length = order, sequence_length
+        self.sources = sources
+        self.share = share(order.batch_rows, rank, world)
 
     def __call__(self, step: int) -> TokenBatch:
         """This process's rows of the step."""
+        names = self.order.names
         source, row = (each[self.share].tolist() for each in self.order(step))
-        blocks = [self.sources[number].block(block, self.length) for number, block in zip(source, row, strict=True)]
+        blocks = [
+            self.sources[names[number]].block(block, self.length) for number, block in zip(source, row, strict=True)
+        ]
         return running_text(blocks, source)
 
     def counts(self, steps: int) -> dict[str, float]:
@@ -80,17 +85,16 @@ class ConversationBatches:
     """Supervised fine-tuning: conversations, padded on the right; S is the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[TokenRow]], mixture: PhasedMixture, *, batch_rows: int,
-        max_length: int, pad_id: int, seed: int, rank: int = 0, world: int = 1,
+        self, rows: Mapping[str, Sequence[TokenRow]], order: RowOrder, *, max_length: int, pad_id: int,
+        rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
-        self.rows = [rows[name] for name in self.order.mixture.names]
-        self.share, self.pad_id, self.max_length = share(batch_rows, rank, world), pad_id, max_length
+        self.order, self.rows = order, rows
+        self.share, self.pad_id, self.max_length = share(order.batch_rows, rank, world), pad_id, max_length
 
     def __call__(self, step: int) -> TokenBatch:
         """This process's rows of the step."""
         source, number = self.order(step)
-        rows = [self.rows[i][j] for i, j in zip(source, number, strict=True)]
+        rows = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
         width = batch_width(rows, self.max_length)
         return collate_conversations(rows[self.share], source[self.share], self.pad_id, width)
 
@@ -103,17 +107,16 @@ class PairBatches:
     """Reward model and DPO: pairs, padded on the right to one S, the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[PairRow]], mixture: PhasedMixture, *, batch_rows: int,
-        max_length: int, pad_id: int, seed: int, rank: int = 0, world: int = 1,
+        self, rows: Mapping[str, Sequence[PairRow]], order: RowOrder, *, max_length: int, pad_id: int,
+        rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
-        self.rows = [rows[name] for name in self.order.mixture.names]
-        self.share, self.pad_id, self.max_length = share(batch_rows, rank, world), pad_id, max_length
+        self.order, self.rows = order, rows
+        self.share, self.pad_id, self.max_length = share(order.batch_rows, rank, world), pad_id, max_length
 
     def __call__(self, step: int) -> PairBatch:
         """This process's pairs of the step."""
         source, number = self.order(step)
-        rows = [self.rows[i][j] for i, j in zip(source, number, strict=True)]
+        rows = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
         width = batch_width([side for pair in rows for side in pair], self.max_length)
         return collate_pairs(rows[self.share], source[self.share], self.pad_id, width)
 
@@ -125,15 +128,12 @@ class PairBatches:
 class PromptBatches:
     """PPO: the prompts of a step, for the whole batch over all processes; a row's place names its random draws."""
 
-    def __init__(
-        self, rows: Mapping[str, Sequence[PromptRow]], mixture: PhasedMixture, *, batch_rows: int, seed: int
-    ) -> None:
-        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
-        self.rows = [rows[name] for name in self.order.mixture.names]
+    def __init__(self, rows: Mapping[str, Sequence[PromptRow]], order: RowOrder) -> None:
+        self.order, self.rows = order, rows
 
     def __call__(self, step: int) -> list[list[int]]:
         """Ids of all prompts of the step."""
-        return [self.rows[i][j].tokens for i, j in zip(*self.order(step), strict=True)]
+        return [self.rows[self.order.names[i]][j].tokens for i, j in zip(*self.order(step), strict=True)]
 
     def counts(self, steps: int) -> dict[str, float]:
         """Prompts and epochs of each source that `steps` steps have used."""

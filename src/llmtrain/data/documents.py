@@ -118,7 +118,8 @@ def assign_splits(portion: Portion, batch: Batch, documents_before: int, validat
 
 def read_documents(source: SourceConfig, validation_every: int, cache_dir: Path, faults: Faults) -> Iterator[str]:
     """The training documents of a source, in order; rows without a text go to `faults`."""
-    for portion in find_portions(source, cache_dir):
+    portions = find_portions(source, cache_dir)
+    for portion in (each for each in portions if each.split != "validation"):
         before = 0
         for batch in read_portion(portion, source, cache_dir):
             for fault in batch.faults:

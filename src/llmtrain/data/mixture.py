@@ -60,9 +60,14 @@ class Mixture:
         return rounds * self.period + int(self._places[source][rank]) + 1 if count else 0
 
     @property
+    def by_name(self) -> dict[str, int]:
+        """Samples of each source in one period."""
+        return dict(zip(self.names, self.quotas, strict=True))
+
+    @property
     def shares(self) -> dict[str, float]:
         """The weights, adding up to 1."""
-        return {name: quota / self.period for name, quota in zip(self.names, self.quotas, strict=True)}
+        return {name: quota / self.period for name, quota in self.by_name.items()}
 
 
 class Phase(NamedTuple):
@@ -142,6 +147,11 @@ class PhasedMixture:
     def shares(self) -> dict[str, float]:
         """Shares at the start, of all sources."""
         return dict.fromkeys(self.names, 0.0) | self._stretches[0].mixture.shares
+
+    @property
+    def quotas(self) -> list[Phase]:
+        """First sample and weights of each stretch as whole numbers, from which its schedule follows exactly."""
+        return [Phase(stretch.start, stretch.mixture.by_name) for stretch in self._stretches]
 
     @property
     def phases(self) -> list[Phase]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CorpusConfig, MixedSourceConfig, RowsConfig
+from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import Phase, PhasedMixture, weights_of_epochs, weights_of_temperature
 
 
@@ -25,8 +26,10 @@ def source_weights(config: CorpusConfig | RowsConfig, sizes: Mapping[str, float]
     return {name: 1.0 if source.weight is None else source.weight for name, source in sources.items()}
 
 
-def plan_mixture(config: CorpusConfig | RowsConfig, sizes: Mapping[str, int], samples: int) -> PhasedMixture:
-    """The mixture of a run of `samples` samples.
+def plan_mixture(
+    config: CorpusConfig | RowsConfig, sizes: Mapping[str, int], samples: int, ledger: Ledger | None = None
+) -> PhasedMixture:
+    """The mixture of a run of `samples` samples; with a `ledger`, from there on.
 
     Raises DataError where a source that is wanted has nothing, or none is left before the first sample.
     """
@@ -44,6 +47,9 @@ def plan_mixture(config: CorpusConfig | RowsConfig, sizes: Mapping[str, int], sa
         name: max(1, round(source.max_epochs * sizes[name]))
         for name, source in config.sources.items() if source.max_epochs is not None and sizes.get(name)
     }  # fmt: skip
+    if ledger is not None and ledger.samples:
+        limits = {name: max(limit, ledger.given.get(name, 0)) for name, limit in limits.items()}
+        phases = ledger.go_on_with(phases, limits)
     return PhasedMixture(phases, limits, renormalise=config.when_exhausted == "renormalise")
 
 

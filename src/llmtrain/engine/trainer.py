@@ -82,8 +82,10 @@ class Trainer:
     checkpoint: CheckpointConfig
     eval: EvalConfig
     tracking: TrackerConfig
-    write_extra: Callable[[Path], None]
-    """Adds to each checkpoint what its weights need to be read alone: config, tokenizer."""
+    write_extra: Callable[[Path, int], None]
+    """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    resume_from: checkpoints.Checkpoint | None = None
+    """The checkpoint to go on from. None: begin."""
     evaluators: Sequence[Evaluator] = ()
     parts: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     """Modules whose buffers adapt during the run and belong to its state."""
@@ -95,7 +97,7 @@ class Trainer:
     speed: Speed
 
     def fit(self) -> None:
-        """Train from the newest good checkpoint, or from the start, to the last step."""
+        """Train from the checkpoint, or from the start, to the last step."""
         step = self._resume()
         loss_of: LossFunction = torch.compile(self.objective) if self.compile else self.objective
         if step == 0:
@@ -181,8 +183,8 @@ class Trainer:
         return minutes is not None and agree(time.monotonic() - since >= 60 * minutes, self.layout)
 
     def _resume(self) -> int:
-        """Fill the state from the newest good checkpoint; the step to go on with."""
-        found = checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.tracker.say)
+        """Fill the state from the checkpoint; the step to go on with."""
+        found = self.resume_from
         self.model.train()
         if found is None:
             self.tracker.start(0)
@@ -194,7 +196,10 @@ class Trainer:
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
         root = self.folder / "checkpoints"
-        checkpoints.save(root, step, self._state(), self.layout, metrics=measured, write_extra=self.write_extra)
+        checkpoints.save(
+            root, step, self._state(), self.layout, metrics=measured,
+            write_extra=lambda folder: self.write_extra(folder, step),
+        )  # fmt: skip
         if self.layout.is_main:
             keep = self.checkpoint
             checkpoints.prune(

@@ -43,12 +43,13 @@ def dpo(
     rows, held_out = build_pairs(run, reference, tokenizer, length)
     model = spread(policy, run.layout, config.engine.sharding)
     objective = Dpo(reference, method.beta, method.label_smoothing, method.sft_weight)
-    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
+    said = assembly.row_digests(config.data, rows)
+    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = PairBatches(
-        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
-        pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
+        rows, plan.order(config.seed), max_length=length,
+        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    run.say(f"dpo: {steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
+    run.say(f"dpo: {plan.steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
     measure = evaluate_objective(
         bare(model), objective, held_out_batches(held_out, collate_pairs, tokenizer.pad_id), run.layout.device,
         ["loss", "accuracy", "margin", "kl"], names={"accuracy": "pair_accuracy"},
@@ -56,11 +57,11 @@ def dpo(
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
     run.write_samples("before", problems.samples)
     run.fit(
-        model=model, trained=policy, batches=batches, objective=objective, tokenizer=tokenizer, steps=steps,
+        model=model, trained=policy, batches=batches, objective=objective, tokenizer=tokenizer, plan=plan,
         evaluators=[measure, *problems.evaluators],
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
+    run.finish(policy, tokenizer, data=said, plan=plan)
 
 
 def ppo(
@@ -88,8 +89,9 @@ def ppo(
     trained = ActorCritic(policy, value)
     model = spread(trained, run.layout, config.engine.sharding)
     batch_rows = config.train.batch_rows or method.minibatches
-    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
-    prompts = PromptBatches(rows, mixture, batch_rows=batch_rows, seed=config.seed)
+    said = assembly.row_digests(config.data, rows)
+    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
+    prompts = PromptBatches(rows, plan.order(config.seed))
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)
     rollouts = Rollouts(
         model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts,
@@ -97,7 +99,7 @@ def ppo(
         batch_rows=batch_rows, micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed,
         layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
-    run.say(f"ppo: {steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
+    run.say(f"ppo: {plan.steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
     run.write_samples("before", problems.samples)
     run.fit(
@@ -106,10 +108,10 @@ def ppo(
             method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
             method.value_warmup_steps,
         ),
-        tokenizer=tokenizer, steps=steps, evaluators=problems.evaluators, parts={"kl": kl},
+        tokenizer=tokenizer, plan=plan, evaluators=problems.evaluators, parts={"kl": kl},
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=assembly.row_digests(config.data, rows), order=prompts.order, steps=steps)
+    run.finish(policy, tokenizer, data=said, plan=plan)
 
 
 def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:

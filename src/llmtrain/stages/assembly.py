@@ -4,6 +4,7 @@ A stage reads top to bottom as: build, build, build, fit. This module is the fra
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -23,10 +24,12 @@ from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig, TrainConfig
 from llmtrain.data.batches import RowOrder
+from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import PhasedMixture
 from llmtrain.data.plans import describe_plan, plan_mixture, steps_left
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
+from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
@@ -64,6 +67,26 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
 
 
 @dataclasses.dataclass
+class Plan:
+    """What a run draws from its sources."""
+
+    mixture: PhasedMixture
+    steps: int
+    batch_rows: int
+    sizes: Mapping[str, int]
+    """Rows of each source, of those too that are no longer drawn from."""
+    contents: Mapping[str, str]
+
+    def order(self, seed: int) -> RowOrder:
+        """Which row comes when."""
+        return RowOrder(self.mixture, self.sizes, self.batch_rows, seed)
+
+    def ledger(self, step: int) -> Ledger:
+        """What the sources have given after `step` steps."""
+        return Ledger.of(self.mixture, step * self.batch_rows, self.sizes, self.contents)
+
+
+@dataclasses.dataclass
 class Run(Generic[Config]):
     """An open run: where it writes, where it runs, how it computes."""
 
@@ -90,6 +113,33 @@ class Run(Generic[Config]):
         wanted = self.config.engine.precision == "bfloat16"
         return torch.bfloat16 if wanted and has_bfloat16(self.layout.device) else None
 
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that the run goes on from."""
+        return checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.say)
+
+    def plan(
+        self, data: CorpusConfig | RowsConfig, sizes: Mapping[str, int], said: Mapping[str, Mapping[str, Any]], *,
+        parameters: int = 0, tokens_per_row: int = 0,
+    ) -> "Plan":  # fmt: skip
+        """Which rows come when; after a resume, from what each source has given already.
+
+        `sizes` are the sources' rows, `said` is what the lineage says of them. Raises DataError for a source without
+        rows, and for one whose rows have changed.
+        """
+        train = self.config.train
+        contents = {name: str(each["content"]) for name, each in said.items()}
+        ledger = Ledger.read(self.checkpoint.folder) if self.checkpoint else None
+        if ledger:
+            ledger.check(contents)
+            contents = ledger.contents | contents
+            sizes = ledger.sizes | dict(sizes)
+        mixture, steps = plan(
+            data, train, {name: sizes[name] for name in data.sources}, parameters=parameters,
+            tokens_per_row=tokens_per_row, ledger=ledger,
+        )  # fmt: skip
+        return Plan(mixture, steps, rows_per_step(train), sizes, contents)
+
     def autocast(self) -> torch.autocast:
         """The precision of matrix products in this run."""
         dtype = self.autocast_dtype
@@ -102,11 +152,11 @@ class Run(Generic[Config]):
 
     def fit(
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource,
-        objective: Objective, tokenizer: Tokenizer, steps: int, evaluators: Sequence[Evaluator] = (),
+        objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
     ) -> None:  # fmt: skip
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: every batch has the same shape."""
-        config, device = self.config, self.layout.device
+        config, device, steps = self.config, self.layout.device, plan.steps
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
             self.say(
                 "engine.precision=bfloat16: this processor has no bfloat16 units; "
@@ -128,6 +178,11 @@ class Run(Generic[Config]):
             run_config=to_dict(config),
         )
         peak = matmul_peak(device, self.autocast_dtype or torch.float32) * self.layout.world
+
+        def write_extra(folder: Path, step: int) -> None:
+            describe(folder, saved_part(trained), tokenizer)
+            plan.ledger(step).write(folder)
+
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(model, config.optimizer),
@@ -135,7 +190,7 @@ class Run(Generic[Config]):
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
             ),
             steps=steps, seed=config.seed, tracker=tracker, checkpoint=config.checkpoint, eval=config.eval,
-            tracking=config.tracker, write_extra=lambda folder: describe(folder, saved_part(trained), tokenizer),
+            tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, speed=Speed(device, flops, peak),
@@ -156,9 +211,8 @@ class Run(Generic[Config]):
         return made
 
     def finish(
-        self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, *, data: dict[str, Any], order: RowOrder,
-        steps: int,
-    ) -> None:  # fmt: skip
+        self, trained: LanguageModel | ScalarModel, tokenizer: Tokenizer, *, data: dict[str, Any], plan: Plan
+    ) -> None:
         """Write `model/`, mark the run finished in `lineage.json`, write the report; all processes call this."""
         state = distributed.full_state(trained)
         if self.layout.is_main:
@@ -175,7 +229,7 @@ class Run(Generic[Config]):
             os.replace(aside, final)
             seconds = round(time.monotonic() - self.started, 1)
             lineage = handover.read_lineage(self.folder)
-            mixture = describe_plan(order.mixture, steps * order.batch_rows)
+            mixture = describe_plan(plan.mixture, plan.steps * plan.batch_rows)
             said = {"data": data, "mixture": mixture, "finished": time.time(), "seconds": seconds}
             handover.write_lineage(self.folder, lineage | said)
             print(f"finished: model in {final}, report {write_report(self.folder)}", file=sys.stderr)
@@ -278,15 +332,15 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
 
 def plan(
     data: CorpusConfig | RowsConfig, train: TrainConfig, sizes: Mapping[str, int], *, parameters: int = 0,
-    tokens_per_row: int = 0,
+    tokens_per_row: int = 0, ledger: Ledger | None = None,
 ) -> tuple[PhasedMixture, int]:  # fmt: skip
     """The mixture of a run and its length in steps; `sizes` are the sources' rows, of `tokens_per_row` (pretraining).
 
-    Raises DataError for a source without rows.
+    With the `ledger` of a checkpoint, what was drawn up to there stays. Raises DataError for a source without rows.
     """
     batch_rows = rows_per_step(train)
     steps = num_steps(train, rows=sum(sizes.values()), parameters=parameters, tokens_per_row=tokens_per_row)
-    mixture = plan_mixture(data, sizes, steps * batch_rows)
+    mixture = plan_mixture(data, sizes, steps * batch_rows, ledger)
     return mixture, steps_left(mixture, steps, batch_rows)
 
 

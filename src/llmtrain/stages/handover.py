@@ -28,7 +28,8 @@ STAGE_BEFORE = {"sft": ("pretrain",), "reward": ("sft", "pretrain"), "align": ("
 
 # A run may go on with other values here: they change how it runs or what is kept, not what it computes.
 MAY_DIFFER = (
-    "run", "runs_dir", "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
+    "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
+    "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
     "tracker.", "checkpoint.", "eval.",
 )  # fmt: skip
 

@@ -52,13 +52,13 @@ def stage(config: PretrainConfig) -> None:
     length = config.train.sequence_length
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     sizes = {name: source.num_blocks(length) for name, source in sources.items()}
-    mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
+    said = {name: digests(source) for name, source in sources.items()}
+    plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
     batches = TokenBatches(
-        sources, mixture, batch_rows=assembly.rows_per_step(config.train), sequence_length=length, seed=config.seed,
-        rank=run.layout.rank, world=run.layout.world,
-    )  # fmt: skip
+        sources, plan.order(config.seed), sequence_length=length, rank=run.layout.rank, world=run.layout.world
+    )
     run.say(
-        f"{parameters:,} parameters, {steps} steps, "
+        f"{parameters:,} parameters, {plan.steps} steps, "
         f"{sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
     )
 
@@ -70,11 +70,11 @@ def stage(config: PretrainConfig) -> None:
     run.write_samples("before", samples)
     run.fit(
         model=model, trained=trained, batches=batches, objective=NextToken(source_names=names), tokenizer=tokenizer,
-        steps=steps, evaluators=[measure], fixed_shapes=True,
+        plan=plan, evaluators=[measure], fixed_shapes=True,
     )  # fmt: skip
     run.write_samples("after", samples)
     said = {name: digests(sources[name]) for name in names}
-    run.finish(trained, tokenizer, data=said, order=batches.order, steps=steps)
+    run.finish(trained, tokenizer, data=said, plan=plan)
 
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:

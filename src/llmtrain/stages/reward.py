@@ -40,19 +40,20 @@ def stage(config: RewardConfig) -> None:
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
     model = spread(trained, run.layout, config.engine.sharding)
 
-    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
+    said = assembly.row_digests(config.data, rows)
+    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = PairBatches(
-        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
-        pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
+        rows, plan.order(config.seed), max_length=length,
+        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    run.say(f"{steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
+    run.say(f"{plan.steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
 
     measure = evaluate_objective(
         bare(model), BradleyTerry(), held_out_batches(held_out, collate_pairs, tokenizer.pad_id), run.layout.device,
         ["loss", "accuracy", "margin"], names={"accuracy": "pair_accuracy"},
     )  # fmt: skip
     run.fit(
-        model=model, trained=trained, batches=batches, objective=BradleyTerry(), tokenizer=tokenizer, steps=steps,
+        model=model, trained=trained, batches=batches, objective=BradleyTerry(), tokenizer=tokenizer, plan=plan,
         evaluators=[measure],
     )  # fmt: skip
     reference = held_out_batches(
@@ -60,7 +61,7 @@ def stage(config: RewardConfig) -> None:
     )
     with run.autocast():
         store_statistics(trained, bare(model), reference, run.layout.device)
-    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
+    run.finish(trained, tokenizer, data=said, plan=plan)
 
 
 @torch.no_grad()

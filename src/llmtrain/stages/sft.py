@@ -35,12 +35,13 @@ def stage(config: SftConfig) -> None:
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
     model = spread(trained, run.layout, config.engine.sharding)
 
-    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
+    said = assembly.row_digests(config.data, rows)
+    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = ConversationBatches(
-        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
-        pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
+        rows, plan.order(config.seed), max_length=length,
+        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
     )  # fmt: skip
-    run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
+    run.say(f"{plan.steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
 
     measure = evaluate_objective(
         bare(model),
@@ -53,10 +54,10 @@ def stage(config: SftConfig) -> None:
     run.write_samples("before", problems.samples)
     run.fit(
         model=model, trained=trained, batches=batches, objective=NextToken(source_names=batches.order.mixture.names),
-        tokenizer=tokenizer, steps=steps, evaluators=[measure, *problems.evaluators],
+        tokenizer=tokenizer, plan=plan, evaluators=[measure, *problems.evaluators],
     )  # fmt: skip
     run.write_samples("after", problems.samples)
-    run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
+    run.finish(trained, tokenizer, data=said, plan=plan)
 
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:

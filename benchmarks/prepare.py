@@ -1,0 +1,159 @@
+"""How fast `llmtrain prepare` makes tokens of text, against bare `tokenizers` and `datasets.map`, in one run.
+
+    python benchmarks/prepare.py --text corpus.jsonl [--rounds 3] [--megabytes 60]
+
+Per round, in turn: `encode_batch_fast` on texts that are in memory already (the ceiling: with as many threads as there
+are cores, nothing read or written); `llmtrain prepare` as users start it, from JSONL to finished shards; and
+`datasets.map(batched)` with 1 and 2 processes. Reported are MB of text a second and medians of the ratios; start-up
+and imports are not counted for `datasets`, whose work is measured from `map` on, but they are for `llmtrain prepare`.
+With `--memory LARGE.jsonl` the peak memory of `llmtrain prepare`, all processes together, is compared for two sizes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+LLMTRAIN = str(Path(sys.executable).with_name("llmtrain"))
+BARE = """
+import json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[2])
+texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
+tokenizer.encode_batch_fast(texts[:50], add_special_tokens=False)
+start = time.perf_counter()
+for first in range(0, len(texts), 1000):
+    tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False)
+print(time.perf_counter() - start)
+"""
+MAPPED = """
+import sys, tempfile, time
+import datasets
+from tokenizers import Tokenizer
+datasets.disable_progress_bars()
+tokenizer = Tokenizer.from_file(sys.argv[2])
+rows = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[4])
+def encode(batch):
+    return {"ids": [each.ids for each in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
+start = time.perf_counter()
+rows.map(encode, batched=True, remove_columns=["text"], num_proc=int(sys.argv[3]), load_from_cache_file=False)
+print(time.perf_counter() - start)
+"""
+
+
+def take(text: Path, megabytes: float, into: Path) -> float:
+    """The first `megabytes` of a JSONL file as another; MB of text in it."""
+    size = 0
+    with text.open(encoding="utf-8") as source, into.open("w", encoding="utf-8") as target:
+        for line in source:
+            size += len(json.loads(line)["text"].encode())
+            target.write(line)
+            if size >= megabytes * 1e6:
+                break
+    return size / 1e6
+
+
+def script(code: str, *arguments: str, parallel: bool = True) -> float:
+    """Seconds that a script reports."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true" if parallel else "false"}
+    command = [sys.executable, "-c", code, *arguments]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def prepare(text: Path, tokenizer: Path, folder: Path) -> list[str]:
+    """The command that prepares a file."""
+    return [
+        LLMTRAIN, "prepare", "data=files", f"data.sources.files.path={text}", f"tokenizer.path={tokenizer}",
+        f"runs_dir={folder}",
+    ]  # fmt: skip
+
+
+def timed(command: list[str]) -> float:
+    """Wall time of a whole process."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def peak_memory(command: list[str]) -> float:
+    """Largest sum of the resident memory (unique to each process) of a command and its children, in MB."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0.0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.2):
+            total = 0.0
+            for each in [process, *process.children(recursive=True)]:
+                try:
+                    total += each.memory_full_info().uss / 1e6
+                except psutil.Error:
+                    continue
+            peak = max(peak, total)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert process.wait() == 0
+    done.set()
+    watcher.join()
+    return peak
+
+
+def speeds(text: Path, tokenizer: Path, megabytes: float, folder: Path) -> dict[str, float]:
+    """MB a second of each way, one after the other."""
+    file = str(tokenizer / "tokenizer.json")
+    seconds = {
+        "encode_batch_fast": script(BARE, str(text), file),
+        "llmtrain prepare": timed(prepare(text, tokenizer, folder / "runs")),
+        "datasets.map, 1 process": script(MAPPED, str(text), file, "1", str(folder / "map")),
+        "datasets.map, 2 processes": script(MAPPED, str(text), file, "2", str(folder / "map"), parallel=False),
+    }
+    return {name: megabytes / each for name, each in seconds.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="JSONL with a column `text`")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=200.0)
+    parser.add_argument("--memory", type=Path, help="a second, larger JSONL: peak memory for both, whole")
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp())
+    try:
+        part = work / "part.jsonl"
+        megabytes = take(arguments.text, arguments.megabytes, part)
+        rounds = []
+        for number in range(arguments.rounds):
+            rounds.append(speeds(part, arguments.tokenizer, megabytes, work / str(number)))
+            print(json.dumps({name: round(speed, 2) for name, speed in rounds[-1].items()}), flush=True)
+        best_map = [max(v for name, v in each.items() if "map" in name) for each in rounds]
+        ours = [each["llmtrain prepare"] for each in rounds]
+        ceiling = [each["encode_batch_fast"] for each in rounds]
+        print(f"{megabytes:.0f} MB; over encode_batch_fast: {_median(ours, ceiling):.2f}; "
+              f"over the better datasets.map: {_median(ours, best_map):.2f}")  # fmt: skip
+        if arguments.memory:
+            for text in (arguments.text, arguments.memory):
+                peak = peak_memory(prepare(text, arguments.tokenizer, work / text.stem))
+                print(f"{text.stat().st_size / 1e6:,.0f} MB of JSONL: peak memory {peak:,.0f} MB", flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _median(ours: list[float], others: list[float]) -> float:
+    return statistics.median(our / other for our, other in zip(ours, others, strict=True))
+
+
+if __name__ == "__main__":
+    main()
