@@ -17,6 +17,7 @@ from llmtrain.config.schema.commands import (
     StageConfig,
 )
 from llmtrain.config.schema.data import (
+    CleaningConfig,
     CorpusConfig,
     MixedSourceConfig,
     PhaseConfig,
@@ -40,6 +41,7 @@ from llmtrain.config.schema.training import (
 __all__ = [
     "AlignConfig",
     "CheckpointConfig",
+    "CleaningConfig",
     "CorpusConfig",
     "DpoConfig",
     "EngineConfig",
