@@ -110,7 +110,8 @@ class Languages:
         self._wanted = frozenset(wanted)
         known = {language for language, _ in importlib.import_module("py3langid").rank("")}
         if unknown := sorted(self._wanted - known):
-            raise DataError(f"data.cleaning.languages: no {', '.join(unknown)}; known are: {', '.join(sorted(known))}")
+            message = f"not known: {', '.join(unknown)}; expected codes of ISO 639 such as en, de, zh"
+            raise DataError(f"data.cleaning.languages: {message}")
 
     def __call__(self, text: str, counts: Counter[str]) -> str | None:
         """The text, or None."""

@@ -16,9 +16,9 @@ PLACEHOLDERS = {"mail": "|||EMAIL_ADDRESS|||", "ip": "|||IP_ADDRESS|||", "phone"
 
 _LOCAL = r"[\w.!#$%&'*+/=?^`{|}~-]"  # before the @, at most 64 of them (RFC 5321, section 4.5.3.1.1)
 _MAIL = re.compile(rf"(?<!{_LOCAL}){_LOCAL}{{1,64}}@(?:[\w-]{{1,63}}\.){{1,8}}[^\W\d_]{{2,63}}")
-_IP = re.compile(
-    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:])", re.ASCII
-)
+_IPV4 = r"(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
+_IPV6 = r"[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])"
+_IP = re.compile(rf"(?<![\w.:])(?:{_IPV4}|{_IPV6})", re.ASCII)
 _IPV6_IN_USE = ipaddress.IPv6Network("2000::/3")
 _LINE_WITH_SEVEN_DIGITS = re.compile(r"^.*?\d(?:[^\w\n]{0,3}\d){6}.*$", re.MULTILINE)
 

@@ -3,8 +3,8 @@
 Raffel et al. 2020, "Exploring the limits of transfer learning", arXiv:1910.10683, section 2.2; Rae et al. 2021,
 "Scaling language models: Gopher", arXiv:2112.11446, appendix A.1.1 and table A1.
 
-Words are what stands between spaces, and sentences end at . ? or !. datatrove's own splitter is spaCy, which is twenty
-times slower and takes punctuation marks for words, so that a tenth of good web pages has "too few words with letters".
+Words are what stands between spaces, and sentences end at . ? or !. datatrove's own splitter is spaCy, ten to thirty
+times slower; it takes punctuation marks for words, so that a tenth of good pages has "too few words with letters".
 """
 
 import re
@@ -113,11 +113,14 @@ def _dropped(rules: C4QualityFilter | GopherQualityFilter, document: Document, c
     if answer is True:
         return False
     reason = answer[1]
-    counts[REASONS.get(reason, f"gopher: repeated {_runs(reason)}")] += 1
+    counts[REASONS.get(reason) or _runs(reason)] += 1
     return True
 
 
 def _runs(reason: str) -> str:
     """`top_2_gram` or `duplicated_5_n_grams` in words."""
-    number = re.search(r"\d+", reason)
-    return f"runs of {number[0]} words" if number else reason
+    kind, *others = reason.split("_")
+    length = next(filter(str.isdigit, others), "several")
+    return (
+        f"gopher: one run of {length} words too often" if kind == "top" else f"gopher: repeated runs of {length} words"
+    )
