@@ -93,6 +93,9 @@ def test_groups_are_transitive() -> None:
     near = CleaningConfig(near_duplicates=True, near_similarity=0.995)
     assert bands(near.near_similarity)[0] == 2
     assert first_of_each([table], near)[0].tolist() == [True, False, False, True]
+    # The second band links 0 and 1 with the same group, that of 2 and 3, in one step.
+    table = np.array([[1, 10], [2, 20], [3, 10], [3, 20]], np.uint64)
+    assert first_of_each([table], near)[0].tolist() == [True, False, False, False]
 
 
 def test_a_fingerprint_is_a_function_of_the_text_alone() -> None:
