@@ -33,6 +33,27 @@ BAD = [
         "pretrain data.phases=[{start:0.5,weights:{prose:1}},{start:0.5,weights:{code:1}}]",
         "data.phases: phase 1 begins at 0.5, not after the one before",
     ),
+    # cleaning
+    (
+        "pretrain data.cleaning.near_similarity=0.7",
+        "near_similarity: has no effect: data.cleaning.near_duplicates is not",
+    ),
+    ("pretrain data.cleaning.decontaminate_ngram=8", "has no effect: data.cleaning.decontaminate is not set"),
+    ("pretrain data.cleaning.c4_min_sentences=4", "c4_min_sentences: has no effect: data.cleaning.c4 is not set"),
+    (
+        "pretrain data.cleaning.mask_pii=[mail] data.cleaning.phone_region=DE",
+        "data.cleaning.phone_region: has no effect: data.cleaning.mask_pii does not name phone",
+    ),
+    (
+        "pretrain data.cleaning.c4=true data.sources.prose.cleaning.c4_min_sentences=4",
+        "data.sources.prose.cleaning.c4_min_sentences: has no effect: data.sources.prose.cleaning.c4 is not set",
+    ),
+    ("pretrain data.cleaning.mask_pii=[mail,fax]", "data.cleaning.mask_pii.1: 'fax' it takes mail, ip or phone"),
+    ("pretrain data.cleaning.bad_words=words.txt", "data.cleaning.bad_words: no such file: words.txt"),
+    ("pretrain data.cleaning.decontaminate=[eval/*.jsonl]", "decontaminate: no file matches eval/*.jsonl"),
+    ("pretrain data.sources.prose.cleaning.decontaminate=[./x]", "prose.cleaning.decontaminate: no such file: ./x"),
+    ("pretrain data.cleaning.decontaminate=[embedded:prose]", "'embedded:prose': nothing embedded here"),
+    ("sft data.cleaning.c4=true", "data.cleaning: unknown key"),
     # keys
     ("pretrain optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr? the override optimizer.lrr=1"),
     ("pretrain +optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),

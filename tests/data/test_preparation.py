@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llmtrain.config.errors import DataError
-from llmtrain.config.schema import CorpusConfig, SourceConfig
+from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
 from llmtrain.data import documents, pieces, preparation, workers
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.shards import PreparedSource
@@ -257,3 +257,44 @@ def test_a_damaged_folder_is_refused(path: str, tokenizer: Tokenizer, tmp_path: 
     manifest.write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         prepare(path, tokenizer, tmp_path / "cache")
+
+
+def test_cleaning_and_duplicates_are_counted(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*TEXTS, *TEXTS[:9], "short", "mail me: a.b@example.org " + "words of a text " * 9, ""]
+    path = write(tmp_path / "a.jsonl", texts)
+    cleaning = CleaningConfig(min_characters=20, mask_pii=["mail"], exact_duplicates=True)
+    whole = prepare(path, tokenizer, tmp_path / "whole", cleaning=cleaning)
+    manifest = whole.train.manifest
+    assert (manifest.rows, manifest.left_out) == (72, 11)
+    assert manifest.counts == {
+        "shorter than 20 characters": 1, "pii: mail addresses masked": 1, "empty": 1, "duplicate": 9,
+    }  # fmt: skip
+    assert whole.train.summary.documents + whole.validation.summary.documents == 61
+    assert sorted(file for file in files(whole) if not file.endswith(".safetensors")) == ["manifest.json"]
+    small_units(monkeypatch)
+    parts = prepare(path, tokenizer, tmp_path / "parts", cleaning=cleaning)
+    assert len(parts.train.manifest.portions) > 3
+    assert parts.train.manifest.counts == manifest.counts
+    texts = [tokenizer.decode(split.tokens(0, len(split)).tolist(), skip_special=False) for split in parts]
+    assert all("".join(texts).count(text) >= 1 for text in TEXTS)
+    assert "a.b@example.org" not in "".join(texts)
+    plain = prepare(path, tokenizer, tmp_path / "whole")
+    assert plain.train.folder != whole.train.folder
+    assert plain.train.manifest.rows == plain.train.manifest.left_out + 71
+
+
+def test_sources_share_a_cleaner_and_may_have_their_own(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    sources = {
+        "a": SourceConfig(path=path),
+        "b": SourceConfig(path=write(tmp_path / "b.jsonl"), cleaning=CleaningConfig(min_characters=1000)),
+        "c": SourceConfig(path=write(tmp_path / "c.jsonl", ["x" * 30]), cleaning=CleaningConfig()),
+    }
+    data = CorpusConfig(sources=sources, validation_every=10, cleaning=CleaningConfig(min_characters=100))
+    with pytest.raises(DataError, match=r"b.jsonl: no documents in there\n  60 x shorter than 1000 characters"):
+        prepare_sources(data, tokenizer=tokenizer, cache_dir=tmp_path / "cache", processes=1)
+    del sources["b"]
+    found = prepare_sources(data, tokenizer=tokenizer, cache_dir=tmp_path / "cache", processes=1)
+    assert found["a"].train.manifest.left_out == sum(len(text) < 100 for text in TEXTS)
+    assert found["c"].train.manifest.left_out == 0

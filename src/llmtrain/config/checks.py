@@ -15,6 +15,11 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
+CLEANING = {
+    "c4": ("c4_min_words_per_line", "c4_min_sentences"),
+    "decontaminate": ("decontaminate_ngram",),
+    "near_duplicates": ("near_similarity",),
+}
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
@@ -264,6 +269,18 @@ def sources(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
 
 
+def cleaning(view: View) -> Iterator[Finding]:
+    """Each rule of cleaning has its own options."""
+    own = [f"data.sources.{name}.cleaning" for name, source in view["data.sources"].items() if source.get("cleaning")]
+    for key in ("data.cleaning", *own):
+        for switch, options in CLEANING.items():
+            if not view[f"{key}.{switch}"]:
+                for option in options:
+                    yield from no_effect(view, f"{key}.{option}", f"{key}.{switch} is not set")
+        if "phone" not in view[f"{key}.mask_pii"]:
+            yield from no_effect(view, f"{key}.phone_region", f"{key}.mask_pii does not name phone")
+
+
 def phases(view: View) -> Iterator[Finding]:
     """Phases come one after another and weigh sources that there are."""
     before = 0.0
@@ -350,6 +367,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     adaptive_kl,
     sampled_pairs,
     sources,
+    cleaning,
     phases,
     greedy,
     pipeline_order,

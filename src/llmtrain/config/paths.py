@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from llmtrain.config.faults import nearest
 from llmtrain.config.fields import parts
@@ -34,6 +35,8 @@ def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
     for name, source in view.sources().items():
         for key in ("path", "validation_path"):
             yield from _data(source.get(key), ("data", "sources", name, key), embedded)
+        yield from _cleaning(source.get("cleaning") or {}, ("data", "sources", name, "cleaning"))
+    yield from _cleaning(_block(view, "data.cleaning"), ("data", "cleaning"))
     yield from _data(_get(view, "eval.problems"), ("eval", "problems"), EMBEDDED_ROWS)
 
 
@@ -43,6 +46,25 @@ def _get(view: View, key: str) -> str | None:
     except NotValid:
         return None
     return value if isinstance(value, str) else None
+
+
+def _block(view: View, key: str) -> Mapping[str, Any]:
+    try:
+        return dict(view[key])
+    except NotValid:
+        return {}
+
+
+def _cleaning(said: Mapping[str, Any], key: tuple[str, ...]) -> Iterator[Finding]:
+    """The lists and evaluation sets that cleaning reads."""
+    words = said.get("bad_words")
+    if words is not None and not os.path.isfile(words):
+        yield Finding((*key, "bad_words"), f"no such file: {words}{_meant(words)}")
+    for path in said.get("decontaminate", ()):
+        if path.startswith("embedded:"):
+            yield Finding((*key, "decontaminate"), f"{path!r}: nothing embedded here; name files or a hub data set")
+        else:
+            yield from _data(path, (*key, "decontaminate"), ())
 
 
 def _writable(folder: str | None) -> Iterator[Finding]:

@@ -24,41 +24,25 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from llmtrain.config.errors import DataError
-from llmtrain.config.schema import CorpusConfig, SourceConfig
-from llmtrain.data.documents import Batch, Document, Portion, assign_splits, find_portions, read_portion
+from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
+from llmtrain.data.cleaning import Cleaner, cleaning_key
+from llmtrain.data.distinct import clean_portion, cleaned_file, mark_duplicates, read_distinct, remove_texts
+from llmtrain.data.documents import Document, Portion, assign_splits, find_portions, read_portion
 from llmtrain.data.embedded import PREFIX, embedded_version
 from llmtrain.data.files import FileDigests, find_files, is_hub_id
-from llmtrain.data.records import HINT, Faults, RowError, Split
+from llmtrain.data.jobs import Job, Progress, run_unfinished, write_json
+from llmtrain.data.records import HINT, Split
 from llmtrain.data.shards import Manifest, PreparedSource, Shard, SplitSummary, open_prepared
 from llmtrain.data.tokenizers import Tokenizer
-from llmtrain.data.workers import Work, advance, run_all
+from llmtrain.data.workers import advance
 
 log = logging.getLogger(__name__)
 
+DIGESTS = "file-digests.json"
 FORMAT = 2  # raise when the same documents would give other files than before
 SHARD_TOKENS = 32 * 1024 * 1024
 LONG_DOCUMENT = 1_000_000  # characters; longer ones are encoded in parts, cut between words
 SPLITS: tuple[Split, ...] = ("train", "validation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A source to be prepared: everything a process needs to work on one of its portions."""
-
-    name: str
-    folder: Path
-    source: SourceConfig
-    portions: list[Portion]
-    tokenizer: Tokenizer
-    options: dict[str, Any]
-    validation_every: int
-    on_error: str
-    cache_dir: Path
-
-    @property
-    def partial(self) -> Path:
-        """Where the files lie until all are there."""
-        return self.folder.with_name(f"{self.folder.name}.partial")
 
 
 def prepare_sources(
@@ -69,29 +53,38 @@ def prepare_sources(
     `processes`: None is one for each core. Raises DataError for what is missing, cannot be read or has no text; and
     for a source that was prepared without its faulty rows, where `data.on_error` is stop.
     """
-    jobs = {
-        name: _plan(name, source, data, tokenizer, cache_dir) for name, source in data.sources.items()
-    }  # fmt: skip
-    wanted = list({job.folder: job for job in jobs.values() if not _is_complete(job)}.values())
+    cleaners: dict[str, Cleaner] = {}
+    jobs = {name: _plan(name, source, data, tokenizer, cache_dir, cleaners) for name, source in data.sources.items()}
+    wanted = list({job.folder: job for job in jobs.values() if not job.is_complete}.values())
     with _locks(wanted):
-        missing = [job for job in wanted if not _is_complete(job)]  # another process may have made some meanwhile
-        try:
-            for job in missing:
-                log.info("%s: encoding %s", job.name, job.source.path)
-                job.partial.mkdir(parents=True, exist_ok=True)
-            _run(encode_portion, missing, processes)
-            for job in missing:
-                _finish(job)
-        finally:
-            for job in missing:
-                _remove_empty(job)
+        _prepare([job for job in wanted if not job.is_complete], processes)  # some may have been made meanwhile
     prepared = {name: open_prepared(job.folder) for name, job in jobs.items()}
     for name, job in jobs.items():
         _report(name, prepared[name].train.manifest, job.on_error)
     return prepared
 
 
-def describe_source(source: SourceConfig, validation_every: int, cache_dir: Path) -> dict[str, Any]:
+def _prepare(jobs: list[Job], processes: int | None) -> None:
+    try:
+        for job in jobs:
+            log.info("%s: encoding %s", job.name, job.source.path)
+            job.partial.mkdir(parents=True, exist_ok=True)
+        distinct = [job for job in jobs if job.drops_duplicates]
+        if distinct:
+            run_unfinished("cleaning", clean_portion, cleaned_file, distinct, processes)
+            for job in distinct:
+                mark_duplicates(job)
+        run_unfinished("encoding", encode_portion, encoded_file, jobs, processes)
+        for job in jobs:
+            _finish(job)
+    finally:
+        for job in jobs:
+            _remove_empty(job)
+
+
+def describe_source(
+    source: SourceConfig, validation_every: int, cleaning: CleaningConfig, cache_dir: Path
+) -> dict[str, Any]:
     """Everything that decides which documents there are, beside the code: digests of the files and the options."""
     own_validation = source.validation_path is not None
     held_out = _content(source.validation_path, source, "validation", cache_dir) if source.validation_path else None
@@ -101,6 +94,7 @@ def describe_source(source: SourceConfig, validation_every: int, cache_dir: Path
         "text_column": source.text_column,
         "max_documents": source.max_documents,
         "validation_every": None if own_validation else validation_every,
+        "cleaning": cleaning_key(cleaning, FileDigests(cache_dir / DIGESTS)),
     }
 
 
@@ -109,47 +103,21 @@ def encode_portion(job: Job, number: int) -> None:
 
     Raises RowError for a row that cannot be used, unless such rows are to be skipped.
     """
-    portion = job.portions[number]
-    progress = _read_progress(job, number) or Progress()
-    faults = Faults("stop" if job.on_error == "stop" else "skip")
+    portion, progress = job.portions[number], Progress.read(encoded_file(job, number))
     writers = {split: _Writer(job, number, split) for split in SPLITS}
-    for batch in read_portion(portion, job.source, job.cache_dir, first_row=progress.rows):
-        for fault in batch.faults:
-            faults.add(fault)
-            progress.add_fault(fault)
+    if job.drops_duplicates:
+        batches = read_distinct(job, number, progress.rows)
+    else:
+        batches = read_portion(portion, job.source, job.cache_dir, clean=job.clean, first_row=progress.rows)
+    for batch in batches:
         documents = assign_splits(portion, batch, progress.documents, job.validation_every)
+        progress.add(batch, job.on_error)
         _encode(job.tokenizer, documents, portion, writers)
-        progress.add(batch)
         advance(sum(len(document.text) for document in documents))
         if batch.is_last or max(writer.num_tokens for writer in writers.values()) >= SHARD_TOKENS:
             progress.shards += [shard for writer in writers.values() for shard in writer.flush(len(progress.shards))]
             progress.done = batch.is_last
-            _write_json(_progress_file(job, number), dataclasses.asdict(progress))
-
-
-@dataclasses.dataclass
-class Progress:
-    """What has been written of a portion so far."""
-
-    rows: int = 0
-    documents: int = 0
-    left_out: int = 0
-    faults: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    done: bool = False
-
-    def add(self, batch: Batch) -> None:
-        """Count a batch."""
-        self.rows += batch.rows
-        self.documents += len(batch.documents)
-        self.left_out += batch.rows - len(batch.documents) - len(batch.faults)
-        self.counts = dict(Counter(self.counts) + batch.counts)
-
-    def add_fault(self, fault: RowError) -> None:
-        """Count a row that cannot be used."""
-        count, first = self.faults.get(fault.reason, (0, str(fault)))
-        self.faults[fault.reason] = (count + 1, first)
+            progress.write(encoded_file(job, number))
 
 
 class _Writer:
@@ -223,13 +191,21 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _plan(name: str, source: SourceConfig, data: CorpusConfig, tokenizer: Tokenizer, cache_dir: Path) -> Job:
-    options = describe_source(source, data.validation_every, cache_dir)
+def _plan(
+    name: str, source: SourceConfig, data: CorpusConfig, tokenizer: Tokenizer, cache_dir: Path,
+    cleaners: dict[str, Cleaner],
+) -> Job:  # fmt: skip
+    cleaning = source.cleaning or data.cleaning
+    options = describe_source(source, data.validation_every, cleaning, cache_dir)
     key = json.dumps([FORMAT, tokenizer.digest, options], sort_keys=True)
     folder = cache_dir / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if (folder / "manifest.json").is_file():  # nothing is to be read
+        return Job(name, folder, source, [], tokenizer, options, 0, data.on_error, cleaning, None, cache_dir)
+    if cleaning != CleaningConfig() and repr(cleaning) not in cleaners:
+        cleaners[repr(cleaning)] = Cleaner(cleaning, cache_dir)  # shared by sources: it may hold the evaluation sets
     return Job(
         name, folder, source, find_portions(source, cache_dir), tokenizer, options, data.validation_every,
-        data.on_error, cache_dir,
+        data.on_error, cleaning, cleaners.get(repr(cleaning)), cache_dir,
     )  # fmt: skip
 
 
@@ -238,36 +214,19 @@ def _content(path: str, source: SourceConfig, part: str, cache_dir: Path) -> Any
         return embedded_version(path.removeprefix(PREFIX))
     if is_hub_id(path):
         return [path, source.name, part]
-    digests = FileDigests(cache_dir / "file-digests.json")
+    digests = FileDigests(cache_dir / DIGESTS)
     return [[Path(file).name, digests(file)] for file in find_files(path, part)]
-
-
-def _run(work: Work, jobs: list[Job], processes: int | None) -> None:
-    """Do what is left of the portions of all jobs."""
-    tasks = [
-        (index, number)
-        for index, job in enumerate(jobs) for number in range(len(job.portions))
-        if not (progress := _read_progress(job, number)) or not progress.done
-    ]  # fmt: skip
-    sizes = [jobs[index].portions[number].size for index, number in tasks]
-    run_all("encoding", work, jobs, tasks, sizes, processes)
-
-
-def _is_complete(job: Job) -> bool:
-    return (job.folder / "manifest.json").is_file()
 
 
 def _finish(job: Job) -> None:
     """Put what is said of the portions together, and give the folder its name."""
-    done = [progress for number in range(len(job.portions)) if (progress := _read_progress(job, number))]
-    manifest = _manifest(job, done)
+    manifest = _manifest(job)
     if not manifest.train.documents + manifest.validation.documents:
         raise DataError(f"{job.source.path}: no documents in there{_left_out(manifest)}")
-    used, faulty = sum(progress.documents for progress in done), sum(count for count, _ in manifest.faults.values())
-    assert manifest.rows == used + faulty + manifest.left_out, "rows were lost"
-    _write_json(job.partial / "manifest.json", dataclasses.asdict(manifest))
+    write_json(job.partial / "manifest.json", dataclasses.asdict(manifest))
+    remove_texts(job)
     for number in range(len(job.portions)):
-        _progress_file(job, number).unlink()
+        encoded_file(job, number).unlink()
     os.replace(job.partial, job.folder)
 
 
@@ -277,18 +236,23 @@ def _remove_empty(job: Job) -> None:
         shutil.rmtree(job.partial)
 
 
-def _manifest(job: Job, done: list[Progress]) -> Manifest:
+def _manifest(job: Job) -> Manifest:
+    numbers = range(len(job.portions))
+    encoded = [Progress.read(encoded_file(job, number)) for number in numbers]
+    # where duplicates are left out, the rows are those that were cleaned; what was encoded are their texts
+    cleaned = [Progress.read(cleaned_file(job, number)) for number in numbers] if job.drops_duplicates else []
+    rows, used = sum(each.rows for each in cleaned or encoded), sum(each.documents for each in encoded)
+    left_out = sum(each.left_out for each in [*cleaned, *encoded])
     faults: dict[str, tuple[int, str]] = {}
-    for progress in done:
+    for progress in cleaned or encoded:
         for reason, (count, first) in progress.faults.items():
             before, earliest = faults.get(reason, (0, first))
             faults[reason] = (before + count, earliest)
+    assert rows == used + left_out + sum(count for count, _ in faults.values()), "rows were lost"
     return Manifest(
-        source=job.source.path, tokenizer=job.tokenizer.digest, options=job.options,
-        rows=sum(progress.rows for progress in done), left_out=sum(progress.left_out for progress in done),
-        faults=faults,
-        counts=dict(sum((Counter(progress.counts) for progress in done), Counter())),
-        train=_summary(done, "train"), validation=_summary(done, "validation"),
+        source=job.source.path, tokenizer=job.tokenizer.digest, options=job.options, rows=rows, left_out=left_out,
+        faults=faults, counts=dict(sum((Counter(each.counts) for each in [*cleaned, *encoded]), Counter())),
+        train=_summary(encoded, "train"), validation=_summary(encoded, "validation"),
         portions=tuple(portion.pieces for portion in job.portions),
     )  # fmt: skip
 
@@ -318,19 +282,9 @@ def _left_out(manifest: Manifest) -> str:
     return "".join(f"\n  {line}" for line in [*faults, *counts])
 
 
-def _read_progress(job: Job, number: int) -> Progress | None:
-    file = _progress_file(job, number)
-    return Progress(**json.loads(file.read_text())) if file.is_file() else None
-
-
-def _progress_file(job: Job, number: int) -> Path:
-    return job.partial / f"portion-{number:05d}.json"
-
-
-def _write_json(file: Path, said: Any) -> None:
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(json.dumps(said, indent=1))
-    os.replace(aside, file)
+def encoded_file(job: Job, number: int) -> Path:
+    """Where it says how far the encoding of a portion is."""
+    return job.partial / f"encoded-{number:05d}.json"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import CorpusConfig, PretrainConfig, TokenizerConfig
+from llmtrain.config.schema import CleaningConfig, CorpusConfig, PretrainConfig, TokenizerConfig
 from llmtrain.data.batches import TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
@@ -97,7 +97,7 @@ def corpus_tokenizer(data: CorpusConfig, config: TokenizerConfig, cache: Path) -
         return load_tokenizer(config.path, template)
     weights = text_weights(data)
     sources = [
-        [name, weights[name], describe_source(source, data.validation_every, cache)]
+        [name, weights[name], describe_source(source, data.validation_every, CleaningConfig(), cache)]
         for name, source in data.sources.items()
     ]  # fmt: skip
     key = json.dumps([sources, config.vocab_size, config.train_bytes, template], sort_keys=True)

@@ -18,6 +18,7 @@ from llmtrain.config.schema.commands import (
     StageConfig,
 )
 from llmtrain.config.schema.data import (
+    CleaningConfig,
     CorpusConfig,
     MixedSourceConfig,
     PhaseConfig,
@@ -41,6 +42,7 @@ from llmtrain.config.schema.training import (
 __all__ = [
     "AlignConfig",
     "CheckpointConfig",
+    "CleaningConfig",
     "CorpusConfig",
     "DpoConfig",
     "EngineConfig",

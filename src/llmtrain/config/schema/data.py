@@ -55,6 +55,42 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CleaningConfig:
+    """What of a source's documents is left out, cut or masked before training. Read by `data/cleaning.py`."""
+
+    languages: list[str] = Field(default_factory=list)
+    """Keep documents in these languages only (ISO 639-1 codes: en, de, ...). Empty: all."""
+    c4: bool = False
+    """C4's rules for English web pages: only whole sentences, no menus, no code, no placeholder text."""
+    c4_min_words_per_line: int = Field(default=5, ge=1)
+    """C4: drop lines with fewer words."""
+    c4_min_sentences: int = Field(default=3, ge=1)
+    """C4: drop documents with fewer sentences left."""
+    bad_words: str | None = None
+    """File with a word or phrase a line; documents with one of them are dropped."""
+    gopher_quality: bool = False
+    """Gopher's rules on length, words, symbols, bullets and English stop words."""
+    gopher_repetition: bool = False
+    """Gopher's rules on repeated lines, paragraphs and word n-grams."""
+    min_characters: int = Field(default=0, ge=0)
+    """Drop documents that are shorter, after the rules above."""
+    decontaminate: list[str] = Field(default_factory=list)
+    """Evaluation sets (files, globs, folders or hub ids); documents that share an n-gram with one are dropped."""
+    decontaminate_ngram: int = Field(default=13, ge=2)
+    """How many words in a row count as shared."""
+    mask_pii: list[Literal["mail", "ip", "phone"]] = Field(default_factory=list)
+    """Replace mail addresses, public IP addresses or phone numbers by a placeholder."""
+    phone_region: str = "US"
+    """Country whose phone numbers are found without a country code (ISO 3166-1: US, DE, ...)."""
+    exact_duplicates: bool = False
+    """Keep only the first of documents that are the same but for spaces."""
+    near_duplicates: bool = False
+    """Keep only the first of documents that share most of their runs of five words (MinHash)."""
+    near_similarity: float = Field(default=0.8, ge=0.5, lt=1)
+    """Similarity (Jaccard) at which near-duplicates are found in nine cases of ten or more."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceConfig(MixedSourceConfig):
     """One source of text documents. Read by `data/documents.py`."""
 
@@ -66,6 +102,8 @@ class SourceConfig(MixedSourceConfig):
     """Its published size in GiB of text, for `llmtrain show` to plan with before the data is there."""
     published_tokens: float | None = Field(default=None, gt=0)
     """Its published size in tokens, for the same."""
+    cleaning: CleaningConfig | None = None
+    """Instead of `data.cleaning`, for this source."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -74,6 +112,8 @@ class CorpusConfig(MixtureConfig):
 
     sources: dict[str, SourceConfig]
     """Sources by name; the names appear in metrics as `data/<name>/tokens`."""
+    cleaning: CleaningConfig = Field(default_factory=CleaningConfig)
+    """What is left out, cut or masked before training; off unless asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
