@@ -16,6 +16,7 @@ from llmtrain.config.compose import load_config
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
 from llmtrain.data.batches import RowOrder, TokenBatches
 from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.packing import PackedConversations
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
@@ -68,6 +69,8 @@ def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console
     length = min(config.train.sequence_length, read_config(folder)[0].max_sequence_length)
     load, sides = _loader(config)
     found = load(config.data, tokenizer, split="train", max_length=length, cache_dir=_cache(config.runs_dir))
+    if config.data.packing:
+        found = {name: PackedConversations(each, length) for name, each in found.items()}
     sizes = {name: len(each) for name, each in found.items()}
     mixture, steps = assembly.plan(config.data, config.train, sizes)
     order = RowOrder(mixture, sizes, config.train.batch_rows or 1, config.seed)
@@ -82,6 +85,8 @@ def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console
 
 def _loader(config: SftConfig | RewardConfig | AlignConfig) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """How the rows of a stage are loaded, and what parts of a row are printed: name → TokenRow."""
+    if isinstance(config, SftConfig) and config.data.packing:
+        return load_conversations, lambda row: {f"conversation {n}": each for n, each in enumerate(row)}
     if isinstance(config, SftConfig):
         return load_conversations, lambda row: {"conversation": row}
     if isinstance(config, AlignConfig) and config.method.name == "ppo":

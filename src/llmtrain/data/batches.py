@@ -5,7 +5,7 @@ batches are the same however many processes there are. Shapes: B rows of one pro
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -99,6 +99,58 @@ class ConversationBatches:
         return self.order.counts(steps, "rows")
 
 
+class PackedBatches:
+    """Rows of whole documents or conversations, padded to `length` tokens; S = length.
+
+    `rows` are the packed rows of each source. With `attend_across`, tokens see all that stands before them in the
+    row, and predict the first token of the next document; without, each document is as if it were alone.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, Sequence[Sequence[TokenRow]]], mixture: PhasedMixture, *, batch_rows: int,
+        length: int, pad_id: int, seed: int, attend_across: bool = False, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.order = RowOrder(mixture, {name: len(each) for name, each in rows.items()}, batch_rows, seed)
+        self.rows = [rows[name] for name in self.order.mixture.names]
+        self.share, self.length, self.pad_id = share(batch_rows, rank, world), length, pad_id
+        self.attend_across = attend_across
+
+    def __call__(self, step: int) -> TokenBatch:
+        """This process's rows of the step."""
+        source, number = (each[self.share] for each in self.order(step))
+        rows = [self.rows[i][j] for i, j in zip(source.tolist(), number.tolist(), strict=True)]
+        return collate_packed(rows, source, self.pad_id, self.length, attend_across=self.attend_across)
+
+    def counts(self, steps: int) -> dict[str, float]:
+        """Packed rows and epochs of each source that `steps` steps have used."""
+        return self.order.counts(steps, "rows")
+
+
+class LengthWarmup:
+    """Another source's batches, in shorter rows during the first `steps` steps; their length doubles up to the full.
+
+    Each row is cut into equal ones, [B, S] → [B · S / s, s], so the tokens of a step and their order stay what they
+    are. Press et al. 2021 (arXiv 2012.15832) train in two such stages, Li et al. 2022 (arXiv 2108.06084) in many.
+    """
+
+    def __init__(
+        self, batches: Callable[[int], TokenBatch], counts: Callable[[int], dict[str, float]], *,
+        start_length: int, sequence_length: int, steps: int,
+    ) -> None:  # fmt: skip
+        self.batches, self.counts = batches, counts
+        self.doublings = (sequence_length // start_length).bit_length() - 1
+        assert start_length << self.doublings == sequence_length
+        self.start_length, self.steps = start_length, steps
+
+    def __call__(self, step: int) -> TokenBatch:
+        """The batch of a step, in rows of that step's length."""
+        return cut_rows(self.batches(step), self.length(step))
+
+    def length(self, step: int) -> int:
+        """Tokens of a row: each length below the full one lasts as many steps as any other."""
+        return self.start_length << min(step * self.doublings // self.steps, self.doublings)
+
+
 class PairBatches:
     """Reward model and DPO: pairs, padded on the right to one S, the longest of the global batch, rounded up."""
 
@@ -162,12 +214,45 @@ def held_out_text(
     return HeldOut([running_text(portion, [number] * len(portion)) for portion in portions], num_bytes)
 
 
-def running_text(blocks: Sequence[NDArray[np.int64]], source: Sequence[int]) -> TokenBatch:
-    """Blocks of one length as a batch in which all tokens but the first of a row are to be predicted."""
+def running_text(
+    blocks: Sequence[NDArray[np.int64]], source: Sequence[int], documents: Sequence[Integers] | None = None
+) -> TokenBatch:
+    """Blocks of one length as a batch in which all tokens but the first of a row are to be predicted.
+
+    With `documents`, the number of the document of each token in a block, tokens see their own document alone, and
+    the first of each is not to be predicted.
+    """
     tokens = torch.from_numpy(np.stack(blocks))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
-    return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.tensor(source))
+    if documents is None:
+        return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.tensor(source))
+    numbers = torch.from_numpy(np.stack(documents)).int()
+    mask[:, 1:] = numbers[:, 1:] == numbers[:, :-1]
+    return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.tensor(source), documents=numbers)
+
+
+def documents_of_block(ends: Integers, start: int, length: int) -> Integers:
+    """The document of each token in [start, start + length) of running text, from 0 in the block, [length].
+
+    `ends` [documents] are the places behind each document's last token.
+    """
+    place = np.arange(start, start + length)
+    numbers = np.searchsorted(ends, place, side="right")
+    return numbers - numbers[0]
+
+
+def cut_rows(batch: TokenBatch, length: int) -> TokenBatch:
+    """Each row [S] as S / length rows [length], of which the first tokens are not to be predicted any more."""
+    parts = batch.tokens.shape[1] // length
+    if parts == 1:
+        return batch
+    tokens, mask = (each.reshape(-1, length) for each in (batch.tokens, batch.loss_mask))
+    mask = mask.clone()
+    mask[:, 0] = False
+    documents = None if batch.documents is None else batch.documents.reshape(-1, length)
+    source = batch.source.repeat_interleave(parts)
+    return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents, cut_into=parts)
 
 
 def batch_width(rows: Sequence[TokenRow], max_length: int) -> int:
@@ -182,6 +267,32 @@ def collate_conversations(
     """Conversations as a batch, padded to `width` tokens."""
     tokens, mask = _padded(rows, pad_id, width)
     return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.as_tensor(source))
+
+
+def collate_packed(
+    rows: Sequence[Sequence[TokenRow]], source: Sequence[int] | Integers, pad_id: int, width: int, *,
+    attend_across: bool = False,
+) -> TokenBatch:  # fmt: skip
+    """Rows of several documents, one behind the other, as a batch padded to `width` tokens.
+
+    Without `attend_across` the first token of each document is not to be predicted, and padding is the last document.
+    """
+    tokens, mask = _padded([_joined(row, attend_across) for row in rows], pad_id, width)
+    documents = None if attend_across else torch.stack([_numbers(row, width) for row in rows])
+    return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.as_tensor(source), documents=documents)
+
+
+def _joined(row: Sequence[TokenRow], attend_across: bool) -> TokenRow:
+    mask = np.concatenate([each.mask for each in row])
+    if not attend_across:
+        mask[np.cumsum([0, *(len(each.tokens) for each in row[:-1])])] = False
+    return TokenRow(np.concatenate([each.tokens for each in row]), mask)
+
+
+def _numbers(row: Sequence[TokenRow], width: int) -> Tensor:
+    lengths = [len(each.tokens) for each in row]
+    repeats = torch.tensor([*lengths, width - sum(lengths)])
+    return torch.arange(len(repeats), dtype=torch.int32).repeat_interleave(repeats)
 
 
 def collate_pairs(rows: Sequence[PairRow], source: Sequence[int] | Integers, pad_id: int, width: int) -> PairBatch:

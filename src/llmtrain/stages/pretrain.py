@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import PretrainConfig
-from llmtrain.data.batches import TokenBatches, held_out_text
+from llmtrain.config.schema import PretrainConfig, TrainConfig
+from llmtrain.data.batches import LengthWarmup, TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
 from llmtrain.data.records import Faults, Split
@@ -62,12 +62,22 @@ def stage(config: PretrainConfig) -> None:
     samples = Continuations(Replica(trained), tokenizer)
     run.write_samples("before", samples)
     run.fit(
-        model=model, trained=trained, batches=batches, objective=NextToken(source_names=names), tokenizer=tokenizer,
-        steps=steps, evaluators=[measure], fixed_shapes=True,
+        model=model, trained=trained, batches=warmed_up(config.train, batches), tokenizer=tokenizer, steps=steps,
+        objective=NextToken(source_names=names), evaluators=[measure], fixed_shapes=True,
     )  # fmt: skip
     run.write_samples("after", samples)
     said = {name: digests(sources[name]) for name in names}
     run.finish(trained, tokenizer, data=said, order=batches.order, steps=steps)
+
+
+def warmed_up(train: TrainConfig, batches: TokenBatches) -> TokenBatches | LengthWarmup:
+    """The batches, in shorter rows at first where `train.length_warmup` says so."""
+    if train.length_warmup is None:
+        return batches
+    first, steps = train.length_warmup.start_length, train.length_warmup.steps
+    return LengthWarmup(
+        batches, batches.counts, start_length=first, sequence_length=train.sequence_length, steps=steps
+    )  # fmt: skip
 
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:

@@ -1,8 +1,12 @@
 """`llmtrain sft`: supervised fine-tuning on conversations; the loss is on the assistant's tokens only."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from llmtrain.config.schema import SftConfig
-from llmtrain.data.batches import ConversationBatches, collate_conversations
+from llmtrain.data.batches import ConversationBatches, PackedBatches, collate_conversations
 from llmtrain.data.encoding import TokenRow, load_conversations
+from llmtrain.data.packing import PackedConversations
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
@@ -35,11 +39,7 @@ def stage(config: SftConfig) -> None:
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
     model = spread(trained, run.layout, config.engine.sharding)
 
-    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
-    batches = ConversationBatches(
-        rows, mixture, batch_rows=config.train.batch_rows or 1, max_length=length,
-        pad_id=tokenizer.pad_id, seed=config.seed, rank=run.layout.rank, world=run.layout.world,
-    )  # fmt: skip
+    batches, steps = build_batches(config, run, rows, length, tokenizer.pad_id)
     run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
 
     measure = evaluate_objective(
@@ -54,9 +54,24 @@ def stage(config: SftConfig) -> None:
     run.fit(
         model=model, trained=trained, batches=batches, objective=NextToken(source_names=batches.order.mixture.names),
         tokenizer=tokenizer, steps=steps, evaluators=[measure, *problems.evaluators],
+        fixed_shapes=config.data.packing,
     )  # fmt: skip
     run.write_samples("after", problems.samples)
     run.finish(trained, tokenizer, data=assembly.row_digests(config.data, rows), order=batches.order, steps=steps)
+
+
+def build_batches(
+    config: SftConfig, run: Run[SftConfig], rows: Mapping[str, Sequence[TokenRow]], length: int, pad_id: int
+) -> tuple[ConversationBatches | PackedBatches, int]:
+    """The batches of the run, of single conversations or of packed rows, and its length in steps."""
+    options: dict[str, Any] = {"batch_rows": config.train.batch_rows or 1, "pad_id": pad_id, "seed": config.seed}
+    options |= {"rank": run.layout.rank, "world": run.layout.world}
+    if config.data.packing:
+        packed = {name: PackedConversations(each, length) for name, each in rows.items()}
+        mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in packed.items()})
+        return PackedBatches(packed, mixture, length=length, **options), steps
+    mixture, steps = assembly.plan(config.data, config.train, {name: len(each) for name, each in rows.items()})
+    return ConversationBatches(rows, mixture, max_length=length, **options), steps
 
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:
