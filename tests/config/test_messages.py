@@ -128,7 +128,7 @@ BAD = [
     ),
     (
         "pretrain train.length_warmup.start_length=96 train.length_warmup.steps=5",
-        "train.length_warmup.start_length: 96 does not become train.sequence_length=256 by doubling; use one of 128, 64",
+        "start_length: 96 does not become train.sequence_length=256 by doubling; use one of 128, 64",
     ),
     (
         "pretrain train.length_warmup.start_length=256 train.length_warmup.steps=5",

@@ -69,7 +69,7 @@ def test_loss_of_each_conversation_is_as_unpacked(config: ModelConfig) -> None:
         place = 0
         for piece in packed.packed[row]:
             found = together[row, place : place + piece.length].sum()
-            assert float(found) == pytest.approx(float(alone[piece.document]), rel=1e-5)
+            assert found.item() == pytest.approx(alone[piece.document].item(), rel=1e-5)
             place += piece.length
 
 
@@ -84,7 +84,7 @@ def test_summed_loss_and_gradient_are_as_unpacked(config: ModelConfig) -> None:
         found.append((objective.weight(batch), loss, {name: each.grad for name, each in model.named_parameters()}))
     (weight, loss, gradients), (packed_weight, packed_loss, packed_gradients) = found
     assert weight == packed_weight
-    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert packed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     for name, each in gradients.items():
         assert (packed_gradients[name] - each).norm() <= 1e-5 * each.norm(), name
 

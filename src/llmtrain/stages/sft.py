@@ -40,7 +40,8 @@ def stage(config: SftConfig) -> None:
     model = spread(trained, run.layout, config.engine.sharding)
 
     batches, steps = build_batches(config, run, rows, length, tokenizer.pad_id)
-    run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
+    packed = f", packed into {sum(batches.order.sizes.tolist()):,} rows" if config.data.packing else ""
+    run.say(f"{steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources{packed}")
 
     measure = evaluate_objective(
         bare(model),
