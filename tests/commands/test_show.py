@@ -54,6 +54,18 @@ def test_pretraining_shows_mixture_and_text(tmp_path: Path, capsys: pytest.Captu
     assert "the one source" in out
 
 
+def test_packed_conversations_are_shown_row_by_row(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(
+        capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *only(rows_file(tmp_path)),
+        "data.packing=true", "data.validation_every=8",
+    )  # fmt: skip
+    assert "row 0: files, conversation 0" in out
+    assert "row 0: files, conversation 1" in out
+    assert out.count("<|user|>What is it?<|assistant|>«It is this.<|end|>»") > 2
+
+
 def test_conversations_show_what_is_learned(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *only(rows_file(tmp_path)))
     assert out.count("<|user|>What is it?<|assistant|>«It is this.<|end|>»") == 2

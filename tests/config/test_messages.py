@@ -141,6 +141,25 @@ BAD = [
     ("align method=ppo method.kl_horizon=5", "method.kl_horizon: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
+    ("reward data.packing=true", "data.packing: has no effect: reward trains on rows of their own; only sft packs"),
+    ("align data.packing=true", "data.packing: has no effect: align trains on rows of their own"),
+    (
+        "sft train.length_warmup.start_length=64 train.length_warmup.steps=5",
+        "train.length_warmup: has no effect: only pretrain cuts its rows",
+    ),
+    (
+        "pretrain train.length_warmup.start_length=96 train.length_warmup.steps=5",
+        "start_length: 96 does not become train.sequence_length=256 by doubling; use one of 128, 64",
+    ),
+    (
+        "pretrain train.length_warmup.start_length=256 train.length_warmup.steps=5",
+        "train.length_warmup.start_length: 256 does not become train.sequence_length=256 by doubling",
+    ),
+    (
+        "pretrain train.length_warmup.start_length=64 train.length_warmup.steps=400",
+        "train.length_warmup.steps: 400 steps of warm-up are longer than the run: train.steps=300",
+    ),
+    ("pretrain train.length_warmup.start_length=64", "train.length_warmup.steps: needs a value"),
     ("pretrain tokenizer.path=. tokenizer.vocab_size=999", "tokenizer.vocab_size: has no effect"),
     ("pretrain model.init_from=. model.num_layers=9", "model.num_layers: has no effect: the architecture comes with"),
     ("sft model.num_layers=9", "model.num_layers: has no effect: this stage starts from the newest finished run"),

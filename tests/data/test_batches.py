@@ -7,16 +7,22 @@ import torch
 from llmtrain.config.schema import CorpusConfig, SourceConfig
 from llmtrain.data.batches import (
     ConversationBatches,
+    LengthWarmup,
+    PackedBatches,
     PairBatches,
     PromptBatches,
     RowOrder,
     TokenBatches,
+    collate_packed,
+    cut_rows,
     held_out_text,
     share,
 )
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Phase, PhasedMixture
+from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
+from llmtrain.data.sequences import Blocks
 from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
@@ -49,8 +55,9 @@ def order(weights: dict[str, float], sizes: dict[str, int], batch_rows: int, see
 
 def batches(sources: dict[str, TokenSource], rank: int = 0, world: int = 1, seed: int = 1) -> TokenBatches:
     sizes = {name: source.num_blocks(LENGTH) for name, source in sources.items()}
+    rows = {name: Blocks(source, LENGTH) for name, source in sources.items()}
     return TokenBatches(
-        sources, order({"a": 0.75, "b": 0.25}, sizes, 8, seed), sequence_length=LENGTH, rank=rank, world=world
+        rows, order({"a": 0.75, "b": 0.25}, sizes, 8, seed), sequence_length=LENGTH, rank=rank, world=world
     )
 
 
@@ -99,7 +106,9 @@ def test_counts_are_what_was_used(sources: dict[str, TokenSource]) -> None:
 
 def test_an_epoch_shows_every_block_once(sources: dict[str, TokenSource]) -> None:
     blocks = sources["b"].num_blocks(LENGTH)
-    alone = TokenBatches(sources, order({"b": 1.0}, {"b": blocks}, 1), sequence_length=LENGTH)
+    alone = TokenBatches(
+        {"b": Blocks(sources["b"], LENGTH)}, order({"b": 1.0}, {"b": blocks}, 1), sequence_length=LENGTH
+    )
     seen = [tuple(alone(step).tokens[0].tolist()) for step in range(2 * blocks)]
     everything = sorted(tuple(sources["b"].block(i, LENGTH).tolist()) for i in range(blocks))
     assert sorted(seen[:blocks]) == sorted(seen[blocks:]) == everything
@@ -140,7 +149,7 @@ def test_prompts_are_those_of_the_whole_batch() -> None:
 
 
 def test_held_out_text_knows_its_bytes(sources: dict[str, TokenSource], tokenizer: Tokenizer) -> None:
-    held_out = held_out_text(sources["b"], 1, tokenizer.token_bytes, max_blocks=5, batch_rows=2, length=LENGTH)
+    held_out = held_out_text(Blocks(sources["b"], LENGTH), 1, tokenizer.token_bytes, max_rows=5, batch_rows=2)
     assert [len(batch) for batch in held_out.batches] == [2, 2, 1]
     predicted = [batch.tokens[i, 1:].tolist() for batch in held_out.batches for i in range(len(batch))]
     assert held_out.num_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in predicted)
@@ -158,3 +167,64 @@ def test_far_batches_of_many_sources_are_the_same_for_all_processes(processes: i
     assert all(part.shape[1] == 1024 // processes for part in parts)
     assert (np.concatenate(parts, axis=1) == whole).all()
     assert (whole[1] < np.array(list(sizes.values()))[whole[0]]).all()
+
+
+def documents(lengths: list[int]) -> list[TokenRow]:
+    return [row(length, first=10 * number) for number, length in enumerate(lengths)]
+
+
+def test_packed_rows_keep_documents_apart() -> None:
+    batch = collate_packed([documents([3, 2]), documents([4])], [1, 0], pad_id=99, width=7)
+    assert batch.tokens.tolist() == [[0, 1, 2, 10, 11, 99, 99], [0, 1, 2, 3, 99, 99, 99]]
+    assert batch.documents is not None
+    assert batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, 1]]
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 0, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0]]
+    assert batch.source.tolist() == [1, 0]
+    assert batch.num_tokens() == 14
+    assert batch[1:].documents.tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+
+
+def test_packed_rows_may_attend_across_documents() -> None:
+    learned = [TokenRow(each.tokens, np.ones(len(each.tokens), dtype=np.bool_)) for each in documents([3, 2])]
+    batch = collate_packed([learned], [0], pad_id=99, width=6, attend_across=True)
+    assert batch.documents is None
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1, 1, 0]]
+    assert learned[0].mask.all()  # the rows themselves are left alone
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_packed_batches_are_a_function_of_the_step(world: int) -> None:
+    rows = {"a": PackedConversations(documents([5, 3, 7, 2, 2, 6, 1]), 8), "b": PackedConversations(documents([4]), 8)}
+    drawn = order({"a": 0.5, "b": 0.5}, {name: len(each) for name, each in rows.items()}, 4, seed=3)
+    parts = [PackedBatches(rows, drawn, length=8, pad_id=99, rank=rank, world=world) for rank in range(world)]
+    whole = PackedBatches(rows, drawn, length=8, pad_id=99)
+    whole(2)
+    for name in ("tokens", "loss_mask", "documents", "source"):
+        assert torch.equal(torch.cat([getattr(part(5), name) for part in parts]), getattr(whole(5), name))
+    assert whole(5).tokens.shape == (4, 8)
+    assert whole.counts(2) == {"data/a/rows": 4, "data/b/rows": 4, "data/a/epochs": 4 / 4, "data/b/epochs": 4.0}
+
+
+def test_length_warmup_cuts_the_same_tokens(sources: dict[str, TokenSource]) -> None:
+    plain = batches(sources)
+    warmed = LengthWarmup(plain, plain.counts, start_length=2, sequence_length=LENGTH, steps=9)
+    lengths = [warmed(step).tokens.shape[1] for step in range(11)]
+    assert lengths == [2, 2, 2, 4, 4, 4, 8, 8, 8, 16, 16]
+    for step in (0, 4, 8, 10):
+        short, full = warmed(step), plain(step)
+        assert torch.equal(short.tokens.flatten(), full.tokens.flatten())
+        assert short.num_tokens() == full.num_tokens()
+        assert not short.loss_mask[:, 0].any()
+        assert short.loss_mask[:, 1:].all()
+        assert torch.equal(short.source, full.source.repeat_interleave(LENGTH // lengths[step]))
+        sizes = [part.num_tokens() for part in short.micro_batches(3)]
+        assert sizes == [part.num_tokens() for part in full.micro_batches(3)]
+    assert warmed.counts(3) == plain.counts(3)
+
+
+def test_cutting_rows_keeps_their_documents() -> None:
+    batch = collate_packed([documents([3, 4])], [0], pad_id=99, width=8)
+    short = cut_rows(batch, 4)
+    assert short.documents.tolist() == [[0, 0, 0, 1], [1, 1, 1, 2]]
+    assert cut_rows(batch, 8) is batch

@@ -28,7 +28,7 @@ VOCAB, ROWS, WIDTH = 61, 8, 32
 LENGTHS = [32, 3, 17, 2, 5, 31, 4, 9]
 MICRO_BATCHES = (1, 2, 4, None)
 LAYOUTS = ("1", "2 ddp", "2 fsdp")
-OBJECTIVES = ("next_token", "sft", "bradley_terry", "dpo", "ppo")
+OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", "dpo", "ppo")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
@@ -121,6 +121,13 @@ def global_batch(name: str) -> Batch:
     tokens, others = (torch.randint(1, VOCAB, (ROWS, WIDTH), generator=draw) * inside for _ in range(2))
     mask = inside & (torch.arange(WIDTH) >= (1 if name == "next_token" else (lengths[:, None] // 2).clamp(min=1)))
     source = torch.arange(ROWS) % 2
+    if (
+        name == "packed"
+    ):  # each row full, of documents of its own lengths; row by row as many tokens as above are learnt
+        borders = torch.rand(ROWS, WIDTH, generator=draw) < 0.2
+        borders[:, 0] = False
+        documents, mask = borders.cumsum(dim=1).int(), mask & ~borders
+        return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents)
     if name in ("next_token", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
     if name == "ppo":

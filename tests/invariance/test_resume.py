@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
-CASES = COMMANDS | {"dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"]}
-INDEPENDENT = ("pretrain", "dropout")
+WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
+CASES = COMMANDS | {
+    "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
+    "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
+    "packed": [*COMMANDS["sft"], "data.packing=true"],
+}
+INDEPENDENT = ("pretrain", "dropout", "length-warmup")
 FAST = ("dropout",)
 
 

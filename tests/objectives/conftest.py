@@ -25,7 +25,7 @@ class SmallModel(nn.Module):
 
 
 class SmallLanguageModel(SmallModel):
-    def forward(self, tokens, *, read):
+    def forward(self, tokens, *, read, documents=None):
         return read(self.trunk(tokens), self.head)
 
 

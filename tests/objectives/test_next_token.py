@@ -71,7 +71,7 @@ def test_loss_and_gradient_of_transformers(kit, batch):
             super().__init__()
             self.llama = llama
 
-        def forward(self, tokens, *, read):
+        def forward(self, tokens, *, read, documents=None):
             return read(self.llama.model(tokens).last_hidden_state, self.llama.lm_head.weight)
 
     model = Readable()

@@ -16,7 +16,9 @@ from llmtrain.config.compose import load_config
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
 from llmtrain.data.batches import RowOrder, TokenBatches
 from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
+from llmtrain.data.sequences import text_rows
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
@@ -51,16 +53,17 @@ def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
     parameters = 0
     if config.train.tokens_per_parameter:
         parameters = sum(each.numel() for each in pretrain.build_model(config, tokenizer).parameters())
-    sizes = {name: source.num_blocks(length) for name, source in sources.items()}
+    found = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
+    sizes = {name: len(each) for name, each in found.items()}
     mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
     batch_rows = assembly.rows_per_step(config.train)
-    batches = TokenBatches(sources, RowOrder(mixture, sizes, batch_rows, config.seed), sequence_length=length)
+    batches = TokenBatches(found, RowOrder(mixture, sizes, batch_rows, config.seed), sequence_length=length)
     counts = {name: source.summary.documents for name, source in sources.items()}
     _print_mixture(console, batches.order, batches.counts(steps), counts, ("documents", "tokens"), steps)
-    for number, (source, block) in enumerate(islice(_places(batches.order), rows)):
-        tokens = batches.sources[batches.order.names[source]].block(block, length)
-        title = f"row {number}: {batches.order.mixture.names[source]}, block {block}, {length} tokens"
-        _print_row(console, title, tokenizer, tokens, np.arange(length) > 0)
+    for number, (source, row) in enumerate(islice(_places(batches.order), rows)):
+        name = batches.order.names[source]
+        title = f"row {number}: {name}, row {row}, {length} tokens"
+        _print_row(console, title, tokenizer, found[name][row].tokens, found[name][row].mask)
 
 
 def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console: Console) -> None:
@@ -70,6 +73,8 @@ def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console
     length = min(config.train.sequence_length, read_config(folder)[0].max_sequence_length)
     load, sides = _loader(config)
     found = load(config.data, tokenizer, split="train", max_length=length, cache_dir=_cache(config.runs_dir))
+    if config.data.packing:
+        found = {name: PackedConversations(each, length) for name, each in found.items()}
     sizes = {name: len(each) for name, each in found.items()}
     mixture, steps = assembly.plan(config.data, config.train, sizes)
     order = RowOrder(mixture, sizes, config.train.batch_rows or 1, config.seed)
@@ -84,6 +89,8 @@ def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console
 
 def _loader(config: SftConfig | RewardConfig | AlignConfig) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """How the rows of a stage are loaded, and what parts of a row are printed: name → TokenRow."""
+    if isinstance(config, SftConfig) and config.data.packing:
+        return load_conversations, lambda row: {f"conversation {n}": each for n, each in enumerate(row)}
     if isinstance(config, SftConfig):
         return load_conversations, lambda row: {"conversation": row}
     if isinstance(config, AlignConfig) and config.method.name == "ppo":

@@ -21,6 +21,8 @@ CLEANING = {
     "near_duplicates": ("near_similarity",),
 }
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
+# Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
+MAX_LENGTHS = 8
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
@@ -192,6 +194,25 @@ def warmup(view: View) -> Iterator[Finding]:
         yield finding(problem, "schedule.warmup_steps", "train.steps")
 
 
+def length_warmup(view: View) -> Iterator[Finding]:
+    """Rows are doubled from the first length to the full one, before the run ends."""
+    key, length = "train.length_warmup", view["train.sequence_length"]
+    if view[key] is None:
+        return
+    if view.command != "pretrain":
+        yield from no_effect(view, key, "only pretrain cuts its rows; leave it away")
+        return
+    first, warmup_steps, steps = view[f"{key}.start_length"], view[f"{key}.steps"], view["train.steps"]
+    halves = [length >> n for n in range(1, MAX_LENGTHS) if length % 2**n == 0 and length >> n >= 2]
+    if first not in halves:
+        allowed = f"use one of {', '.join(map(str, halves))}" if halves else "its length has no half: leave it away"
+        problem = f"{first} does not become train.sequence_length={length} by doubling; {allowed}"
+        yield finding(problem, f"{key}.start_length", "train.sequence_length")
+    if steps is not None and warmup_steps > steps:
+        problem = f"{warmup_steps} steps of warm-up are longer than the run: train.steps={steps}"
+        yield finding(problem, f"{key}.steps", "train.steps")
+
+
 def best_checkpoint(view: View) -> Iterator[Finding]:
     """Keeping the best needs a metric and its measurements."""
     best, kept = view["checkpoint.best_metric"], view["checkpoint.keep_best"]
@@ -243,6 +264,12 @@ def sampled_pairs(view: View) -> Iterator[Finding]:
     """Pairs are eaten by the reward model and by DPO."""
     if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
         yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
+
+
+def packing(view: View) -> Iterator[Finding]:
+    """Conversations are packed; pairs and prompts stand alone."""
+    if view.command in ("reward", "align"):
+        yield from no_effect(view, "data.packing", f"{view.command} trains on rows of their own; only sft packs them")
 
 
 def sources(view: View) -> Iterator[Finding]:
@@ -359,6 +386,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     launched,
     schedule,
     warmup,
+    length_warmup,
     best_checkpoint,
     problems,
     tracker,
@@ -366,6 +394,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     reward_model,
     adaptive_kl,
     sampled_pairs,
+    packing,
     sources,
     cleaning,
     phases,

@@ -5,7 +5,7 @@ batches are the same however many processes there are. Shapes: B rows of one pro
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Integers, PhasedMixture, shuffled
-from llmtrain.data.shards import TokenSource
+from llmtrain.data.sequences import TextRow, TextRows
 from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.preference import PairBatch
 
@@ -57,27 +57,22 @@ def share(batch_rows: int, rank: int, world: int) -> slice:
 
 
 class TokenBatches:
-    """Pretraining: blocks of `sequence_length` tokens of running text; S = sequence_length."""
+    """Pretraining: rows of S tokens of text."""
 
     def __init__(
-        self, sources: Mapping[str, TokenSource], order: RowOrder, *, sequence_length: int, rank: int = 0,
-        world: int = 1,
-    ) -> None:  # fmt: skip
-        self.order, self.length = order, sequence_length
-        self.sources = sources
+        self, rows: Mapping[str, TextRows], order: RowOrder, *, sequence_length: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.order, self.rows, self.length = order, rows, sequence_length
         self.share = share(order.batch_rows, rank, world)
 
     def __call__(self, step: int) -> TokenBatch:
         """This process's rows of the step."""
         names = self.order.names
-        source, row = (each[self.share].tolist() for each in self.order(step))
-        blocks = [
-            self.sources[names[number]].block(block, self.length) for number, block in zip(source, row, strict=True)
-        ]
-        return running_text(blocks, source)
+        source, number = (each[self.share].tolist() for each in self.order(step))
+        return collate_text([self.rows[names[i]][j] for i, j in zip(source, number, strict=True)], source)
 
     def counts(self, steps: int) -> dict[str, float]:
-        """Tokens and epochs of each source that `steps` steps have used."""
+        """Tokens and epochs of each source that `steps` steps have used; of packed rows with their padding."""
         return self.order.counts(steps, "tokens", self.length)
 
 
@@ -101,6 +96,58 @@ class ConversationBatches:
     def counts(self, steps: int) -> dict[str, float]:
         """Rows and epochs of each source that `steps` steps have used."""
         return self.order.counts(steps, "rows")
+
+
+class PackedBatches:
+    """Rows of whole documents or conversations, padded to `length` tokens; S = length.
+
+    `rows` are the packed rows of each source. With `attend_across`, tokens see all that stands before them in the
+    row, and predict the first token of the next document; without, each document is as if it were alone.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, Sequence[Sequence[TokenRow]]], order: RowOrder, *, length: int, pad_id: int,
+        attend_across: bool = False, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.order, self.rows = order, rows
+        self.share, self.length, self.pad_id = share(order.batch_rows, rank, world), length, pad_id
+        self.attend_across = attend_across
+
+    def __call__(self, step: int) -> TokenBatch:
+        """This process's rows of the step."""
+        source, number = (each[self.share] for each in self.order(step))
+        names = self.order.names
+        rows = [self.rows[names[i]][j] for i, j in zip(source.tolist(), number.tolist(), strict=True)]
+        return collate_packed(rows, source, self.pad_id, self.length, attend_across=self.attend_across)
+
+    def counts(self, steps: int) -> dict[str, float]:
+        """Packed rows and epochs of each source that `steps` steps have used."""
+        return self.order.counts(steps, "rows")
+
+
+class LengthWarmup:
+    """Another source's batches, in shorter rows during the first `steps` steps; their length doubles up to the full.
+
+    Each row is cut into equal ones, [B, S] → [B · S / s, s], so the tokens of a step and their order stay what they
+    are. Press et al. 2021 (arXiv 2012.15832) train in two such stages, Li et al. 2022 (arXiv 2108.06084) in many.
+    """
+
+    def __init__(
+        self, batches: Callable[[int], TokenBatch], counts: Callable[[int], dict[str, float]], *,
+        start_length: int, sequence_length: int, steps: int,
+    ) -> None:  # fmt: skip
+        self.batches, self.counts = batches, counts
+        self.doublings = (sequence_length // start_length).bit_length() - 1
+        assert start_length << self.doublings == sequence_length
+        self.start_length, self.steps = start_length, steps
+
+    def __call__(self, step: int) -> TokenBatch:
+        """The batch of a step, in rows of that step's length."""
+        return cut_rows(self.batches(step), self.length(step))
+
+    def length(self, step: int) -> int:
+        """Tokens of a row: each length below the full one lasts as many steps as any other."""
+        return self.start_length << min(step * self.doublings // self.steps, self.doublings)
 
 
 class PairBatches:
@@ -149,25 +196,39 @@ class HeldOut:
 
 
 def held_out_text(
-    source: TokenSource, number: int, token_bytes: NDArray[np.int64], *, max_blocks: int, batch_rows: int, length: int
+    rows: TextRows, number: int, token_bytes: NDArray[np.int64], *, max_rows: int, batch_rows: int
 ) -> HeldOut:
-    """The first blocks of a held-out source. Text shorter than `length` tokens makes one shorter block.
+    """The first rows of a held-out source.
 
     `number` goes into `TokenBatch.source`; `token_bytes` [vocab_size] are the bytes of each token.
     """
-    length = min(length, len(source))
-    blocks = [source.block(index, length) for index in range(min(max_blocks, source.num_blocks(length)))]
-    num_bytes = sum(int(token_bytes[block[1:]].sum()) for block in blocks)
-    portions = [blocks[start : start + batch_rows] for start in range(0, len(blocks), batch_rows)]
-    return HeldOut([running_text(portion, [number] * len(portion)) for portion in portions], num_bytes)
+    found = [rows[row] for row in range(min(max_rows, len(rows)))]
+    num_bytes = sum(int(token_bytes[row.tokens[row.mask]].sum()) for row in found)
+    portions = [found[start : start + batch_rows] for start in range(0, len(found), batch_rows)]
+    return HeldOut([collate_text(portion, [number] * len(portion)) for portion in portions], num_bytes)
 
 
-def running_text(blocks: Sequence[NDArray[np.int64]], source: Sequence[int]) -> TokenBatch:
-    """Blocks of one length as a batch in which all tokens but the first of a row are to be predicted."""
-    tokens = torch.from_numpy(np.stack(blocks))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+def collate_text(rows: Sequence[TextRow], source: Sequence[int]) -> TokenBatch:
+    """Rows of one length as a batch."""
+    documents = [row.documents for row in rows if row.documents is not None]
+    return TokenBatch(
+        tokens=torch.from_numpy(np.stack([row.tokens for row in rows])),
+        loss_mask=torch.from_numpy(np.stack([row.mask for row in rows])), source=torch.tensor(source),
+        documents=torch.from_numpy(np.stack(documents)) if documents else None,
+    )  # fmt: skip
+
+
+def cut_rows(batch: TokenBatch, length: int) -> TokenBatch:
+    """Each row [S] as S / length rows [length], of which the first tokens are not to be predicted any more."""
+    parts = batch.tokens.shape[1] // length
+    if parts == 1:
+        return batch
+    tokens, mask = (each.reshape(-1, length) for each in (batch.tokens, batch.loss_mask))
+    mask = mask.clone()
     mask[:, 0] = False
-    return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.tensor(source))
+    documents = None if batch.documents is None else batch.documents.reshape(-1, length)
+    source = batch.source.repeat_interleave(parts)
+    return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents, cut_into=parts)
 
 
 def batch_width(rows: Sequence[TokenRow], max_length: int) -> int:
@@ -182,6 +243,32 @@ def collate_conversations(
     """Conversations as a batch, padded to `width` tokens."""
     tokens, mask = _padded(rows, pad_id, width)
     return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.as_tensor(source))
+
+
+def collate_packed(
+    rows: Sequence[Sequence[TokenRow]], source: Sequence[int] | Integers, pad_id: int, width: int, *,
+    attend_across: bool = False,
+) -> TokenBatch:  # fmt: skip
+    """Rows of several documents, one behind the other, as a batch padded to `width` tokens.
+
+    Without `attend_across` the first token of each document is not to be predicted, and padding is the last document.
+    """
+    tokens, mask = _padded([_joined(row, attend_across) for row in rows], pad_id, width)
+    documents = None if attend_across else torch.stack([_numbers(row, width) for row in rows])
+    return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.as_tensor(source), documents=documents)
+
+
+def _joined(row: Sequence[TokenRow], attend_across: bool) -> TokenRow:
+    mask = np.concatenate([each.mask for each in row])
+    if not attend_across:
+        mask[np.cumsum([0, *(len(each.tokens) for each in row[:-1])])] = False
+    return TokenRow(np.concatenate([each.tokens for each in row]), mask)
+
+
+def _numbers(row: Sequence[TokenRow], width: int) -> Tensor:
+    lengths = [len(each.tokens) for each in row]
+    repeats = torch.tensor([*lengths, width - sum(lengths)])
+    return torch.arange(len(repeats), dtype=torch.int32).repeat_interleave(repeats)
 
 
 def collate_pairs(rows: Sequence[PairRow], source: Sequence[int] | Integers, pad_id: int, width: int) -> PairBatch:

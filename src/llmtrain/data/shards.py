@@ -5,7 +5,6 @@ holds `tokens` (16-bit where the vocabulary allows), and for each document where
 from (`pieces`, `rows`).
 """
 
-import bisect
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -109,17 +108,23 @@ class TokenSource:
         found = [self._tensor(number, "ends")[:] + self._starts[number] for number in shards]
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
+    def ends_within(self, start: int, end: int) -> NDArray[np.int64]:
+        """The ends of documents in (start, end)."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for number in self._shards_of(start, end):
+            ends = self._tensor(number, "ends")[:] + self._starts[number]
+            found.append(ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end)])
+        return np.concatenate(found)
+
     def documents(self, start: int, end: int) -> list[tuple[int, Place]]:
         """The documents of which tokens [start, end) hold a part: number of each, and where it comes from."""
         found = []
-        for number in range(len(self.summary.shards)):
-            first, behind = int(self._starts[number]), int(self._starts[number + 1])
-            if first < end and start < behind:
-                ends = self._tensor(number, "ends")[:]
-                low = bisect.bisect_right(ends, max(start - first, 0))
-                high = min(bisect.bisect_left(ends, min(end, behind) - first) + 1, len(ends))
-                before = int(self._documents_before[number])
-                found += [(before + document, self._place(number, document)) for document in range(low, high)]
+        for number in self._shards_of(start, end):
+            first, ends = int(self._starts[number]), self._tensor(number, "ends")[:]
+            low = int(np.searchsorted(ends, max(start - first, 0), side="right"))
+            high = min(int(np.searchsorted(ends, end - first)) + 1, len(ends))
+            before = int(self._documents_before[number])
+            found += [(before + document, self._place(number, document)) for document in range(low, high)]
         return found
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
@@ -128,6 +133,11 @@ class TokenSource:
         for number in range(len(self.summary.shards)):
             counts += np.bincount(self._tensor(number, "tokens")[:], minlength=vocab_size)
         return counts
+
+    def _shards_of(self, start: int, end: int) -> range:
+        """The shards that hold a part of tokens [start, end)."""
+        low, high = np.searchsorted(self._starts, [start, end - 1], side="right")
+        return range(int(low) - 1, min(int(high), len(self.summary.shards)))
 
     def _place(self, number: int, document: int) -> Place:
         pieces = self.manifest.portions[self.summary.shards[number].portion]

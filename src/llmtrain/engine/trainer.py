@@ -94,12 +94,16 @@ class Trainer:
     micro_batch_rows: int | None = None
     max_grad_norm: float | None = 1.0
     compile: bool = False
+    fixed_shapes: bool = False
+    """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     speed: Speed
 
     def fit(self) -> None:
         """Train from the checkpoint, or from the start, to the last step."""
         step = self._resume()
-        loss_of: LossFunction = torch.compile(self.objective) if self.compile else self.objective
+        loss_of: LossFunction = self.objective
+        if self.compile:
+            loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
         if step == 0:
             self._record(0, {}, self._evaluate())
         last_saved = time.monotonic()

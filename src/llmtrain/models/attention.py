@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models import cpu_attention
+from llmtrain.models.document_attention import Documents, document_attention
 from llmtrain.models.positions import RotaryTables, rotate
 
 
@@ -74,8 +75,9 @@ class KVCache:
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(D)) v per head, each position seeing itself and what is before it, [B, T, H] → [B, T, H].
 
-    Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Q/K query heads share a key-value head (Ainslie et al. 2023,
-    arXiv 2305.13245). `qkv` holds the three projections, query rows first, so that one product computes all.
+    With `documents`, it sees what is before it in its own document. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
+    Q/K query heads share a key-value head (Ainslie et al. 2023, arXiv 2305.13245). `qkv` holds the three projections,
+    query rows first, so that one product computes all.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -89,14 +91,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:  # fmt: skip
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if rotary is not None:
             query_key = rotate(query_key, rotary)
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if cache is None or cache.filled == 0:
-            attended = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=True)
+            attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), documents)
             if cache is not None:
                 cache.append(self.layer, key, value)
         else:
@@ -105,6 +110,14 @@ class Attention(nn.Module):
             mask = None if cache.mask is None else cache.mask[..., : seen.shape[2]]
             attended = self._attend(query.transpose(1, 2), keys, values, mask=mask)
         return self.output(attended.transpose(1, 2).flatten(2))  # [B, T, H]
+
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """Queries [B, Q, T, D] over keys and values [B, K, T, D] of the same positions → [B, Q, T, D]."""
+        if documents is None:
+            return self._attend(query, key, value, causal=True)
+        if documents.mask is None:
+            return document_attention(query, key, value, documents.numbers)
+        return self._attend(query, key, value, mask=documents.mask)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False

@@ -33,8 +33,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attended
 
 
-@torch.library.custom_op("llmtrain::causal_attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Attended values [B, Q, T, D] and the log-sum-exp of each query's scores [N, G, T]."""
     queries, keys, values = _grouped(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
     attended, normaliser = torch.empty_like(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
@@ -47,8 +46,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return attended.view(query.shape), normaliser
 
 
-@torch.library.custom_op("llmtrain::causal_attention_backward", mutates_args=())
-def _backward(
+def differentiate(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query [B, Q, T, D], key and value [B, K, T, D] from that of the attended values [B, Q, T, D]."""
@@ -94,6 +92,10 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     ahead = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1)
     scores[..., -count:].masked_fill_(ahead, float("-inf"))
     return scores
+
+
+_forward = torch.library.custom_op("llmtrain::causal_attention", attend, mutates_args=())
+_backward = torch.library.custom_op("llmtrain::causal_attention_backward", differentiate, mutates_args=())
 
 
 @_forward.register_fake

@@ -62,13 +62,14 @@ class LanguageModel(nn.Module):
         read: Read | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Any:
         """Logits [B, T, V] of tokens [B, T] int64, or `read(hidden, head_weight)` without making the logits.
 
-        `read` runs inside forward because a sharded weight is whole only there. `positions` and `cache` are
-        those of `Transformer.forward`.
+        `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache` and `documents`
+        are those of `Transformer.forward`.
         """
-        hidden = self.trunk(tokens, positions, cache)
+        hidden = self.trunk(tokens, positions, cache, documents)
         return (read or F.linear)(hidden, self.head_weight)
 
     @torch.no_grad()

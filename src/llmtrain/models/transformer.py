@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import Attention, KVCache
+from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotary_tables
@@ -37,8 +38,11 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = make_feed_forward(config)
 
-    def forward(self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), rotary, cache)
+    def forward(
+        self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:  # fmt: skip
+        attended = self.attention(self.attention_norm(hidden), rotary, cache, documents)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         transformed = self.feed_forward(self.feed_forward_norm(hidden))
         return hidden + F.dropout(transformed, self.dropout, self.training)
@@ -61,20 +65,29 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
         `positions` [B or 1, T] default to 0, 1, 2, ..., or with a cache to the ones that follow its tokens. With a
         cache, the first call takes the right-padded prompts and every later one a single token for each row.
+        `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
         """
+        assert cache is None or documents is None, "a cache holds one document for each row"
         assert cache is None or cache.filled == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
-        if positions is None and cache is not None:
+        dropout = self.config.dropout if self.training else 0.0
+        within = None if documents is None else Documents.of(documents, dropout)
+        if positions is None and within is not None:
+            positions = within.positions()
+        elif positions is None and cache is not None:
             positions = cache.positions(tokens)
         elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
         hidden, rotary = self._embed(tokens, positions)
         for block in self.blocks:
-            hidden = block(hidden, rotary, cache)
+            hidden = block(hidden, rotary, cache, within)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.final_norm(hidden)

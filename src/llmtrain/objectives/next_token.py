@@ -4,7 +4,8 @@ Shapes: B rows, S tokens of the longest row.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +26,15 @@ class TokenBatch(Batch):
     """[B, S] bool: the tokens that are to be predicted; the first of a row never is."""
     source: Tensor
     """[B] int64: number of the source that the row comes from."""
+    documents: Tensor | None = None
+    """[B, S] int32, non-decreasing in a row: the document of each token, where none sees another document than its own.
+    Padding has a number of its own. `loss_mask` leaves out the first token of each document: nothing predicts it."""
+    cut_into: int = 1
+    """The short rows that were made of each full one; where micro-batches count rows, they count full ones."""
+
+    def micro_batches(self, rows: int | None) -> Iterator[Self]:
+        """The batch in portions of at most `rows` full rows (None: in one)."""
+        return super().micro_batches(rows and rows * self.cut_into)
 
 
 def next_tokens(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +67,7 @@ class NextToken:
         def read(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
             return cross_entropy_sum(hidden, head_weight, targets, mask, z_loss=self.z_loss)
 
-        loss, nll = model(batch.tokens, read=read)
+        loss, nll = model(batch.tokens, read=read, documents=batch.documents)
         metrics: Metrics = {"loss": (nll.sum(), self.weight(batch))}
         for number, name in enumerate(self.source_names):
             of_source = (batch.source == number)[:, None]

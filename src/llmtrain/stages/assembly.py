@@ -155,7 +155,7 @@ class Run(Generic[Config]):
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
     ) -> None:  # fmt: skip
-        """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: every batch has the same shape."""
+        """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few."""
         config, device, steps = self.config, self.layout.device, plan.steps
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
             self.say(
@@ -167,7 +167,9 @@ class Run(Generic[Config]):
         flops = trained.flops_per_token(length)
         wanted = config.engine.compile
         compile_it = (
-            wanted if isinstance(wanted, bool) else fixed_shapes and compile_pays(flops * steps * rows * length, device)
+            wanted
+            if isinstance(wanted, bool)
+            else fixed_shapes and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
         )
         tracker = Tracker(
             self.folder,
@@ -193,7 +195,7 @@ class Run(Generic[Config]):
             tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, speed=Speed(device, flops, peak),
+            compile=compile_it, fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak),
         )  # fmt: skip
         try:
             trainer.fit()
@@ -347,6 +349,13 @@ def plan(
 def rows_per_step(train: TrainConfig) -> int:
     """Rows of a step over all processes."""
     return train.batch_rows or (train.batch_tokens or train.sequence_length) // train.sequence_length
+
+
+def num_lengths(train: TrainConfig) -> int:
+    """Lengths that rows of a fixed one have in the run: one, or those of the length warm-up, compiled one by one."""
+    if train.length_warmup is None:
+        return 1
+    return (train.sequence_length // train.length_warmup.start_length).bit_length()
 
 
 def num_steps(train: TrainConfig, *, rows: int, parameters: int = 0, tokens_per_row: int = 0) -> int:

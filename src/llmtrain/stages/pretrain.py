@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import CleaningConfig, CorpusConfig, PretrainConfig, TokenizerConfig
-from llmtrain.data.batches import TokenBatches, held_out_text
+from llmtrain.config.schema import CleaningConfig, CorpusConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from llmtrain.data.batches import LengthWarmup, TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
 from llmtrain.data.preparation import describe_source, prepare_sources
 from llmtrain.data.records import Faults
+from llmtrain.data.sequences import text_rows
 from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llmtrain.engine.distributed import bare, spread
@@ -51,11 +52,12 @@ def stage(config: PretrainConfig) -> None:
 
     length = config.train.sequence_length
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    sizes = {name: source.num_blocks(length) for name, source in sources.items()}
+    rows = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
+    sizes = {name: len(each) for name, each in rows.items()}
     said = {name: digests(source) for name, source in sources.items()}
     plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
     batches = TokenBatches(
-        sources, plan.order(config.seed), sequence_length=length, rank=run.layout.rank, world=run.layout.world
+        rows, plan.order(config.seed), sequence_length=length, rank=run.layout.rank, world=run.layout.world
     )
     run.say(
         f"{parameters:,} parameters, {plan.steps} steps, "
@@ -69,12 +71,21 @@ def stage(config: PretrainConfig) -> None:
     samples = Continuations(Replica(trained), tokenizer)
     run.write_samples("before", samples)
     run.fit(
-        model=model, trained=trained, batches=batches, objective=NextToken(source_names=names), tokenizer=tokenizer,
-        plan=plan, evaluators=[measure], fixed_shapes=True,
+        model=model, trained=trained, batches=warmed_up(config.train, batches), tokenizer=tokenizer, plan=plan,
+        objective=NextToken(source_names=names), evaluators=[measure], fixed_shapes=True,
     )  # fmt: skip
     run.write_samples("after", samples)
-    said = {name: digests(sources[name]) for name in names}
     run.finish(trained, tokenizer, data=said, plan=plan)
+
+
+def warmed_up(train: TrainConfig, batches: TokenBatches) -> TokenBatches | LengthWarmup:
+    """The batches, in shorter rows at first where `train.length_warmup` says so."""
+    if train.length_warmup is None:
+        return batches
+    first, steps = train.length_warmup.start_length, train.length_warmup.steps
+    return LengthWarmup(
+        batches, batches.counts, start_length=first, sequence_length=train.sequence_length, steps=steps
+    )  # fmt: skip
 
 
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
@@ -155,12 +166,13 @@ def domains(
         if not len(source):
             log.warning("data.sources.%s: nothing is held out; name a validation_path or lower validation_every", name)
             continue
+        # text shorter than a row makes one shorter row
+        rows = text_rows(source, config.data, min(config.train.sequence_length, len(source)), tokenizer.pad_id)
         text = held_out_text(
-            source, number, tokenizer.token_bytes, max_blocks=config.eval.max_rows, batch_rows=EVALUATION_ROWS,
-            length=config.train.sequence_length,
-        )  # fmt: skip
+            rows, number, tokenizer.token_bytes, max_rows=config.eval.max_rows, batch_rows=EVALUATION_ROWS
+        )
         counts = torch.from_numpy(sources[name].token_counts(tokenizer.vocab_size))
-        bits = sum(unigram_bits(counts, batch.tokens[:, 1:]) for batch in text.batches)
+        bits = sum(unigram_bits(counts, batch.tokens[batch.loss_mask]) for batch in text.batches)
         found[name] = Domain(text.batches, text.num_bytes, bits / text.num_bytes)
     return found
 

@@ -1,15 +1,19 @@
 """`llmtrain sft`: supervised fine-tuning on conversations; the loss is on the assistant's tokens only."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from llmtrain.config.schema import SftConfig
-from llmtrain.data.batches import ConversationBatches, collate_conversations
+from llmtrain.data.batches import ConversationBatches, PackedBatches, collate_conversations
 from llmtrain.data.encoding import TokenRow, load_conversations
+from llmtrain.data.packing import PackedConversations
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run
+from llmtrain.stages.assembly import Plan, Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 
 
@@ -36,12 +40,9 @@ def stage(config: SftConfig) -> None:
     model = spread(trained, run.layout, config.engine.sharding)
 
     said = assembly.row_digests(config.data, rows)
-    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
-    batches = ConversationBatches(
-        rows, plan.order(config.seed), max_length=length,
-        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
-    )  # fmt: skip
-    run.say(f"{plan.steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources")
+    batches, plan = build_batches(config, run, rows, said, length, tokenizer.pad_id)
+    packed = f", packed into {sum(plan.sizes.values()):,} rows" if config.data.packing else ""
+    run.say(f"{plan.steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources{packed}")
 
     measure = evaluate_objective(
         bare(model),
@@ -54,10 +55,24 @@ def stage(config: SftConfig) -> None:
     run.write_samples("before", problems.samples)
     run.fit(
         model=model, trained=trained, batches=batches, objective=NextToken(source_names=batches.order.mixture.names),
-        tokenizer=tokenizer, plan=plan, evaluators=[measure, *problems.evaluators],
+        tokenizer=tokenizer, plan=plan, evaluators=[measure, *problems.evaluators], fixed_shapes=config.data.packing,
     )  # fmt: skip
     run.write_samples("after", problems.samples)
     run.finish(trained, tokenizer, data=said, plan=plan)
+
+
+def build_batches(
+    config: SftConfig, run: Run[SftConfig], rows: Mapping[str, Sequence[TokenRow]], said: dict[str, Any], length: int,
+    pad_id: int,
+) -> tuple[ConversationBatches | PackedBatches, Plan]:  # fmt: skip
+    """The batches of the run, of single conversations or of packed rows, and what it draws."""
+    options: dict[str, Any] = {"pad_id": pad_id, "rank": run.layout.rank, "world": run.layout.world}
+    if config.data.packing:
+        packed = {name: PackedConversations(each, length) for name, each in rows.items()}
+        plan = run.plan(config.data, {name: len(each) for name, each in packed.items()}, said)
+        return PackedBatches(packed, plan.order(config.seed), length=length, **options), plan
+    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
+    return ConversationBatches(rows, plan.order(config.seed), max_length=length, **options), plan
 
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:

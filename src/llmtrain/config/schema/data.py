@@ -114,6 +114,10 @@ class CorpusConfig(MixtureConfig):
     """Sources by name; the names appear in metrics as `data/<name>/tokens`."""
     cleaning: CleaningConfig = Field(default_factory=CleaningConfig)
     """What is left out, cut or masked before training; off unless asked for."""
+    sequences: Literal["blocks", "documents"] = "blocks"
+    """A row is a block of running text, cut anywhere, or whole documents, best-fit packed (longer ones are cut)."""
+    attend_across_documents: bool = True
+    """Tokens see the documents before theirs in the row. false: their own alone, in which positions start at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,5 +152,7 @@ class RowsConfig(MixtureConfig):
     """Sources by name."""
     too_long: Literal["drop", "cut"] = "drop"
     """What happens to rows longer than `train.sequence_length`; counted in the log either way."""
+    packing: bool = False
+    """Fill rows with several whole conversations, of which none sees another (sft); batches count packed rows."""
     sampled_pairs: SampledPairsConfig | None = None
     """Pairs against the starting model's own mistakes (reward and dpo; needs rows with a checkable answer)."""

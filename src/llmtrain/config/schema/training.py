@@ -9,6 +9,16 @@ from llmtrain.config.schema.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LengthWarmupConfig:
+    """Shorter rows at the start of a run, as many tokens in a step. Read by `data/batches.py`."""
+
+    start_length: int = Field(ge=2)
+    """Tokens in a row at first; doubled until it is `train.sequence_length`."""
+    steps: int = Field(ge=1)
+    """Steps until rows have their full length; each shorter length lasts equally long."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """How long, and in which portions. Say the length once: steps, tokens, epochs or tokens_per_parameter."""
 
@@ -26,6 +36,8 @@ class TrainConfig:
     """Rows per step, over all processes: conversations, pairs or prompts."""
     sequence_length: int = Field(default=256, ge=2)
     """Tokens the model sees in one row (at most, where rows differ in length)."""
+    length_warmup: LengthWarmupConfig | None = None
+    """Begin with shorter rows (pretraining): each is cut into equal ones. Micro-batches keep their number of tokens."""
     micro_batch_rows: int | None = Field(default=None, ge=1)
     """Rows in one forward and backward pass of one process. Null: all rows of the process."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
