@@ -264,6 +264,35 @@ def sources(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
 
 
+def conversations_only(view: View) -> Iterator[Finding]:
+    """Only conversations have turns to choose from and to divide between."""
+    if view.command == "sft":
+        return
+    yield from no_effect(view, "data.loss_on", "only sft learns conversations; here the last answer is judged")
+    if view["data.too_long"] == "split":
+        yield finding("only conversations (sft) can be divided; use drop or cut", "data.too_long")
+
+
+def row_sources(view: View) -> Iterator[Finding]:
+    """Columns, roles and templates are for rows that are read, and templates word all that the stage needs."""
+    trains_on_pairs = view.command == "reward" or (view.command == "align" and view["method.name"] == "dpo")
+    needed = ("completion",) if view.command == "sft" else ("chosen", "rejected") if trains_on_pairs else ()
+    view["data.too_long"]  # rows, not text
+    for name, source in view["data.sources"].items():
+        key, templates = f"data.sources.{name}", source["templates"]
+        generated = str(source["path"]).startswith("embedded:")
+        for option in ("columns", "roles", "templates"):
+            if source[option] and generated:
+                yield finding(f"has no effect: {source['path']} is generated", f"{key}.{option}", f"{key}.path")
+            elif source[option] and templates and option != "templates":
+                why = "has no effect: the templates read the row's columns themselves"
+                yield finding(why, f"{key}.{option}", f"{key}.templates")
+        for number, template in enumerate(templates):
+            missing = [each for each in needed if template.get(each) is None]
+            if missing:
+                yield finding(f"template {number} needs `{missing[0]}` for {view.command}", f"{key}.templates")
+
+
 def phases(view: View) -> Iterator[Finding]:
     """Phases come one after another and weigh sources that there are."""
     before = 0.0
@@ -350,6 +379,8 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     adaptive_kl,
     sampled_pairs,
     sources,
+    conversations_only,
+    row_sources,
     phases,
     greedy,
     pipeline_order,

@@ -65,7 +65,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source, self.special_tokens = source, dict(special_tokens)
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
         self._has_marks = re.search(r"\{%-?\s*generation\b", source) is not None
@@ -86,7 +86,7 @@ class ChatTemplate:
         try:
             variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
             return self._template.render(variables, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template computes with the messages: anything may go wrong
             raise DataError(f"the chat template refuses these messages: {error}\n{_shown(messages)}") from None
 
     def _answer(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int]:
@@ -108,14 +108,15 @@ def default_chat_template() -> str:
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as Transformers sets it up for chat templates, in its sandbox."""
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:

@@ -17,6 +17,7 @@ from llmtrain.config.schema.commands import (
     StageConfig,
 )
 from llmtrain.config.schema.data import (
+    ColumnsConfig,
     CorpusConfig,
     MixedSourceConfig,
     PhaseConfig,
@@ -24,6 +25,7 @@ from llmtrain.config.schema.data import (
     RowSourceConfig,
     SampledPairsConfig,
     SourceConfig,
+    TemplateConfig,
 )
 from llmtrain.config.schema.methods import DpoConfig, PpoConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
@@ -40,6 +42,7 @@ from llmtrain.config.schema.training import (
 __all__ = [
     "AlignConfig",
     "CheckpointConfig",
+    "ColumnsConfig",
     "CorpusConfig",
     "DpoConfig",
     "EngineConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "ShowConfig",
     "SourceConfig",
     "StageConfig",
+    "TemplateConfig",
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
