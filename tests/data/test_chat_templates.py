@@ -131,6 +131,19 @@ def test_where_it_cannot_be_told_marks_are_asked_for(name: str) -> None:
         encode_conversation(plain, talk(FORMATS[name]))
 
 
+# Mistral's third puts the system message into prompts only: no conversation goes on from its prompt.
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {"mistral_v3"}))
+def test_the_last_turn_can_be_told_without_marks(name: str) -> None:
+    """As in preference pairs: earlier turns may then be rewritten."""
+    form = FORMATS[name]
+    plain = make_tokenizer(form, MARKS.sub("", marked(name)))
+    ids, mask = encode_conversation(plain, talk(form), "last")
+    prompt = encode_prompt(plain, talk(form)[:-1])
+    assert ids[: len(prompt)] == prompt
+    assert mask.index(True) == len(prompt)
+    assert ids == encode_conversation(make_tokenizer(form, marked(name)), talk(form))[0]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("loss_on", ["last", "flagged"])
 def test_one_turn_of_several(name: str, loss_on: str) -> None:

@@ -151,6 +151,7 @@ def test_labels_make_pairs_of_the_rows_with_the_same_prompt(tmp_path: Path) -> N
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("a", "b"), ("a", "c")]
     assert faults.counts == {"no other row answers the same prompt better or worse": 1}
     assert "line 2" in faults.report()
+    assert pairs[1].place.count("line 1 and ") == pairs[1].place.count("line 4") == 1
     scored = [labelled("q", "a", 0.5, "reward"), labelled("q", "b", 0, "reward")]
     assert read(PAIRS, tmp_path, *scored) == [Pair([USER], "a", "b")]
     talks = [{"messages": [USER, ASSISTANT], "label": False}, {"messages": [USER, OTHER], "label": True}]

@@ -17,6 +17,7 @@ from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, Ro
 from llmtrain.data.batches import RowOrder, TokenBatches
 from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
+from llmtrain.engine.display import show_log
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
 
@@ -26,6 +27,7 @@ MARKS = ("«", "»")
 
 def run(config: ShowConfig) -> None:
     """Show the mixture and the first rows of a stage. Raises what the stage would raise for its config or data."""
+    show_log(is_main=True)
     console = Console()
     planned = load_config(config.stage, config.overrides, later=("data",))
     if isinstance(planned, PretrainConfig) and plans.is_elsewhere(planned):

@@ -92,8 +92,10 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
 def _encode(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> Row:
     """Ids and mask of messages, those of the assistant with `train`."""
     shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-    segments, spoken = tokenizer.template.render(shown, add_generation_prompt).segments()
-    learned = iter(_learned([bool(m.get("train")) for m in messages if m["role"] == "assistant"], sum(spoken)))
+    flags = [bool(message.get("train")) for message in messages if message["role"] == "assistant"]
+    rendered = tokenizer.template.render(shown, add_generation_prompt, [i for i, flag in enumerate(flags) if flag])
+    segments, spoken = rendered.segments()
+    learned = iter(_learned(flags, sum(spoken)) if rendered.turns is None else [flags[i] for i in rendered.turns])
     ids: list[int] = []
     mask: list[bool] = []
     for piece, answer in zip(tokenizer.encode_rendered(segments), spoken, strict=True):

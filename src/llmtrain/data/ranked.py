@@ -53,7 +53,8 @@ def ranked_pairs(prompt: Messages, fields: Fields, answer: str | None) -> list[P
     scores = _scores(answers, fields)
     if len(scores) != len(texts):
         raise DataError(f"{len(texts)} answers, but {len(scores)} scores or ranks")
-    return _pairs(prompt, list(zip(texts, scores, strict=True)), answer, fields.place)
+    judged = [Judged(prompt, text, score, fields.place) for text, score in zip(texts, scores, strict=True)]
+    return [_pair(better, worse, answer) for better, worse in _ordered(judged)]
 
 
 def are_ranked(fields: Fields) -> bool:
@@ -67,31 +68,32 @@ def are_ranked(fields: Fields) -> bool:
 def paired(rows: Iterable[list[Pair | Judged]], path: str, faults: Faults) -> Iterator[list[Pair]]:
     """The pairs of each row, then those of judged rows with the same prompt, prompt by prompt.
 
-    Rows that no other is better or worse than are counted. Raises DataError where that is so for all of them.
+    Rows that no other is better or worse than are counted. Raises DataError where there is no pair at all.
     """
     judged: dict[str, list[Judged]] = {}
+    found = False
     for group in rows:
         pairs = [each for each in group if isinstance(each, Pair)]
         if pairs:
+            found = True
             yield pairs
         for one in group:
             if isinstance(one, Judged):
                 judged.setdefault(json.dumps(one.prompt, sort_keys=True), []).append(one)
-    found = False
     for same in judged.values():
-        pairs = _pairs(same[0].prompt, [(each.text, each.score) for each in same], None, same[0].place)
-        found = found or bool(pairs)
-        if pairs:
-            yield pairs
-        in_pairs = {text for pair in pairs for text in (pair.chosen, pair.rejected)}
+        ordered = _ordered(same)
+        if ordered:
+            found = True
+            yield [_pair(better, worse) for better, worse in ordered]
+        in_pairs = {id(one) for two in ordered for one in two}
         for each in same:
-            if each.text not in in_pairs:
+            if id(each) not in in_pairs:
                 reason = "no other row answers the same prompt better or worse"
                 leave_out(faults, RowError(reason, f"{each.place}: {reason}"))
     if judged and not found:
         raise DataError(
             f"{path}: none of the {len(judged)} prompts has a better and a worse answer, so there are no pairs to "
-            "learn from; expected rows with the same prompt and different labels or scores"
+            f"learn from; expected rows with the same prompt and different labels or scores\n{faults.report()}"
         )
 
 
@@ -101,13 +103,15 @@ def leave_out(faults: Faults, fault: RowError) -> None:
     faults.first.setdefault(fault.reason, str(fault))
 
 
-def _pairs(prompt: Messages, answers: list[tuple[str, float]], answer: str | None, place: str) -> list[Pair]:
-    pairs = []
-    for (first, score), (second, other) in combinations(answers, 2):
-        if score != other and first != second:
-            better, worse = (first, second) if score > other else (second, first)
-            pairs.append(Pair(prompt, better, worse, answer, place))
-    return pairs
+def _ordered(answers: list[Judged]) -> list[tuple[Judged, Judged]]:
+    """All pairs of a better and a worse answer."""
+    pairs = [two for two in combinations(answers, 2) if two[0].score != two[1].score and two[0].text != two[1].text]
+    return [(first, second) if first.score > second.score else (second, first) for first, second in pairs]
+
+
+def _pair(better: Judged, worse: Judged, answer: str | None = None) -> Pair:
+    place = " and ".join(dict.fromkeys((better.place, worse.place)))
+    return Pair(better.prompt, better.text, worse.text, answer, place)
 
 
 def _text(answer: Any, fields: Fields) -> str:

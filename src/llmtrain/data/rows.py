@@ -42,7 +42,8 @@ def read_rows(
         path = source.validation_path if split == "validation" else source.path
         yield from chain.from_iterable(_groups(kind, path, split, source, cache_dir, faults))
     else:
-        groups = _groups(kind, source.path, "train", source, cache_dir, faults)
+        # reading the same file again for the rows held out, there is nothing new to tell
+        groups = _groups(kind, source.path, "train", source, cache_dir, faults, tell=split == "train")
         held = hold_out(groups, validation_every, split, _last_group)
         yield from chain.from_iterable(held)
 
@@ -58,14 +59,15 @@ def read_problems(path: str, limit: int, cache_dir: Path) -> list[Prompt]:
 
 
 def _groups(
-    kind: Kind[Row], path: str, split: Split, source: RowSourceConfig, cache_dir: Path, faults: Faults
-) -> Iterator[list[Row]]:
+    kind: Kind[Row], path: str, split: Split, source: RowSourceConfig, cache_dir: Path, faults: Faults,
+    tell: bool = True,
+) -> Iterator[list[Row]]:  # fmt: skip
     """Rows that belong together: those of one record, or of records with the same prompt."""
     if path.startswith(PREFIX):
         yield from islice(_generated(kind, path, split), source.max_rows)
         return
     part = source.split if split == "train" else "validation"
-    reader = _Reader(kind, source, path, faults)
+    reader = _Reader(kind, source, path, faults, tell)
     records = read_records(path, split=part, name=source.name, cache_dir=cache_dir)
     groups = (group for place, record in records if (group := reader.read(place, record)))
     yield from kind.join(islice(groups, source.max_rows), path, faults)
@@ -77,8 +79,8 @@ def _groups(
 class _Reader:
     """Reads the records of one path; says once how they are read, and counts what cannot be."""
 
-    def __init__(self, kind: Kind[Any], source: RowSourceConfig, path: str, faults: Faults) -> None:
-        self.kind, self.path, self.faults = kind, path, faults
+    def __init__(self, kind: Kind[Any], source: RowSourceConfig, path: str, faults: Faults, tell: bool) -> None:
+        self.kind, self.path, self.faults, self.tell = kind, path, faults, tell
         self.columns = Columns(source)
         self.wordings = Wordings(source)
         self.seen = self.used = 0
@@ -114,7 +116,7 @@ class _Reader:
             there = "`columns` names" if fields.explicit else "these columns are"
             names = ", ".join(fields.names if fields.explicit else record)
             raise DataError(f"{there} no {self.kind.name}: {names}\nexpected {self.kind.expected}")
-        if layout.said not in self.said:
+        if self.tell and layout.said not in self.said:
             self.said.add(layout.said)
             count = len(self.wordings)
             worded = f", worded by {count} templates" if count else ""
