@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, finish, make_parents, starting_from
+from tests.tiny import COMMANDS, finish, starting_from
 
 DATA = Path(os.environ.get("LLMTRAIN_DATA", "no such folder"))
+LENGTH = 1024
 SHORT = ["train.steps=2", "schedule.warmup_steps=0", "train.batch_rows=4", "eval.max_rows=2"]
 PAIRS = ["preference/dpo_demo", "preference/dpo_mix", "preference/stackexchange", "preference/taskmaster_reward"]
 LABELLED = ["preference/kto_demo", "preference/taskmaster_reward"]
@@ -21,15 +22,29 @@ pytestmark = [
 ]
 
 
+def longer(command: list[str]) -> list[str]:
+    """The command for models that read rows of real data."""
+    return [
+        text.replace("max_sequence_length=128", f"max_sequence_length={LENGTH}").replace(
+            "train.sequence_length=128", f"train.sequence_length={LENGTH}"
+        )
+        for text in command
+    ]
+
+
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_parents(tmp_path_factory.mktemp("runs"))
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("pretrain", "sft", "reward"):
+        where = [*starting_from(folder, name), f"runs_dir={folder}", f"run={name}"]
+        finish([*longer(COMMANDS[name]), "train.steps=1", "schedule.warmup_steps=0", *where])
+    return folder
 
 
 def train(parents: Path, stage: str, name: str, rows: int = 400, too_long: str = "cut") -> str:
     """Train two tiny steps of a stage on a set; what the run says."""
     source = f"data.sources.files.path={DATA / name / 'train.jsonl.gz'}"
-    command = [text for text in COMMANDS[stage] if not text.startswith(("data.", "train.batch_rows", "eval."))]
+    command = [text for text in longer(COMMANDS[stage]) if not text.startswith(("data.", "train.batch_rows", "eval."))]
     run = f"{stage}-{name.replace('/', '-')}-{too_long}"
     arguments = [
         *command, *SHORT, *([] if stage == "reward" else ["eval.problems=null"]), "data=files", source,

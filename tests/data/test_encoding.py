@@ -51,6 +51,12 @@ def test_a_source_of_long_rows_only_is_refused(tmp_path: Path, tokenizer: Tokeni
         load_conversations(config(tmp_path, LONG), tokenizer, split="train", max_length=20, cache_dir=tmp_path)
 
 
+def test_the_limit_counts_rows_that_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = config(tmp_path, LONG, LONG, SHORT, SHORT, SHORT)
+    options = {"split": "train", "max_length": 20, "cache_dir": tmp_path}
+    assert len(load_pairs(rows, tokenizer, **options, limit=1)["a"]) == 1
+
+
 # Which turns are learned ------------------------------------------------------------------------------------------
 
 

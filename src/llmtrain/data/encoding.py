@@ -80,7 +80,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Loader(Generic[Raw, Encoded]):
-    """Loads the rows of each source of a mixture, at most `max_length` tokens long, those of the first `limit`.
+    """Loads the rows of each source of a mixture, at most `max_length` tokens long, the first `limit` of each.
 
     What is done about longer ones, and about rows that cannot be used, is in the config; it is counted in the log.
     Raises DataError for what cannot be read, and where no row of a source can be used.
@@ -97,8 +97,8 @@ class Loader(Generic[Raw, Encoded]):
         loaded: dict[str, list[Encoded]] = {}
         for name, source in config.sources.items():
             place, faults, tally = f"data.sources.{name} ({split})", Faults(config.on_error), Tally(max_length)
-            rows = islice(read_rows(self.kind, source, config.validation_every, split, cache_dir, faults), limit)
-            loaded[name] = list(self._encoded(rows, config, tokenizer, faults, tally))
+            rows = read_rows(self.kind, source, config.validation_every, split, cache_dir, faults)
+            loaded[name] = list(islice(self._encoded(rows, config, tokenizer, faults, tally), limit))
             _tell(place, config, faults, tally)
             if tally.rows and not loaded[name]:
                 raise DataError(f"{place}: {_why_none(tally, faults)}")
