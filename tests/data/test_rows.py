@@ -240,7 +240,7 @@ def test_what_was_detected_is_said_once(tmp_path: Path, caplog: pytest.LogCaptur
         (PROMPTS, [{"text": "q"}], "these columns are no prompts: text"),
         (CONVERSATIONS, [], "no rows in there"),
         (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"messages": [USER]}], "line 2: nothing .* by the assistant"),
-        (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"other": 1}], "line 2: these columns are no conv.*: other"),
+        (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"other": 1}], "line 2: this row has no `prompt`"),
         (CONVERSATIONS, [{"messages": [{"text": "q"}]}], "line 1: a message needs `role` or `from` and `c"),
         (CONVERSATIONS, [{"messages": [{"role": "user", "content": 3}]}], "line 1: the content .* found 3"),
         (PAIRS, [{"chosen": [USER, ASSISTANT], "rejected": [ASSISTANT, OTHER]}], "must differ in the assistant's last"),

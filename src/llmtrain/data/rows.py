@@ -14,7 +14,7 @@ from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data import arithmetic
 from llmtrain.data.columns import Columns
 from llmtrain.data.embedded import PREFIX
-from llmtrain.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, LeftOut, Prompt
+from llmtrain.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Layout, LeftOut, Prompt
 from llmtrain.data.messages import short
 from llmtrain.data.ranked import Pair, leave_out
 from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
@@ -85,6 +85,7 @@ class _Reader:
         self.wordings = Wordings(source)
         self.seen = self.used = 0
         self.said: set[str] = set()
+        self.layout: Layout | None = None
 
     def read(self, place: str, record: Record | RowError) -> list[Any]:
         """What the next record gives; nothing where it cannot be used."""
@@ -111,7 +112,8 @@ class _Reader:
         if self.wordings:
             record = self.wordings.word(record, self.seen)
         fields = self.columns.fields(record, place)
-        layout = self.kind.layout(fields)
+        # a row that fits no layout is one of the last layout that lacks something, and reading it so says what
+        layout = self.layout = self.kind.layout(fields) or self.layout
         if layout is None:
             there = "`columns` names" if fields.explicit else "these columns are"
             names = ", ".join(fields.names if fields.explicit else record)
