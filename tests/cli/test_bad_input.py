@@ -164,7 +164,7 @@ CONTENT = {
     "cut off": Case([*FILES, f"{FILE}=cut.jsonl.gz"], 2, ["cut.jsonl.gz: broken or cut off compressed file"]),
     "no chosen": Case([*REWARD, f"{FILE}=no_chosen.jsonl"], 2, ["line 1: these columns are no preference pairs"]),
     "no chosen in a row": Case(
-        [*REWARD, f"{FILE}=pairs_17.jsonl"], 2, ["pairs_17.jsonl, line 17: this row has no 'chosen'"]
+        [*REWARD, f"{FILE}=pairs_17.jsonl"], 2, ["pairs_17.jsonl, line 17: this row has no `chosen`"]
     ),
     "no assistant": Case([*SFT, f"{FILE}=chats_17.jsonl"], 2, ["line 17: nothing", "said by the assistant"]),
     "pairs for sft": Case([*SFT, f"{FILE}=pairs.jsonl"], 2, ["line 1: these columns are no conversations"]),

@@ -54,6 +54,17 @@ BAD = [
     ("pretrain data.sources.prose.cleaning.decontaminate=[./x]", "prose.cleaning.decontaminate: no such file: ./x"),
     ("pretrain data.cleaning.decontaminate=[embedded:prose]", "'embedded:prose': nothing embedded here"),
     ("sft data.cleaning.c4=true", "data.cleaning: unknown key"),
+    # rows
+    ("reward data.loss_on=last", "data.loss_on: has no effect: only sft learns conversations"),
+    ("align data.too_long=split", "data.too_long: only conversations (sft) can be divided; use drop or cut"),
+    ("sft data.sources.arithmetic.columns.prompt=q", "columns: has no effect: embedded:arithmetic is generated"),
+    ("sft data.sources.arithmetic.columns.promt=q", "columns.promt: unknown key; did you mean columns.prompt?"),
+    ("sft data.sources.arithmetic.templates=[{prompt:x}]", "templates: template 0 needs `completion` for sft"),
+    ("reward data.sources.arithmetic.templates=[{prompt:x,completion:y}]", "template 0 needs `chosen` for reward"),
+    (
+        "sft data.sources.a.path=. data.sources.a.templates=[{prompt:x,completion:y}] data.sources.a.columns.prompt=q",
+        "data.sources.a.columns: has no effect: the templates read the row's columns themselves",
+    ),
     # keys
     ("pretrain optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr? the override optimizer.lrr=1"),
     ("pretrain +optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),

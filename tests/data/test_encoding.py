@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig, RowSourceConfig
-from llmtrain.data.encoding import load_conversations, load_pairs, load_prompts
+from llmtrain.data.encoding import Loader, TokenRow, load_conversations, load_pairs, load_prompts
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -35,7 +35,7 @@ def test_long_rows_are_left_out_and_counted(
         assert len(load_prompts(rows, tokenizer, **options)["a"]) == 1
     assert tokenizer.decode(first.tokens.tolist(), skip_special=False) == "<|user|>xxx<|assistant|>yes<|end|>"
     assert tokenizer.decode(first.tokens[first.mask].tolist(), skip_special=False) == "yes<|end|>"
-    assert "1 of 2 rows left out: longer than 20 tokens" in caplog.text
+    assert "1 of 2 rows are longer than 20 tokens: 1 left out" in caplog.text
 
 
 def test_long_rows_can_be_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -49,3 +49,110 @@ def test_long_rows_can_be_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_a_source_of_long_rows_only_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"data\.sources\.a .*all 1 rows are longer than 20 tokens.*sequence_length"):
         load_conversations(config(tmp_path, LONG), tokenizer, split="train", max_length=20, cache_dir=tmp_path)
+
+
+def test_the_limit_counts_rows_that_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = config(tmp_path, LONG, LONG, SHORT, SHORT, SHORT)
+    options = {"split": "train", "max_length": 20, "cache_dir": tmp_path}
+    assert len(load_pairs(rows, tokenizer, **options, limit=1)["a"]) == 1
+
+
+# Which turns are learned ------------------------------------------------------------------------------------------
+
+
+def turns(*said: str, **flags: bool) -> list[dict]:
+    """User and assistant in turn; `flags` by what is said."""
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[number % 2], "content": text} | ({"train": flags[text]} if text in flags else {})
+        for number, text in enumerate(said)
+    ]
+
+
+def load(tmp_path: Path, tokenizer: Tokenizer, row: dict, max_length: int = 100, **options: str) -> list:
+    rows = config(tmp_path, row, **options)
+    return load_conversations(rows, tokenizer, split="train", max_length=max_length, cache_dir=tmp_path)["a"]
+
+
+def learned(tokenizer: Tokenizer, row: TokenRow) -> str:
+    return tokenizer.decode(row.tokens[row.mask].tolist(), skip_special=False)
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("all", "b<|end|>d<|end|>f<|end|>"), ("last", "f<|end|>"), ("flagged", "b<|end|>f<|end|>")],
+)
+def test_turns_that_are_learned(tmp_path: Path, tokenizer: Tokenizer, loss_on: str, expected: str) -> None:
+    [row] = load(tmp_path, tokenizer, {"messages": turns(*"abcdef", d=False, f=True)}, loss_on=loss_on)
+    assert learned(tokenizer, row) == expected
+
+
+def test_flags_that_nobody_uses_are_told_of(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(tmp_path, tokenizer, {"messages": turns(*"ab", b=True)})
+    assert "messages of 1 rows say whether to learn them, which data.loss_on=all does not use" in caplog.text
+    load(tmp_path, tokenizer, {"messages": turns(*"ab")}, loss_on="flagged")
+    assert "no message has a flag for data.loss_on=flagged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"a": True}, "line 1: only the assistant's turns can be learned"),
+        ({"b": False}, "line 1: nothing in this conv"),
+    ],
+)
+def test_flags_that_cannot_be_followed(tmp_path: Path, tokenizer: Tokenizer, flags: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, tokenizer, {"messages": turns(*"ab", **flags)}, loss_on="flagged")
+
+
+# Rows that are too long -------------------------------------------------------------------------------------------
+
+
+def test_long_conversations_are_divided_between_turns(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "x" * 40
+    row = {"messages": [{"role": "system", "content": "s"}, *turns("a", "b", "c", "d", "e", long, "g", "h", "i", "j")]}
+    found = load(tmp_path, tokenizer, row, max_length=12, too_long="split")
+    # a turn takes its role, one letter and, where the assistant says it, its end
+    assert [tokenizer.decode(each.tokens.tolist(), skip_special=False) for each in found] == [
+        f"<|system|>s<|user|>{a}<|assistant|>{b}<|end|><|user|>{c}<|assistant|>{d}<|end|>"
+        for a, b, c, d in ("abcd", "ghij")
+    ]
+    assert [learned(tokenizer, each) for each in found] == ["b<|end|>d<|end|>", "h<|end|>j<|end|>"]
+    assert "1 of 1 rows are longer than 12 tokens: 1 divided into 2 (1 more parts left out)" in caplog.text
+
+
+def test_what_cannot_be_divided_is_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="all 1 rows are longer than 20 tokens"):
+        load(tmp_path, tokenizer, LONG, max_length=20, too_long="split")
+
+
+def test_the_last_turn_of_a_divided_conversation_is_that_of_the_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    [row] = load(tmp_path, tokenizer, {"messages": turns(*"abcdef")}, 10, too_long="split", loss_on="last")
+    assert learned(tokenizer, row) == "f<|end|>"
+
+
+# Rows that the chat template refuses ------------------------------------------------------------------------------
+
+STRICT = """{% for m in messages %}{{ raise_exception('no ' + m.role) if m.role not in ('user', 'assistant') }}
+{{- '<|' + m.role + '|>' + m.content + (eos_token if m.role == 'assistant' else '') }}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.mark.parametrize("load_rows", [load_conversations, load_pairs, load_prompts])
+def test_rows_that_the_template_refuses_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, load_rows: Loader
+) -> None:
+    strict = tokenizer.with_chat_template(STRICT)
+    options = {"split": "train", "max_length": 50, "cache_dir": tmp_path}
+    refused = {**SHORT, "system": "s"}
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: the chat template refuses these messages: no system"):
+        load_rows(config(tmp_path, SHORT, refused, SHORT), strict, **options)
+    assert len(load_rows(config(tmp_path, SHORT, refused, SHORT, on_error="skip"), strict, **options)["a"]) == 1
+    assert "1 rows left out:\n1 x refused by the chat template; the first: " in caplog.text
+    with pytest.raises(DataError, match=r"none of the 1 rows can be used\n1 x refused by the chat template"):
+        load_rows(config(tmp_path, refused, SHORT, on_error="skip"), strict, **options)

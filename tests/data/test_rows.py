@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llmtrain.config.errors import DataError
-from llmtrain.config.schema import RowSourceConfig
+from llmtrain.config.schema import ColumnsConfig, RowSourceConfig
 from llmtrain.data.arithmetic import final_answer, is_held_out
 from llmtrain.data.records import Faults
 from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_problems, read_rows
@@ -21,8 +21,8 @@ def source(folder: Path, *rows: Any, **options: Any) -> RowSourceConfig:
     return RowSourceConfig(path=str(file), **options)
 
 
-def read(kind: Kind, folder: Path, *rows: Any) -> list[Any]:
-    return list(read_rows(kind, source(folder, *rows), 50, "train", folder, Faults()))
+def read(kind: Kind, folder: Path, *rows: Any, faults: Faults | None = None, **options: Any) -> list[Any]:
+    return list(read_rows(kind, source(folder, *rows, **options), 50, "train", folder, faults or Faults()))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,10 @@ def read(kind: Kind, folder: Path, *rows: Any) -> list[Any]:
         {"instruction": "q", "input": "", "output": "a"},
         {"question": "q", "answer": "a"},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+        {"messages": "\n\nHuman: q\n\nAssistant: a"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "response": "a"},
+        {"prompt": "q", "completion": "a", "label": True},
+        {"instruction": "q", "input": None, "output": "a", "label": 3},
     ],
 )
 def test_conversations_in_the_usual_columns(tmp_path: Path, row: dict) -> None:
@@ -54,6 +58,11 @@ def test_alpaca_input_and_system_go_into_the_prompt(tmp_path: Path) -> None:
         {"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
         {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": ASSISTANT, "rejected": OTHER},
+        {"prompt": "q", "answers": ["b", "a"], "scores": [1, 2.5]},
+        {"prompt": "q", "responses": [[ASSISTANT], [OTHER]], "ranking": [1, 2]},
+        {"instruction": "q", "completions": [{"response": "b", "score": 1}, {"response": "a", "score": 4}]},
+        {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
     ],
 )
 def test_pairs_in_the_usual_columns(tmp_path: Path, row: dict) -> None:
@@ -71,6 +80,144 @@ def test_pairs_in_the_usual_columns(tmp_path: Path, row: dict) -> None:
 )
 def test_prompts_in_the_usual_columns(tmp_path: Path, row: dict) -> None:
     assert read(PROMPTS, tmp_path, row) == [Prompt([USER], "7")]
+
+
+def test_earlier_turns_of_alpaca_rows(tmp_path: Path) -> None:
+    row = {"instruction": "q", "output": "a", "history": [["p", "b"]], "system": "s"}
+    [found] = read(CONVERSATIONS, tmp_path, row)
+    assert [(m["role"], m["content"]) for m in found.messages] == [
+        ("system", "s"), ("user", "p"), ("assistant", "b"), ("user", "q"), ("assistant", "a"),
+    ]  # fmt: skip
+
+
+def test_flags_of_messages(tmp_path: Path) -> None:
+    flags = [{"weight": 0}, {"train": True}, {"training": None}, {}]
+    row = {"messages": [USER, *({**ASSISTANT, **flag} for flag in flags)]}
+    [found] = read(CONVERSATIONS, tmp_path, row)
+    assert [message.get("train") for message in found.messages] == [None, False, True, None, None]
+    with pytest.raises(DataError, match=r"line 1: `weight` must be true or false .*found 0\.5"):
+        read(CONVERSATIONS, tmp_path, {"messages": [USER, {**ASSISTANT, "weight": 0.5}]})
+
+
+# Ranked and labelled answers --------------------------------------------------------------------------------------
+
+
+def test_several_ranked_answers_give_all_pairs_of_different_rank(tmp_path: Path) -> None:
+    row = {"question": "q", "answers": ["a", "b", "c", "d", "a"], "ranks": [2, 1, 2, 3, 3]}
+    pairs = [(pair.chosen, pair.rejected) for pair in read(PAIRS, tmp_path, row)]
+    assert pairs == [("b", "a"), ("a", "d"), ("b", "c"), ("b", "d"), ("b", "a"), ("c", "d"), ("c", "a")]
+
+
+def test_pairs_of_one_row_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"prompt": str(number), "answers": ["a", "b", "c"], "scores": [3, 2, 1]} for number in range(10)]
+    held_out = list(read_rows(PAIRS, source(tmp_path, *rows), 5, "validation", tmp_path, Faults()))
+    assert [pair.prompt[0]["content"] for pair in held_out] == ["4"] * 3 + ["9"] * 3
+
+
+def test_ties_are_counted(tmp_path: Path) -> None:
+    faults, tied = Faults(), {"prompt": "q", "answers": ["a", "b"], "scores": [1, 1]}
+    assert read(PAIRS, tmp_path, {**tied, "scores": [1, 2]}, tied, faults=faults) == [Pair([USER], "b", "a")]
+    assert faults.counts == {"no two answers of different rank": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "answers": ["a", "b"]}, "these columns are no preference pairs"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, "2 answers, but 1 scores or ranks"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1, float("nan")]}, "`scores` must be a number, found nan"),
+        ({"prompt": "q", "answers": "a", "scores": [1]}, "`answers` must be a list"),
+        ({"prompt": "q", "answers": ["a", "b"], "ranks": 1}, "`ranks` must be a list of numbers"),
+        ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, "b"]}, "this answer has neither a score nor a rank"),
+        ({"prompt": "q", "answers": [[USER], "b"], "ranks": [1, 2]}, "an answer must be one text or one message"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_named(tmp_path: Path, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: {message}"):
+        read(PAIRS, tmp_path, row)
+
+
+def labelled(prompt: str, completion: str, label: object, column: str = "label") -> dict:
+    return {"prompt": prompt, "completion": completion, column: label}
+
+
+def test_labels_make_pairs_of_the_rows_with_the_same_prompt(tmp_path: Path) -> None:
+    rows = [
+        labelled("q", "a", True), labelled("alone", "x", True), labelled("q", "b", False), labelled("q", "c", False),
+        labelled("q", "a", True),
+    ]  # fmt: skip
+    faults = Faults()
+    pairs = read(PAIRS, tmp_path, *rows, faults=faults)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("a", "b"), ("a", "c")]
+    assert faults.counts == {"no other row answers the same prompt better or worse": 1}
+    assert "line 2" in faults.report()
+    assert pairs[1].place.count("line 1 and ") == pairs[1].place.count("line 4") == 1
+    scored = [labelled("q", "a", 0.5, "reward"), labelled("q", "b", 0, "reward")]
+    assert read(PAIRS, tmp_path, *scored) == [Pair([USER], "a", "b")]
+    talks = [{"messages": [USER, ASSISTANT], "label": False}, {"messages": [USER, OTHER], "label": True}]
+    assert read(PAIRS, tmp_path, *talks) == [Pair([USER], "b", "a")]
+
+
+def test_labels_without_any_pair_are_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the 2 prompts has a better and a worse answer"):
+        read(PAIRS, tmp_path, labelled("q", "a", True), labelled("p", "b", False), faults=Faults("skip"))
+
+
+def test_answers_labelled_false_are_not_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    faults = Faults()
+    with caplog.at_level(logging.INFO, "llmtrain"):
+        rows = read(CONVERSATIONS, tmp_path, labelled("q", "b", False), labelled("q", "a", True), faults=faults)
+    assert rows == [Conversation([USER, ASSISTANT])]
+    assert faults.counts == {"`label` is false": 1}
+    assert "and answer (`completion`), where `label` is true" in caplog.text
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):
+        read(CONVERSATIONS, tmp_path, labelled("q", "b", False))
+
+
+# What the config says of columns ----------------------------------------------------------------------------------
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    columns = ColumnsConfig(prompt="q", completion="solution")
+    row = {"q": "q", "solution": "a", "messages": [USER, OTHER], "prompt": "other", "system": "not read"}
+    assert read(CONVERSATIONS, tmp_path, row, columns=columns) == [Conversation([USER, ASSISTANT])]
+    assert read(PROMPTS, tmp_path, row, columns=ColumnsConfig(prompt="q")) == [Prompt([USER])]
+    numbers = [{"q": "q", "a": "a", "good": 1}, {"q": "q", "a": "b", "good": 0.0}]
+    columns = ColumnsConfig(prompt="q", completion="a", label="good")
+    assert read(PAIRS, tmp_path, *numbers, columns=columns) == [Pair([USER], "a", "b")]
+    assert read(CONVERSATIONS, tmp_path, *numbers, columns=columns) == [Conversation([USER, ASSISTANT])]
+
+
+def test_messages_of_ones_own_making(tmp_path: Path) -> None:
+    said = [{"who": "customer", "says": "q"}, {"who": "agent", "says": "a", "learn": 1}]
+    columns = ColumnsConfig(messages="talk", role="who", content="says", train="learn")
+    roles = {"customer": "user", "agent": "assistant"}
+    [row] = read(CONVERSATIONS, tmp_path, {"talk": said}, columns=columns, roles=roles)
+    assert row == Conversation([USER, {**ASSISTANT, "train": True}])
+    with pytest.raises(DataError, match="by the assistant; who speaks: customer, agent"):
+        read(CONVERSATIONS, tmp_path, {"talk": said}, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "message"),
+    [
+        ({"prompt": "question", "completion": "a"}, [{"q": "x", "a": "y"}], "line 1: no column `question`.*are: q, a"),
+        ({"prompt": "q"}, [{"q": "x", "a": "y"}], "line 1: `columns` names no conversations: prompt"),
+        ({"prompt": "q", "completion": "a"}, [{"q": "x", "a": "y"}, {"q": "x"}], "line 2: this row has no `a`"),
+        ({"prompt": "q", "completion": "a"}, [{"q": "x", "a": None}], "line 1: this row has no `a`"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path: Path, columns: dict, rows: list[dict], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(CONVERSATIONS, tmp_path, *rows, columns=ColumnsConfig(**columns))
+
+
+def test_rows_with_other_columns_are_read_as_what_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "llmtrain"):
+        other = {"prompt": "q", "completion": "b"}
+        rows = read(CONVERSATIONS, tmp_path, {"messages": [USER, ASSISTANT]}, other, other)
+    assert [row.messages[1]["content"] for row in rows] == ["a", "b"]
+    assert caplog.text.count("read as") == 2
 
 
 def test_what_was_detected_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,11 +240,11 @@ def test_what_was_detected_is_said_once(tmp_path: Path, caplog: pytest.LogCaptur
         (PROMPTS, [{"text": "q"}], "these columns are no prompts: text"),
         (CONVERSATIONS, [], "no rows in there"),
         (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"messages": [USER]}], "line 2: nothing .* by the assistant"),
-        (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"other": 1}], "line 2: this row has no 'prompt'"),
-        (CONVERSATIONS, [{"messages": [{"text": "q"}]}], "line 1: a message needs `role` and `content`"),
+        (CONVERSATIONS, [{"messages": [USER, ASSISTANT]}, {"other": 1}], "line 2: this row has no `prompt`"),
+        (CONVERSATIONS, [{"messages": [{"text": "q"}]}], "line 1: a message needs `role` or `from` and `c"),
         (CONVERSATIONS, [{"messages": [{"role": "user", "content": 3}]}], "line 1: the content .* found 3"),
         (PAIRS, [{"chosen": [USER, ASSISTANT], "rejected": [ASSISTANT, OTHER]}], "must differ in the assistant's last"),
-        (PAIRS, [{"chosen": "a", "rejected": "b"}], "line 1: this row has no 'prompt'"),
+        (PAIRS, [{"chosen": "a", "rejected": "b"}], "line 1: this row has no `prompt`"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, kind: Kind, rows: list[dict], message: str) -> None:

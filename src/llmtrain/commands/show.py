@@ -20,6 +20,7 @@ from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.sequences import text_rows
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
+from llmtrain.engine.display import show_log
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
 
@@ -29,6 +30,7 @@ MARKS = ("«", "»")
 
 def run(config: ShowConfig) -> None:
     """Show the mixture and the first rows of a stage. Raises what the stage would raise for its config or data."""
+    show_log(is_main=True)
     console = Console()
     planned = load_config(config.stage, config.overrides, later=("data",))
     if isinstance(planned, PretrainConfig) and plans.is_elsewhere(planned):

@@ -7,29 +7,18 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from llmtrain.config.faults import suggestion
-from llmtrain.config.fields import fields_of, parts
+from llmtrain.config.data_checks import DATA_CHECKS
+from llmtrain.config.fields import fields_of
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
-from llmtrain.config.view import NotValid, View
+from llmtrain.config.view import NotValid, View, finding, no_effect
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
-CLEANING = {
-    "c4": ("c4_min_words_per_line", "c4_min_sentences"),
-    "decontaminate": ("decontaminate_ngram",),
-    "near_duplicates": ("near_similarity",),
-}
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
-
-
-def finding(problem: str, *keys: str) -> Finding:
-    """A finding at the first key; the others take part."""
-    first, *others = map(parts, keys)
-    return Finding(first, problem, tuple(others))
 
 
 def run_checks(view: View, later: Collection[str] = ()) -> list[Finding]:
@@ -46,12 +35,6 @@ def _collect(findings: Iterator[Finding], found: list[Finding]) -> None:
         found.extend(findings)
     except NotValid:
         return
-
-
-def no_effect(view: View, key: str, why: str, *others: str) -> Iterator[Finding]:
-    """A finding if the key differs from its default."""
-    if view.changed(key):
-        yield finding(f"has no effect: {why}", key, *others)
 
 
 def run_name(view: View) -> Iterator[Finding]:
@@ -260,70 +243,6 @@ def adaptive_kl(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "method.kl_horizon", "the KL coefficient is fixed; set method.kl_target")
 
 
-def sampled_pairs(view: View) -> Iterator[Finding]:
-    """Pairs are eaten by the reward model and by DPO."""
-    if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
-        yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
-
-
-def packing(view: View) -> Iterator[Finding]:
-    """Conversations are packed; pairs and prompts stand alone."""
-    if view.command in ("reward", "align"):
-        yield from no_effect(view, "data.packing", f"{view.command} trains on rows of their own; only sft packs them")
-
-
-def sources(view: View) -> Iterator[Finding]:
-    """A mixture has something in it, and says how much of each source in one way."""
-    named = view["data.sources"]
-    if not named:
-        yield finding("needs at least one source: data.sources.NAME.path=...", "data.sources")
-        return
-    weights = {name: source["weight"] for name, source in named.items() if source["weight"] is not None}
-    epochs = [name for name, source in named.items() if source["epochs"] is not None]
-    if view["data.temperature"] is not None:
-        why = "has no effect: data.temperature shares out by size; leave one of them away"
-        for key in (*(f"{name}.weight" for name in weights), *(f"{name}.epochs" for name in epochs)):
-            yield finding(why, f"data.sources.{key}", "data.temperature")
-    elif epochs:
-        for name in named:
-            if name in weights:
-                yield finding(f"say how much in one way: {epochs[0]} has `epochs`", f"data.sources.{name}.weight")
-            elif name not in epochs:
-                yield finding(f"needs `epochs`, as {epochs[0]} has", f"data.sources.{name}")
-    elif len(weights) == len(named) and not any(weights.values()):
-        yield finding("all weights are 0: nothing to train on", "data.sources")
-    if all(source["max_epochs"] is None for source in named.values()):
-        yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
-
-
-def cleaning(view: View) -> Iterator[Finding]:
-    """Each rule of cleaning has its own options."""
-    own = [f"data.sources.{name}.cleaning" for name, source in view["data.sources"].items() if source.get("cleaning")]
-    for key in ("data.cleaning", *own):
-        for switch, options in CLEANING.items():
-            if not view[f"{key}.{switch}"]:
-                for option in options:
-                    yield from no_effect(view, f"{key}.{option}", f"{key}.{switch} is not set")
-        if "phone" not in view[f"{key}.mask_pii"]:
-            yield from no_effect(view, f"{key}.phone_region", f"{key}.mask_pii does not name phone")
-
-
-def phases(view: View) -> Iterator[Finding]:
-    """Phases come one after another and weigh sources that there are."""
-    before = 0.0
-    for number, phase in enumerate(view["data.phases"]):
-        key, weights = f"data.phases.{number}", phase["weights"]
-        if phase["start"] <= before:
-            yield finding(f"phase {number} begins at {phase['start']}, not after the one before", "data.phases")
-        before = phase["start"]
-        unknown = [name for name in weights if name not in view["data.sources"]]
-        if unknown:
-            meant = suggestion(unknown[0], view["data.sources"])
-            yield finding(f"{key}.weights: no source {unknown[0]!r}{meant}", "data.phases")
-        if not any(weights.values()) or min(weights.values()) < 0:
-            yield finding(f"{key}.weights: needs numbers >= 0, one of them larger", "data.phases")
-
-
 def greedy(view: View) -> Iterator[Finding]:
     """Temperature 0 takes the likeliest token."""
     if view["temperature"] == 0:
@@ -393,11 +312,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     tokenizer,
     reward_model,
     adaptive_kl,
-    sampled_pairs,
-    packing,
-    sources,
-    cleaning,
-    phases,
+    *DATA_CHECKS,
     greedy,
     pipeline_order,
     pipeline_overrides,

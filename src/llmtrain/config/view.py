@@ -1,10 +1,11 @@
 """What the cross-field checks read: the values with all defaults, as far as they are valid."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from llmtrain.config.fields import Path, default, find, parts
+from llmtrain.config.plain import Finding
 
 
 class NotValid(LookupError):
@@ -55,3 +56,15 @@ class View:
     def rank(self, key: str) -> int:
         """The rank of the layer that set the key; -1 where it has its default."""
         return self._rank(parts(key))
+
+
+def finding(problem: str, *keys: str) -> Finding:
+    """A finding at the first key; the others take part."""
+    first, *others = map(parts, keys)
+    return Finding(first, problem, tuple(others))
+
+
+def no_effect(view: View, key: str, why: str, *others: str) -> Iterator[Finding]:
+    """A finding if the key differs from its default."""
+    if view.changed(key):
+        yield finding(f"has no effect: {why}", key, *others)

@@ -3,27 +3,29 @@
 They are few and short next to pretraining text, so they are held in memory.
 """
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig
-from llmtrain.data.conversations import Row, encode_conversation, encode_pair, encode_prompt
-from llmtrain.data.records import Faults, Split
+from llmtrain.data.conversations import Row, divide, encode_conversation, encode_pair, encode_prompt, with_flags
+from llmtrain.data.pieces import Place
+from llmtrain.data.records import Faults, RowError, Split
 from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_rows
 from llmtrain.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Raw = TypeVar("Raw")
+Raw = TypeVar("Raw", Conversation, Pair, Prompt)
 Encoded = TypeVar("Encoded")
-TooLong = Literal["drop", "cut"]
+TooLong = Literal["drop", "cut", "split"]
 
 
 class TokenRow(NamedTuple):
@@ -48,105 +50,174 @@ class PromptRow(NamedTuple):
     answer: str | None
 
 
-def load_conversations(
-    config: RowsConfig,
-    tokenizer: Tokenizer,
-    *,
-    split: Split,
-    max_length: int,
-    cache_dir: Path,
-    limit: int | None = None,
-) -> dict[str, list[TokenRow]]:
-    """The conversations of each source, at most `max_length` tokens long, the first `limit` of each.
+@dataclasses.dataclass
+class Tally:
+    """What became of the rows of a source that are longer than `max_length` tokens; `flagged`: rows with flags."""
 
-    Raises DataError for what cannot be read, and where all rows of a source are too long.
+    max_length: int
+    rows: int = 0
+    cut: int = 0
+    divided: int = 0
+    parts: int = 0
+    lost_parts: int = 0
+    dropped: int = 0
+    flagged: int = 0
+
+    def count(self, length: int, fits: bool) -> None:
+        """Count a row of `length` tokens that fits now, or does not."""
+        if length > self.max_length:
+            self.cut += fits
+            self.dropped += not fits
+
+    def report(self) -> str:
+        """One line; empty where no row was too long."""
+        lost = f" ({self.lost_parts} more parts left out)" if self.lost_parts else ""
+        said = [f"{self.dropped} left out"] if self.dropped else []
+        said += [f"{self.cut} cut"] if self.cut else []
+        said += [f"{self.divided} divided into {self.parts}{lost}"] if self.divided else []
+        long = self.dropped + self.cut + self.divided
+        return f"{long} of {self.rows} rows are longer than {self.max_length} tokens: {', '.join(said)}" if long else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader(Generic[Raw, Encoded]):
+    """Loads the rows of each source of a mixture, at most `max_length` tokens long, the first `limit` of each.
+
+    What is done about longer ones, and about rows that cannot be used, is in the config; it is counted in the log.
+    Raises DataError for what cannot be read, and where no row of a source can be used.
     """
 
-    def encode(row: Conversation) -> TokenRow | None:
-        return _cut(encode_conversation(tokenizer, row.messages), max_length, config.too_long)
+    kind: Kind[Raw]
+    encode: Callable[[Tokenizer, Raw, RowsConfig, Tally], list[Encoded]]
 
-    return _load(CONVERSATIONS, config, encode, split, max_length, cache_dir, limit)
+    def __call__(
+        self, config: RowsConfig, tokenizer: Tokenizer, *, split: Split, max_length: int, cache_dir: Path,
+        limit: int | None = None,
+    ) -> dict[str, list[Encoded]]:  # fmt: skip
+        """The rows by source."""
+        loaded: dict[str, list[Encoded]] = {}
+        for name, source in config.sources.items():
+            place, faults, tally = f"data.sources.{name} ({split})", Faults(config.on_error), Tally(max_length)
+            rows = read_rows(self.kind, source, config.validation_every, split, cache_dir, faults)
+            loaded[name] = list(islice(self._encoded(rows, config, tokenizer, faults, tally), limit))
+            _tell(place, config, faults, tally)
+            if tally.rows and not loaded[name]:
+                raise DataError(f"{place}: {_why_none(tally, faults)}")
+        return loaded
+
+    def _encoded(
+        self, rows: Iterable[Raw], config: RowsConfig, tokenizer: Tokenizer, faults: Faults, tally: Tally
+    ) -> Iterator[Encoded]:
+        for row in rows:
+            tally.rows += 1
+            try:
+                yield from self.encode(tokenizer, row, config, tally)
+            except DataError as error:
+                faults.add(_fault(error, row.place))
 
 
-def load_pairs(
-    config: RowsConfig,
-    tokenizer: Tokenizer,
-    *,
-    split: Split,
-    max_length: int,
-    cache_dir: Path,
-    limit: int | None = None,
-) -> dict[str, list[PairRow]]:
-    """The pairs of each source; as `load_conversations`, for the longer of the two."""
-
-    def encode(row: Pair) -> PairRow | None:
-        return encoded_pair(tokenizer, row, max_length, config.too_long)
-
-    return _load(PAIRS, config, encode, split, max_length, cache_dir, limit)
+def _fault(error: DataError, place: Place | None) -> RowError:
+    reason = error.reason if isinstance(error, RowError) else "refused by the chat template"
+    return RowError(reason, f"{place}: {error}" if place else str(error))
 
 
-def load_prompts(
-    config: RowsConfig,
-    tokenizer: Tokenizer,
-    *,
-    split: Split,
-    max_length: int,
-    cache_dir: Path,
-    limit: int | None = None,
-) -> dict[str, list[PromptRow]]:
-    """The prompts of each source; as `load_conversations`, but a prompt that is cut loses its beginning."""
+def _tell(place: str, config: RowsConfig, faults: Faults, tally: Tally) -> None:
+    if tally.report():
+        log.warning("%s: %s", place, tally.report())
+    if faults.counts:
+        log.warning("%s: %d rows left out:\n%s", place, faults.counts.total(), faults.report())
+    if config.loss_on == "flagged" and tally.rows and not tally.flagged:
+        log.warning("%s: no message has a flag for data.loss_on=flagged: all turns of the assistant are learned", place)
+    if config.loss_on != "flagged" and tally.flagged:
+        message = "%s: messages of %d rows say whether to learn them, which data.loss_on=%s does not use"
+        log.warning(message, place, tally.flagged, config.loss_on)
 
-    def encode(row: Prompt) -> PromptRow | None:
-        return encoded_prompt(tokenizer, row, max_length, config.too_long)
 
-    return _load(PROMPTS, config, encode, split, max_length, cache_dir, limit)
+def _why_none(tally: Tally, faults: Faults) -> str:
+    if tally.dropped == tally.rows:
+        return f"all {tally.rows} rows are longer than {tally.max_length} tokens; raise train.sequence_length"
+    report = "\n".join(filter(None, (tally.report(), faults.report())))
+    return f"none of the {tally.rows} rows can be used\n{report}"
+
+
+def _conversation(tokenizer: Tokenizer, row: Conversation, config: RowsConfig, tally: Tally) -> list[TokenRow]:
+    tally.flagged += any("train" in message for message in row.messages)
+    messages = with_flags(row.messages, config.loss_on)
+    ids, mask = encode_conversation(tokenizer, messages, "flagged")
+    if not any(mask[1:]):
+        raise RowError("nothing to learn", "nothing in this conversation is learned")
+    if len(ids) > tally.max_length and config.too_long == "split":
+        return _divided(divide(tokenizer, messages, tally.max_length), tally)
+    fitting = _fitting((ids, mask), tally.max_length, config.too_long)
+    tally.count(len(ids), fitting is not None)
+    return [fitting] if fitting else []
+
+
+def _divided(parts: list[Row | None], tally: Tally) -> list[TokenRow]:
+    learned = [part for part in parts if part is not None and any(part[1][1:])]
+    kept = [row for part in learned if (row := _fitting(part, tally.max_length, "drop"))]
+    tally.divided += bool(kept)
+    tally.dropped += not kept
+    tally.parts += len(kept)
+    tally.lost_parts += len(parts) - len(kept) if kept else 0
+    return kept
 
 
 def encoded_pair(tokenizer: Tokenizer, pair: Pair, max_length: int, too_long: TooLong) -> PairRow | None:
-    """A pair in ids; None where it is dropped for its length, or nothing of an answer would be left."""
-    rows = encode_pair(tokenizer, pair.prompt, pair.chosen, pair.rejected)
-    chosen, rejected = (_cut(row, max_length, too_long) for row in rows)
-    return PairRow(chosen, rejected) if chosen and rejected else None
+    """A pair in ids; None where it is left out for its length, or nothing of an answer would be left."""
+    return _fitting_pair(tokenizer, pair, Tally(max_length), too_long)
 
 
 def encoded_prompt(tokenizer: Tokenizer, prompt: Prompt, max_length: int, too_long: TooLong) -> PromptRow | None:
-    """A prompt in ids; None where it is dropped for its length."""
+    """A prompt in ids; None where it is left out for its length. One that is cut loses its beginning."""
+    return _fitting_prompt(tokenizer, prompt, Tally(max_length), too_long)
+
+
+def accepted_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], faults: Faults) -> Iterator[Pair]:
+    """The pairs that the chat template accepts; the others go to `faults`."""
+    for pair in pairs:
+        try:
+            encode_pair(tokenizer, pair.prompt, pair.chosen, pair.rejected)
+        except DataError as error:
+            faults.add(_fault(error, pair.place))
+        else:
+            yield pair
+
+
+def _fitting_pair(tokenizer: Tokenizer, pair: Pair, tally: Tally, too_long: TooLong) -> PairRow | None:
+    rows = encode_pair(tokenizer, pair.prompt, pair.chosen, pair.rejected)
+    if not all(any(mask[1:]) for _, mask in rows):
+        raise RowError("nothing to learn", "the chat template leaves nothing of an answer to learn")
+    chosen, rejected = (_fitting(row, tally.max_length, too_long) for row in rows)
+    fits = chosen is not None and rejected is not None
+    tally.count(max(len(ids) for ids, _ in rows), fits)
+    return PairRow(chosen, rejected) if chosen and rejected else None
+
+
+def _fitting_prompt(tokenizer: Tokenizer, prompt: Prompt, tally: Tally, too_long: TooLong) -> PromptRow | None:
     ids = encode_prompt(tokenizer, prompt.messages)
-    if len(ids) > max_length and too_long == "drop":
-        return None
-    return PromptRow(ids[-max_length:], prompt.messages[-1]["content"], prompt.answer)
+    fits = len(ids) <= tally.max_length or too_long == "cut"
+    tally.count(len(ids), fits)
+    return PromptRow(ids[-tally.max_length :], prompt.messages[-1]["content"], prompt.answer) if fits else None
 
 
-def _cut(row: Row, max_length: int, too_long: TooLong) -> TokenRow | None:
+def _fitting(row: Row, max_length: int, too_long: TooLong) -> TokenRow | None:
     ids, mask = row
-    if len(ids) > max_length and too_long == "drop":
+    if len(ids) > max_length and (too_long != "cut" or not any(mask[1:max_length])):
         return None
-    kept = TokenRow(np.array(ids[:max_length], dtype=np.int32), np.array(mask[:max_length], dtype=np.bool_))
-    return kept if kept.mask[1:].any() else None
+    return TokenRow(np.array(ids[:max_length], dtype=np.int32), np.array(mask[:max_length], dtype=np.bool_))
 
 
-def _load(
-    kind: Kind[Raw], config: RowsConfig, encode: Callable[[Raw], Encoded | None], split: Split, max_length: int,
-    cache_dir: Path, limit: int | None,
-) -> dict[str, list[Encoded]]:  # fmt: skip
-    loaded: dict[str, list[Encoded]] = {}
-    for name, source in config.sources.items():
-        faults, place = Faults(config.on_error), f"data.sources.{name} ({split})"
-        rows = islice(read_rows(kind, source, config.validation_every, split, cache_dir, faults), limit)
-        loaded[name] = _encode_all(rows, encode, place, max_length)
-        if faults.counts:
-            log.warning("%s: %d rows left out:\n%s", place, faults.counts.total(), faults.report())
-    return loaded
+def _listed(
+    fit: Callable[[Tokenizer, Raw, Tally, TooLong], Encoded | None],
+) -> Callable[[Tokenizer, Raw, RowsConfig, Tally], list[Encoded]]:
+    def encode(tokenizer: Tokenizer, row: Raw, config: RowsConfig, tally: Tally) -> list[Encoded]:
+        fitting = fit(tokenizer, row, tally, config.too_long)
+        return [] if fitting is None else [fitting]
+
+    return encode
 
 
-def _encode_all(
-    rows: Iterable[Raw], encode: Callable[[Raw], Encoded | None], place: str, max_length: int
-) -> list[Encoded]:
-    encoded = [encode(row) for row in rows]
-    kept = [row for row in encoded if row is not None]
-    dropped = len(encoded) - len(kept)
-    if dropped:
-        log.warning("%s: %d of %d rows left out: longer than %d tokens", place, dropped, len(encoded), max_length)
-    if encoded and not kept:
-        raise DataError(f"{place}: all {dropped} rows are longer than {max_length} tokens; raise train.sequence_length")
-    return kept
+load_conversations = Loader(CONVERSATIONS, _conversation)
+load_pairs = Loader(PAIRS, _listed(_fitting_pair))  # the longer one of the two counts
+load_prompts = Loader(PROMPTS, _listed(_fitting_prompt))

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
@@ -29,10 +29,14 @@ OPENED, CLOSED = "\ufdd0", "\ufdd1"
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """Text of a conversation; `answers` are the [start, end) characters that the assistant has to say."""
+    """Text of a conversation; `answers` are the [start, end) characters that the assistant has to say.
+
+    `turns` are the assistant's turns that these are, counted from 0; None where the template's own marks say the parts.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    turns: tuple[int, ...] | None = None
 
     def segments(self) -> tuple[list[str], list[bool]]:
         """The text cut at the borders of the answers, and which of the pieces are answers."""
@@ -65,40 +69,45 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source, self.special_tokens = source, dict(special_tokens)
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
         self._has_marks = re.search(r"\{%-?\s*generation\b", source) is not None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, needed: Collection[int] | None = None
+    ) -> Rendered:
         """The text of `messages`; with `add_generation_prompt` up to where the assistant's next turn begins.
 
         Where the template does not mark the assistant's part itself, it is what a turn adds to the text before it.
-        Raises DataError when the template refuses the messages, or where that part cannot be told.
+        Raises DataError when the template refuses the messages, or where that part cannot be told for a turn of the
+        assistant that is `needed` (counted from 0; all where None): templates may leave things out of earlier turns.
         """
         text = self._text(messages, add_generation_prompt)
         if self._has_marks:
             return _without_marks(text)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return Rendered(text, tuple(self._answer(text, messages, i) for i in turns))
+        found = {turn: self._answer(text, messages, i) for turn, i in enumerate(turns)}
+        told = {turn: part for turn, part in found.items() if part is not None}
+        if {turn for turn in found if needed is None or turn in needed} - set(told):
+            raise DataError(
+                "the chat template gives a turn another text when turns follow it, so the assistant's part cannot "
+                "be told by what each turn adds. Enclose it in {% generation %} ... {% endgeneration %} in the "
+                "template, or learn the last turn only (data.loss_on=last).\n" + _shown(messages)
+            )
+        return Rendered(text, tuple(told.values()), tuple(told))
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
             return self._template.render(variables, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template computes with the messages: anything may go wrong
             raise DataError(f"the chat template refuses these messages: {error}\n{_shown(messages)}") from None
 
-    def _answer(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int]:
+    def _answer(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int] | None:
         before = self._text(messages[:index], True)
         after = self._text(messages[: index + 1], False)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise DataError(
-                "the chat template gives a turn another text when turns follow it, so the assistant's part cannot "
-                "be told by what each turn adds. Enclose it in {% generation %} ... {% endgeneration %} in the "
-                "template.\n" + _shown(messages)
-            )
-        return len(before), len(after)
+        return (len(before), len(after)) if text.startswith(after) and after.startswith(before) else None
 
 
 @functools.cache
@@ -108,14 +117,15 @@ def default_chat_template() -> str:
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as Transformers sets it up for chat templates, in its sandbox."""
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return sandbox
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:

@@ -1,5 +1,7 @@
 """What the terminal shows of a run: a live line with a bar, or plain lines where nobody watches."""
 
+import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -13,6 +15,21 @@ SECONDS_BETWEEN_LINES = 5.0
 LOSS_SMOOTHING = 0.9
 # The pace is measured over this many rows, so that the time left follows a change of speed.
 ROWS_OF_PACE = 50
+
+
+class _StandardError(logging.Handler):
+    """Log messages as plain lines, on what standard error is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log(is_main: bool) -> None:
+    """Show what the parts of llmtrain log: of the main process everything, of the others what went wrong."""
+    log = logging.getLogger("llmtrain")
+    if not any(isinstance(handler, _StandardError) for handler in log.handlers):
+        log.addHandler(_StandardError())
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 class Display:

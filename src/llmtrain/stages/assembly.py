@@ -30,6 +30,7 @@ from llmtrain.data.plans import describe_plan, plan_mixture, steps_left
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
+from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
@@ -100,6 +101,7 @@ class Run(Generic[Config]):
         """Join the other processes and seed what has no key of its own."""
         torch.manual_seed(config.seed)
         layout = distributed.join(config.engine.device, config.engine.threads)
+        show_log(layout.is_main)
         return cls(config, handover.run_folder(config), layout, time.monotonic())
 
     @property

@@ -12,7 +12,7 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import AlignConfig, RewardConfig, SampledPairsConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.conversations import encode_prompt
-from llmtrain.data.encoding import PairRow, encoded_pair, load_pairs
+from llmtrain.data.encoding import PairRow, accepted_pairs, encoded_pair, load_pairs
 from llmtrain.data.records import Faults
 from llmtrain.data.rows import PAIRS, Pair, read_rows
 from llmtrain.data.tokenizers import Tokenizer
@@ -54,6 +54,7 @@ def with_mistakes(
     for name, source in run.config.data.sources.items():
         faults = Faults(run.config.data.on_error)  # told of when the rows were loaded
         pairs = read_rows(PAIRS, source, run.config.data.validation_every, "train", run.cache, faults)
+        pairs = accepted_pairs(tokenizer, pairs, faults)
         asked = [pair for pair in islice(pairs, wanted.prompts) if pair.answer is not None]
         if not asked:
             raise DataError(

@@ -19,6 +19,7 @@ from llmtrain.config.schema.commands import (
 )
 from llmtrain.config.schema.data import (
     CleaningConfig,
+    ColumnsConfig,
     CorpusConfig,
     MixedSourceConfig,
     PhaseConfig,
@@ -26,6 +27,7 @@ from llmtrain.config.schema.data import (
     RowSourceConfig,
     SampledPairsConfig,
     SourceConfig,
+    TemplateConfig,
 )
 from llmtrain.config.schema.methods import DpoConfig, PpoConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
@@ -44,6 +46,7 @@ __all__ = [
     "AlignConfig",
     "CheckpointConfig",
     "CleaningConfig",
+    "ColumnsConfig",
     "CorpusConfig",
     "DpoConfig",
     "EngineConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "ShowConfig",
     "SourceConfig",
     "StageConfig",
+    "TemplateConfig",
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",

@@ -121,11 +121,75 @@ class CorpusConfig(MixtureConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ColumnsConfig:
+    """Which column holds what, where the names do not say it or say it wrongly. Read by `data/columns.py`."""
+
+    messages: str | None = None
+    """A list of messages, or a transcript in one text."""
+    prompt: str | None = None
+    """The question or instruction: text, or messages."""
+    input: str | None = None
+    """What the instruction is about (Alpaca): put below it."""
+    history: str | None = None
+    """Earlier turns, as a list of [question, answer]."""
+    system: str | None = None
+    """The system message."""
+    completion: str | None = None
+    """The answer that is learned, or that a label or a score is about."""
+    chosen: str | None = None
+    """The preferred answer, or the whole conversation with it."""
+    rejected: str | None = None
+    """The other answer, or the whole conversation with it."""
+    label: str | None = None
+    """Whether the completion is a good one: true or false, 1 or 0."""
+    score: str | None = None
+    """How good the completion is: the larger, the better."""
+    answers: str | None = None
+    """Several answers to the prompt: a list of texts, or of objects with a text and a score or rank."""
+    scores: str | None = None
+    """Their scores, in the same order: the larger, the better."""
+    ranks: str | None = None
+    """Their ranks, in the same order: 1 is the best, equal ranks are ties."""
+    answer: str | None = None
+    """The right answer that a model's own answer is checked against."""
+    role: str | None = None
+    """Key of a message that says who speaks. Null: `role` or `from`."""
+    content: str | None = None
+    """Key of a message that holds what is said. Null: `content` or `value`."""
+    train: str | None = None
+    """Key of a message that says if it is learned (`data.loss_on=flagged`). Null: `train`, `training` or `weight`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TemplateConfig:
+    """One way to word a row: Jinja over its columns. Read by `data/wordings.py`."""
+
+    prompt: str
+    """The question."""
+    completion: str | None = None
+    """The answer that is learned."""
+    chosen: str | None = None
+    """The preferred answer."""
+    rejected: str | None = None
+    """The other answer."""
+    system: str | None = None
+    """The system message."""
+    answer: str | None = None
+    """The right answer that a model's own answer is checked against."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RowSourceConfig(MixedSourceConfig):
     """One source of conversations or preference pairs. Read by `data/rows.py`."""
 
     max_rows: int | None = Field(default=None, ge=1)
     """Read at most this many rows."""
+    columns: ColumnsConfig | None = None
+    """Which column holds what; then no other is read. Null: told from their names, and said in the log."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """What other names of speakers mean, such as {customer: user, agent: assistant}."""
+    templates: list[TemplateConfig] = Field(default_factory=list)
+    """Wordings of a row, FLAN-style; which one a row gets depends on its number in the source alone."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -150,8 +214,10 @@ class RowsConfig(MixtureConfig):
 
     sources: dict[str, RowSourceConfig]
     """Sources by name."""
-    too_long: Literal["drop", "cut"] = "drop"
-    """What happens to rows longer than `train.sequence_length`; counted in the log either way."""
+    loss_on: Literal["all", "last", "flagged"] = "all"
+    """Which of the assistant's turns are learned (sft): all, the last, or as the messages' own flags say."""
+    too_long: Literal["drop", "cut", "split"] = "drop"
+    """Rows longer than `train.sequence_length`: left out, cut, or (sft) divided between turns. Counted in the log."""
     packing: bool = False
     """Fill rows with several whole conversations, of which none sees another (sft); batches count packed rows."""
     sampled_pairs: SampledPairsConfig | None = None

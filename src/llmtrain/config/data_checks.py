@@ -1,0 +1,117 @@
+"""Combinations of keys below `data` that do not fit together, or of which one has no effect; see `checks.py`."""
+
+from collections.abc import Callable, Iterator
+
+from llmtrain.config.faults import suggestion
+from llmtrain.config.plain import Finding
+from llmtrain.config.view import View, finding, no_effect
+
+CLEANING = {
+    "c4": ("c4_min_words_per_line", "c4_min_sentences"),
+    "decontaminate": ("decontaminate_ngram",),
+    "near_duplicates": ("near_similarity",),
+}
+
+
+def sampled_pairs(view: View) -> Iterator[Finding]:
+    """Pairs are eaten by the reward model and by DPO."""
+    if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
+        yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
+
+
+def packing(view: View) -> Iterator[Finding]:
+    """Conversations are packed; pairs and prompts stand alone."""
+    if view.command in ("reward", "align"):
+        yield from no_effect(view, "data.packing", f"{view.command} trains on rows of their own; only sft packs them")
+
+
+def sources(view: View) -> Iterator[Finding]:
+    """A mixture has something in it, and says how much of each source in one way."""
+    named = view["data.sources"]
+    if not named:
+        yield finding("needs at least one source: data.sources.NAME.path=...", "data.sources")
+        return
+    weights = {name: source["weight"] for name, source in named.items() if source["weight"] is not None}
+    epochs = [name for name, source in named.items() if source["epochs"] is not None]
+    if view["data.temperature"] is not None:
+        why = "has no effect: data.temperature shares out by size; leave one of them away"
+        for key in (*(f"{name}.weight" for name in weights), *(f"{name}.epochs" for name in epochs)):
+            yield finding(why, f"data.sources.{key}", "data.temperature")
+    elif epochs:
+        for name in named:
+            if name in weights:
+                yield finding(f"say how much in one way: {epochs[0]} has `epochs`", f"data.sources.{name}.weight")
+            elif name not in epochs:
+                yield finding(f"needs `epochs`, as {epochs[0]} has", f"data.sources.{name}")
+    elif len(weights) == len(named) and not any(weights.values()):
+        yield finding("all weights are 0: nothing to train on", "data.sources")
+    if all(source["max_epochs"] is None for source in named.values()):
+        yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
+
+
+def cleaning(view: View) -> Iterator[Finding]:
+    """Each rule of cleaning has its own options."""
+    own = [f"data.sources.{name}.cleaning" for name, source in view["data.sources"].items() if source.get("cleaning")]
+    for key in ("data.cleaning", *own):
+        for switch, options in CLEANING.items():
+            if not view[f"{key}.{switch}"]:
+                for option in options:
+                    yield from no_effect(view, f"{key}.{option}", f"{key}.{switch} is not set")
+        if "phone" not in view[f"{key}.mask_pii"]:
+            yield from no_effect(view, f"{key}.phone_region", f"{key}.mask_pii does not name phone")
+
+
+def conversations_only(view: View) -> Iterator[Finding]:
+    """Only conversations have turns to choose from and to divide between."""
+    if view.command == "sft":
+        return
+    yield from no_effect(view, "data.loss_on", "only sft learns conversations; here the last answer is judged")
+    if view["data.too_long"] == "split":
+        yield finding("only conversations (sft) can be divided; use drop or cut", "data.too_long")
+
+
+def row_sources(view: View) -> Iterator[Finding]:
+    """Columns, roles and templates are for rows that are read, and templates word all that the stage needs."""
+    trains_on_pairs = view.command == "reward" or (view.command == "align" and view["method.name"] == "dpo")
+    needed = ("completion",) if view.command == "sft" else ("chosen", "rejected") if trains_on_pairs else ()
+    view["data.too_long"]  # rows, not text
+    for name, source in view["data.sources"].items():
+        key, templates = f"data.sources.{name}", source["templates"]
+        generated = str(source["path"]).startswith("embedded:")
+        for option in ("columns", "roles", "templates"):
+            if source[option] and generated:
+                yield finding(f"has no effect: {source['path']} is generated", f"{key}.{option}", f"{key}.path")
+            elif source[option] and templates and option != "templates":
+                why = "has no effect: the templates read the row's columns themselves"
+                yield finding(why, f"{key}.{option}", f"{key}.templates")
+        for number, template in enumerate(templates):
+            missing = [each for each in needed if template.get(each) is None]
+            if missing:
+                yield finding(f"template {number} needs `{missing[0]}` for {view.command}", f"{key}.templates")
+
+
+def phases(view: View) -> Iterator[Finding]:
+    """Phases come one after another and weigh sources that there are."""
+    before = 0.0
+    for number, phase in enumerate(view["data.phases"]):
+        key, weights = f"data.phases.{number}", phase["weights"]
+        if phase["start"] <= before:
+            yield finding(f"phase {number} begins at {phase['start']}, not after the one before", "data.phases")
+        before = phase["start"]
+        unknown = [name for name in weights if name not in view["data.sources"]]
+        if unknown:
+            meant = suggestion(unknown[0], view["data.sources"])
+            yield finding(f"{key}.weights: no source {unknown[0]!r}{meant}", "data.phases")
+        if not any(weights.values()) or min(weights.values()) < 0:
+            yield finding(f"{key}.weights: needs numbers >= 0, one of them larger", "data.phases")
+
+
+DATA_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    sampled_pairs,
+    packing,
+    sources,
+    cleaning,
+    conversations_only,
+    row_sources,
+    phases,
+)
