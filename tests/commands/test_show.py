@@ -50,7 +50,7 @@ def test_pretraining_shows_mixture_and_text(tmp_path: Path, capsys: pytest.Captu
     )  # fmt: skip
     assert "100.00%" in out
     assert "256" in out  # 4 steps of 64 tokens
-    assert "row 1: files, block" in out
+    assert "row 1: files, row" in out
     assert "the one source" in out
 
 

@@ -96,7 +96,7 @@ def count_lines(folder: Path) -> int:
 
 
 def places(rows: list[Any]) -> set[str]:
-    return {place for row in rows for place in row.place.split(" and ")}
+    return {place for row in rows for place in str(row.place).split(" and ")}
 
 
 @pytest.mark.parametrize("kind", [CONVERSATIONS, PAIRS, PROMPTS])

@@ -116,7 +116,7 @@ class Loader(Generic[Raw, Encoded]):
                 faults.add(_fault(error, row.place))
 
 
-def _fault(error: DataError, place: Place | None) -> RowError:
+def _fault(error: DataError, place: Place | str | None) -> RowError:
     reason = error.reason if isinstance(error, RowError) else "refused by the chat template"
     return RowError(reason, f"{place}: {error}" if place else str(error))
 

@@ -32,7 +32,7 @@ class Pair:
     chosen: str
     rejected: str
     answer: str | None = None
-    place: Place | None = dataclasses.field(default=None, compare=False)
+    place: Place | str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,8 @@ def _ordered(answers: list[Judged]) -> list[tuple[Judged, Judged]]:
 
 
 def _pair(better: Judged, worse: Judged, answer: str | None = None) -> Pair:
-    return Pair(better.prompt, better.text, worse.text, answer, better.place)
+    place = better.place if better.place == worse.place else f"{better.place} and {worse.place}"
+    return Pair(better.prompt, better.text, worse.text, answer, place)
 
 
 def _text(answer: Any, fields: Fields) -> str:
