@@ -16,7 +16,8 @@ from llmtrain.data.embedded import PREFIX, embedded_documents
 from llmtrain.data.pieces import Piece, Place, find_pieces
 from llmtrain.data.records import Faults, Placed, RowError, Split, read_piece
 
-PORTION_BYTES = 64 * 1024 * 1024  # pieces are put together up to this
+PORTION_BYTES = 8 * 1024 * 1024  # pieces are put together up to this, or more where there would be too many
+MAX_PORTIONS = 4096
 BATCH_CHARACTERS = 1_000_000  # of text that is worked on at a time
 
 # A document as it is to be used, or None; what was done or is wrong is counted.
@@ -132,10 +133,11 @@ def read_documents(source: SourceConfig, validation_every: int, cache_dir: Path,
 
 def _portions(source: SourceConfig, path: str, part: str, split: Split | None, cache_dir: Path) -> list[Portion]:
     pieces = _pieces(source, path, part, cache_dir)
+    enough = max(PORTION_BYTES, sum(piece.size for piece in pieces) // MAX_PORTIONS)
     groups: list[list[Piece]] = [[]]
     for piece in pieces:
         # how many documents there are is known only to who reads them all
-        is_full = sum(each.size for each in groups[-1]) + piece.size > PORTION_BYTES
+        is_full = sum(each.size for each in groups[-1]) + piece.size > enough
         if groups[-1] and is_full and source.max_documents is None:
             groups.append([])
         groups[-1].append(piece)

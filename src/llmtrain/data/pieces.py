@@ -21,7 +21,7 @@ from llmtrain.data.files import (
 )  # fmt: skip
 from llmtrain.data.tables import hub_dataset, is_saved_dataset, open_parquet, saved_dataset
 
-PIECE_BYTES = 64 * 1024 * 1024  # larger files of lines, and larger Parquet files, are divided
+PIECE_BYTES = 8 * 1024 * 1024  # larger files of lines, and larger Parquet files, are divided
 
 
 class Piece(NamedTuple):
