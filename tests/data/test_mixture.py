@@ -9,6 +9,8 @@ from llmtrain.data.mixture import (
     Phase,
     PhasedMixture,
     permute,
+    place_of_value,
+    sample_of,
     shuffled,
     weights_of_epochs,
     weights_of_temperature,
@@ -191,3 +193,17 @@ def test_a_trillion_samples_of_the_pile() -> None:
     shares = np.array(PILE) / sum(PILE)
     for n in np.random.default_rng(0).integers(0, 10**12, size=1000).tolist():
         assert np.abs(np.array(list(mixture.counts(n).values())) - n * shares).max() < 1.001  # float64 of n x share
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 1009])
+def test_the_place_of_a_value_is_the_inverse(n: int) -> None:
+    for key in (0, 5, 2**63):
+        assert [place_of_value(int(value), n, key) for value in permute(np.arange(n), n, key)] == list(range(n))
+
+
+def test_the_sample_that_gives_a_row() -> None:
+    size, key = 37, 123456789
+    samples = np.arange(3 * size)
+    rows = shuffled(samples, np.full(len(samples), size), np.full(len(samples), key))
+    for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
+        assert sample_of(row, size, key, sample // size) == sample

@@ -15,7 +15,7 @@ from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import TrainConfig
 from llmtrain.engine.distributed import Layout
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import num_steps
+from llmtrain.stages.planning import num_steps
 
 
 def pretrain_config(folder: Path, *overrides: str) -> Any:

@@ -9,7 +9,7 @@ from rich.table import Table
 from llmtrain.config.schema import PretrainConfig
 from llmtrain.data.files import is_hub_id
 from llmtrain.data.plans import source_weights
-from llmtrain.stages.assembly import num_steps, rows_per_step
+from llmtrain.stages.planning import num_steps, rows_per_step
 
 BYTES_PER_TOKEN = 4.0  # of English text, with tokenizers of 32 to 128 thousand tokens: 3.5 to 4.7
 MANY_EPOCHS = 4  # up to here repeated text is worth nearly as much as new one (Muennighoff et al., arXiv 2305.16264)

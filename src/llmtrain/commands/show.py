@@ -1,7 +1,6 @@
-"""`llmtrain show`: print what a stage's model will really see: its rows in the run's order, and what is learned."""
+"""`llmtrain show`: print what a stage's model will really see, or what a run's has seen, and where it comes from."""
 
-from collections.abc import Callable, Iterator
-from itertools import count, groupby, islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,102 +11,123 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.commands import plans
-from llmtrain.config.compose import load_config
-from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, RowsConfig, SftConfig, ShowConfig
-from llmtrain.data.batches import RowOrder, TokenBatches
-from llmtrain.data.encoding import TokenRow, load_conversations, load_pairs, load_prompts
-from llmtrain.data.packing import PackedConversations
-from llmtrain.data.preparation import prepare_sources
-from llmtrain.data.sequences import text_rows
-from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
+from llmtrain.commands.seen import Seen, as_if_here, check_reproducible, rows_in_order, rows_of_step, what_is_seen
+from llmtrain.config.compose import load_config, read_yaml
+from llmtrain.config.errors import ConfigError, DataError
+from llmtrain.config.schema import (
+    AlignConfig,
+    PretrainConfig,
+    RewardConfig,
+    RowsConfig,
+    SftConfig,
+    ShowConfig,
+)  # fmt: skip
+from llmtrain.config.validate import validate
+from llmtrain.data.batches import RowOrder
+from llmtrain.data.ledger import Ledger
+from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.display import show_log
-from llmtrain.models.formats import read_config
-from llmtrain.stages import assembly, handover, pretrain, sft
+from llmtrain.stages import handover
 
 LEARNED = "green"  # on a terminal; elsewhere what is learned stands between these:
 MARKS = ("«", "»")
+SCHEMAS = {"pretrain": PretrainConfig, "sft": SftConfig, "reward": RewardConfig, "align": AlignConfig}
 
 
 def run(config: ShowConfig) -> None:
-    """Show the mixture and the first rows of a stage. Raises what the stage would raise for its config or data."""
+    """Show rows of a stage or of a run. Raises what the stage would raise for its config or data."""
     show_log(is_main=True)
     console = Console()
-    planned = load_config(config.stage, config.overrides, later=("data",))
+    if config.run is not None:
+        show_run(config, console)
+    else:
+        show_stage(config, console)
+
+
+def show_stage(config: ShowConfig, console: Console) -> None:
+    """The mixture of a stage and its first rows; only the mixture where the text is not on this machine."""
+    overrides = [f"runs_dir={config.runs_dir}", *config.overrides]
+    planned = load_config(config.stage, overrides, later=("data",))
     if isinstance(planned, PretrainConfig) and plans.is_elsewhere(planned):
         rows = plans.planned_rows(planned)
         console.print(plans.plan_table(planned, rows))
         _warn(console, {row["source"]: row["run_epochs"] or 0.0 for row in rows})
         console.print("Not all of this text is on this machine, so no rows are shown.")
         return
-    stage = handover.resolve_parents(load_config(config.stage, config.overrides))
-    if isinstance(stage, PretrainConfig):
-        show_text(stage, config.rows, console)
-    else:
-        show_rows(stage, config.rows, console)
+    stage = handover.resolve_parents(load_config(config.stage, overrides))
+    seen = what_is_seen(stage)
+    units = ("documents", "tokens") if isinstance(stage, PretrainConfig) else ("rows", "rows")
+    steps = seen.plan.steps
+    _print_mixture(console, seen.order, seen.counts(steps), seen.amounts, units, steps)
+    if not isinstance(stage, PretrainConfig):
+        _print_sampled_pairs(console, stage.data)
+    for number, (name, row) in enumerate(islice(rows_in_order(seen.order), config.rows)):
+        _print_parts(console, seen, f"row {number}", name, row)
 
 
-def show_text(config: PretrainConfig, rows: int, console: Console) -> None:
-    """The mixture of a pretraining run, and its first rows."""
-    cache, length = _cache(config.runs_dir), config.train.sequence_length
-    tokenizer = pretrain.build_tokenizer(config, cache)
-    prepared = prepare_sources(config.data, tokenizer=tokenizer, cache_dir=cache)
-    sources = {name: source.train for name, source in prepared.items()}
-    parameters = 0
-    if config.train.tokens_per_parameter:
-        parameters = sum(each.numel() for each in pretrain.build_model(config, tokenizer).parameters())
-    found = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
-    sizes = {name: len(each) for name, each in found.items()}
-    mixture, steps = assembly.plan(config.data, config.train, sizes, parameters=parameters, tokens_per_row=length)
-    batch_rows = assembly.rows_per_step(config.train)
-    batches = TokenBatches(found, RowOrder(mixture, sizes, batch_rows, config.seed), sequence_length=length)
-    counts = {name: source.summary.documents for name, source in sources.items()}
-    _print_mixture(console, batches.order, batches.counts(steps), counts, ("documents", "tokens"), steps)
-    for number, (source, row) in enumerate(islice(_places(batches.order), rows)):
-        name = batches.order.names[source]
-        title = f"row {number}: {name}, row {row}, {length} tokens"
-        _print_row(console, title, tokenizer, found[name][row].tokens, found[name][row].mask)
+def show_run(config: ShowConfig, console: Console) -> None:
+    """The rows of a step of a run with their documents, or the steps at which a document was seen.
+
+    Raises ConfigError for what is no run, DataError where its data is not what it was.
+    """
+    folder, ledger = _run_folder(config), None
+    stage = as_if_here(_config_of(folder), folder)
+    check_reproducible(stage)
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*/mixture.json")):
+        ledger = Ledger.read(checkpoint.parent)
+    seen = what_is_seen(stage, ledger)
+    if config.step is not None:
+        if config.step > seen.plan.steps:
+            raise ConfigError(f"step={config.step}: the run has {seen.plan.steps} steps")
+        for number, (name, row) in enumerate(rows_of_step(seen.order, config.step - 1)):
+            _print_parts(console, seen, f"step {config.step}, row {number}", name, row, with_places=True)
+    if config.document is not None:
+        _print_steps_of(console, seen, config.document)
 
 
-def show_rows(config: SftConfig | RewardConfig | AlignConfig, rows: int, console: Console) -> None:
-    """The mixture of conversations, pairs or prompts, and the first rows of the run."""
-    folder = handover.model_folder(assembly.parent(config))
-    tokenizer = sft.build_tokenizer(config) if isinstance(config, SftConfig) else load_tokenizer(folder)
-    length = min(config.train.sequence_length, read_config(folder)[0].max_sequence_length)
-    load, sides = _loader(config)
-    found = load(config.data, tokenizer, split="train", max_length=length, cache_dir=_cache(config.runs_dir))
-    if config.data.packing:
-        found = {name: PackedConversations(each, length) for name, each in found.items()}
-    sizes = {name: len(each) for name, each in found.items()}
-    mixture, steps = assembly.plan(config.data, config.train, sizes)
-    order = RowOrder(mixture, sizes, config.train.batch_rows or 1, config.seed)
-    _print_mixture(console, order, order.counts(steps, "rows"), sizes, ("rows", "rows"), steps)
-    _print_sampled_pairs(console, config.data)
-    for number, (source, row) in enumerate(islice(_places(order), rows)):
-        name = order.mixture.names[source]
-        for side, (tokens, mask) in sides(found[name][row]).items():
-            title = f"row {number}: {name}, {side}, {len(tokens)} tokens, {int(mask.sum())} of them learned"
-            _print_row(console, title, tokenizer, tokens, mask)
+def _run_folder(config: ShowConfig) -> Path:
+    places = [Path(str(config.run)), Path(config.runs_dir) / str(config.run)]
+    for place in places:
+        if (place / "lineage.json").is_file():
+            return place
+    raise ConfigError(f"run={config.run}: no run in {' or '.join(map(str, places))}: there is no lineage.json")
 
 
-def _loader(config: SftConfig | RewardConfig | AlignConfig) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    """How the rows of a stage are loaded, and what parts of a row are printed: name → TokenRow."""
-    if isinstance(config, SftConfig) and config.data.packing:
-        return load_conversations, lambda row: {f"conversation {n}": each for n, each in enumerate(row)}
-    if isinstance(config, SftConfig):
-        return load_conversations, lambda row: {"conversation": row}
-    if isinstance(config, AlignConfig) and config.method.name == "ppo":
-        return load_prompts, lambda row: {"prompt": _prompt_row(row.tokens)}
-    return load_pairs, lambda row: row._asdict()
+def _config_of(folder: Path) -> PretrainConfig | SftConfig | RewardConfig | AlignConfig:
+    """The config that a run was started with."""
+    schema = SCHEMAS[handover.read_lineage(folder)["stage"]]
+    found, findings = validate(schema, read_yaml(str(folder / "config.yaml")))
+    if findings:
+        first = findings[0]
+        raise ConfigError(f"{folder / 'config.yaml'}: {'.'.join(first.path)}: {first.problem}")
+    config: PretrainConfig | SftConfig | RewardConfig | AlignConfig = found
+    return config
 
 
-def _prompt_row(tokens: list[int]) -> TokenRow:
-    return TokenRow(np.array(tokens, dtype=np.int32), np.zeros(len(tokens), dtype=np.bool_))
+def _print_parts(console: Console, seen: Seen, title: str, name: str, row: int, with_places: bool = False) -> None:
+    if name not in seen.amounts:
+        console.print(Text(f"{title}: {name}, row {row}: this source is no longer in the run's config"))
+        return
+    for part, tokens, mask in seen.parts(name, row):
+        said = f"{title}: {name}, {part}, {len(tokens)} tokens, {int(mask.sum())} of them learned"
+        _print_row(console, said, seen.tokenizer, tokens, mask, seen.places(name, row) if with_places else [])
 
 
-def _places(order: RowOrder) -> Iterator[tuple[int, int]]:
-    """Source and row number of each row of the run, in order."""
-    for step in count():
-        yield from zip(*(each.tolist() for each in order(step)), strict=True)
+def _print_steps_of(console: Console, seen: Seen, document: str) -> None:
+    """At which steps a document, named as FILE:NUMBER, was or will be seen."""
+    file, _, number = document.replace(", line ", ":").replace(", row ", ":").replace(", part ", ":").rpartition(":")
+    if not file or not number.isdigit():
+        raise ConfigError(f"document={document}: expected FILE:NUMBER, as in web.jsonl:12 for line 12 of web.jsonl")
+    found = {name: rows for name in seen.amounts if (rows := seen.rows_from(name, file, int(number)))}
+    if not found:
+        raise DataError(
+            f"document={document}: no row of the run comes from there: it is held out, was left out, or is no part of "
+            f"its sources: {', '.join(seen.amounts)}"
+        )
+    for name, rows in found.items():
+        steps = sorted(step + 1 for row in rows for step in seen.order.steps_of(name, row, seen.plan.steps))
+        said = ", ".join(map(str, steps)) if steps else f"at none of the {seen.plan.steps} steps"
+        console.print(Text(f"{document} is in {len(rows)} row(s) of {name}, seen at step: {said}"), soft_wrap=True)
 
 
 def _print_mixture(
@@ -141,9 +161,12 @@ def _print_sampled_pairs(console: Console, data: RowsConfig) -> None:
 
 
 def _print_row(
-    console: Console, title: str, tokenizer: Tokenizer, tokens: NDArray[Any], mask: NDArray[np.bool_]
-) -> None:
+    console: Console, title: str, tokenizer: Tokenizer, tokens: NDArray[Any], mask: NDArray[np.bool_],
+    places: list[str],
+) -> None:  # fmt: skip
     console.print(Text(title, style="bold"))
+    for place in places:
+        console.print(Text(f"  from {place}", style="dim"), soft_wrap=True)
     console.print(learned_text(tokenizer, tokens, mask, marks=not console.is_terminal), soft_wrap=True)
     console.print()
 
@@ -158,7 +181,3 @@ def learned_text(tokenizer: Tokenizer, tokens: NDArray[Any], mask: NDArray[np.bo
             piece = piece.join(MARKS)
         text.append(piece, style=LEARNED if learned else "")
     return text
-
-
-def _cache(runs_dir: str) -> Path:
-    return Path(runs_dir) / "cache"

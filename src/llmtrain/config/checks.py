@@ -39,6 +39,8 @@ def _collect(findings: Iterator[Finding], found: list[Finding]) -> None:
 
 def run_name(view: View) -> Iterator[Finding]:
     """The run names a folder below `runs_dir`."""
+    if view.command == "show":  # the name or folder of a run that is there
+        return
     run = view["run"]
     if not all(NAME.fullmatch(part) and set(part) != {"."} for part in run.split("/")):
         yield finding(f"{run!r} is not {RUN_NAME}", "run")
@@ -46,6 +48,20 @@ def run_name(view: View) -> Iterator[Finding]:
 
 def _from_folder(view: View) -> bool:
     return view.command != "pretrain" or view["model.init_from"] is not None
+
+
+def shown_run(view: View) -> Iterator[Finding]:
+    """`show` takes a stage, or a run and what of it is to be shown."""
+    if view.command != "show":
+        return
+    if view["run"] is None:
+        for key in ("step", "document"):
+            yield from no_effect(view, key, "name the run that is meant: run=NAME")
+    elif view["step"] is None and view["document"] is None:
+        yield finding("say what is to be shown of it: step=N or document=FILE:NUMBER", "run")
+    else:
+        yield from no_effect(view, "overrides", "the run has its own config", "run")
+        yield from no_effect(view, "stage", "the run has its own stage", "run")
 
 
 def attention_shape(view: View) -> Iterator[Finding]:
@@ -293,6 +309,7 @@ def pipeline_overrides(view: View) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     run_name,
+    shown_run,
     attention_shape,
     rope_theta,
     sequence_fits,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
@@ -101,7 +102,10 @@ class Layers:
     def _tree(self, file: str) -> yaml.Node | None:
         if file not in self._trees:
             with open(file, encoding="utf-8") as stream:
-                self._trees[file] = yaml.compose(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+                try:
+                    self._trees[file] = yaml.compose(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+                except yaml.YAMLError:  # `{a:{b: 1}}` is YAML to the Python loader, which Hydra uses, not to the C one
+                    self._trees[file] = yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)
         return self._trees[file]
 
     def _file(self, config_path: str) -> str | None:

@@ -6,6 +6,7 @@ batches are the same however many processes there are. Shapes: B rows of one pro
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
-from llmtrain.data.mixture import Integers, PhasedMixture, shuffled
+from llmtrain.data.mixture import Integers, PhasedMixture, sample_of, shuffled
 from llmtrain.data.sequences import TextRow, TextRows
 from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.preference import PairBatch
@@ -39,6 +40,19 @@ class RowOrder:
         """Source number and row number of each row of the step's global batch, [batch_rows] each."""
         source, sample = self.mixture(np.arange(step * self.batch_rows, (step + 1) * self.batch_rows))
         return source, shuffled(sample, self.sizes[source], self.keys[source])
+
+    def steps_of(self, name: str, row: int, steps: int) -> list[int]:
+        """The steps, of the first `steps`, that have this row of a source."""
+        number = self.names.index(name)
+        found: list[int] = []
+        for epoch in count():
+            given = sample_of(row, int(self.sizes[number]), int(self.keys[number]), epoch)
+            sample = self.mixture.sample_of(name, given)
+            if sample is None or epoch * self.sizes[number] > self.mixture.counts(steps * self.batch_rows)[name]:
+                return found
+            if sample < steps * self.batch_rows:
+                found.append(sample // self.batch_rows)
+        raise AssertionError
 
     def counts(self, steps: int, unit: str, per_row: int = 1) -> dict[str, float]:
         """What `steps` steps have used of each source: `data/<name>/<unit>` and `data/<name>/epochs`."""
@@ -164,7 +178,7 @@ class PairBatches:
         """This process's pairs of the step."""
         source, number = self.order(step)
         rows = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
-        width = batch_width([side for pair in rows for side in pair], self.max_length)
+        width = batch_width([side for pair in rows for side in (pair.chosen, pair.rejected)], self.max_length)
         return collate_pairs(rows[self.share], source[self.share], self.pad_id, width)
 
     def counts(self, steps: int) -> dict[str, float]:

@@ -24,15 +24,15 @@ from llmtrain.data.tokenizers import Tokenizer
 log = logging.getLogger(__name__)
 
 Raw = TypeVar("Raw", Conversation, Pair, Prompt)
-Encoded = TypeVar("Encoded")
 TooLong = Literal["drop", "cut", "split"]
 
 
 class TokenRow(NamedTuple):
-    """Ids [length], and which of them are to be predicted [length]."""
+    """Ids [length], which of them are to be predicted [length], and where the row comes from."""
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
+    place: Place | str | None = None
 
 
 class PairRow(NamedTuple):
@@ -40,6 +40,7 @@ class PairRow(NamedTuple):
 
     chosen: TokenRow
     rejected: TokenRow
+    place: Place | str | None = None
 
 
 class PromptRow(NamedTuple):
@@ -48,6 +49,10 @@ class PromptRow(NamedTuple):
     tokens: list[int]
     text: str
     answer: str | None
+    place: Place | str | None = None
+
+
+Encoded = TypeVar("Encoded", TokenRow, PairRow, PromptRow)
 
 
 @dataclasses.dataclass
@@ -111,7 +116,8 @@ class Loader(Generic[Raw, Encoded]):
         for row in rows:
             tally.rows += 1
             try:
-                yield from self.encode(tokenizer, row, config, tally)
+                for encoded in self.encode(tokenizer, row, config, tally):
+                    yield encoded._replace(place=row.place)
             except DataError as error:
                 faults.add(_fault(error, row.place))
 

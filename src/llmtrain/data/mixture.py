@@ -143,6 +143,16 @@ class PhasedMixture:
         """How many of the first `n` samples come from each source."""
         return self._stretches[int(np.searchsorted(self._starts, n, side="right")) - 1].given_at(n)
 
+    def sample_of(self, name: str, number: int) -> int | None:
+        """The sample that is number `number` (from 0) of a source; None where there is none."""
+        ends = [*(stretch.start for stretch in self._stretches[1:]), self.length or math.inf]
+        for stretch, end in zip(self._stretches, ends, strict=True):
+            if name in stretch.mixture.names and stretch.given[name] <= number:
+                sample = stretch.place_of(name, number + 1) - 1
+                if sample < end:
+                    return sample
+        return None
+
     @property
     def shares(self) -> dict[str, float]:
         """Shares at the start, of all sources."""
@@ -185,6 +195,22 @@ def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> Integers:
     return values.astype(np.int64)
 
 
+def place_of_value(value: int, n: int, key: int) -> int:
+    """Where `value` stands in the order of `range(n)` that `permute` makes: its inverse."""
+    found = np.array([value], dtype=np.uint64)
+    sizes, keys = np.array([n], dtype=np.uint64), np.array([key], dtype=np.uint64)
+    while True:
+        found = _feistel_inverse(found, sizes, keys)
+        if found[0] < n:
+            return int(found[0])
+
+
+def sample_of(row: int, size: int, key: int, epoch: int) -> int:
+    """The sample of a source by which `shuffled` gives this row in this epoch."""
+    epochs = np.array([epoch], dtype=np.uint64) + np.uint64(1)
+    return epoch * size + place_of_value(row, size, int(np.uint64(key) ^ _mix(epochs)[0]))
+
+
 def shuffled(sample: Integers, size: Integers, key: Integers) -> Integers:
     """The rows behind samples of sources that are gone through again and again, in a new order each time.
 
@@ -201,6 +227,18 @@ def _feistel(values: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArra
     for _ in range(ROUNDS):
         keys = keys + GOLDEN
         left, right = right, (left + _mix(_mix(keys) ^ right) % base) % base
+    return left * base + right
+
+
+def _feistel_inverse(
+    values: NDArray[np.uint64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    base = np.sqrt(sizes.astype(np.float64)).astype(np.uint64)
+    base += base * base < sizes
+    left, right = np.divmod(values, base)
+    for number in range(ROUNDS, 0, -1):
+        mixed = _mix(_mix(keys + GOLDEN * np.full_like(keys, number)) ^ left) % base
+        left, right = (right + base - mixed) % base, left
     return left * base + right
 
 

@@ -53,7 +53,7 @@ class Place(NamedTuple):
         if number == 0:
             return file
         if self.piece.kind == "lines":
-            return f"{file}, line {number + _lines_before(file, self.piece.start)}"
+            return f"{file}, line {number + lines_before(file, self.piece.start)}"
         if self.piece.kind == "text":
             return (
                 file if number == 1 and self.piece.start == 0 else f"{file}, part {number} from byte {self.piece.start}"
@@ -100,7 +100,7 @@ def _divided_rows(whole: Piece, dataset: Any) -> list[Piece]:
     ]  # fmt: skip
 
 
-def _lines_before(file: str, end: int) -> int:
+def lines_before(file: str, end: int) -> int:
     """How many lines begin before byte `end`, that of the byte before it included."""
     with open_bytes(file) as stream:
         count = left = 0

@@ -36,6 +36,9 @@ class TextRows(Protocol):
     def spans(self, row: int) -> list[tuple[int, int]]:
         """From where to where in the tokens of the source it goes."""
 
+    def holding(self, start: int, end: int) -> list[int]:
+        """The rows that hold some of the source's tokens [start, end)."""
+
 
 def text_rows(source: TokenSource, config: CorpusConfig, length: int, pad_id: int) -> TextRows:
     """The rows of `length` tokens of a source, as `data.sequences` and `data.attend_across_documents` want them."""
@@ -67,6 +70,10 @@ class Blocks:
         """From where to where in the tokens of the source it goes."""
         return [(row * self.length, (row + 1) * self.length)]
 
+    def holding(self, start: int, end: int) -> list[int]:
+        """The rows that hold some of the source's tokens [start, end)."""
+        return list(range(start // self.length, min((end - 1) // self.length + 1, len(self))))
+
 
 class PackedDocuments:
     """Whole documents, best-fit packed into rows of `length` tokens and padded; longer ones are cut."""
@@ -96,6 +103,15 @@ class PackedDocuments:
         """From where to where in the tokens of the source each of its documents goes."""
         begins = [(int(self._ends[p.document - 1]) if p.document else 0, p) for p in self._packed[row]]
         return [(begin + piece.start, begin + piece.start + piece.length) for begin, piece in begins]
+
+    def holding(self, start: int, end: int) -> list[int]:
+        """The rows that hold some of the source's tokens [start, end)."""
+        first, last = np.searchsorted(self._ends, [start, end - 1], side="right")
+        pieces = np.flatnonzero((self._packed.document >= first) & (self._packed.document <= last))
+        rows = np.searchsorted(self._packed.borders, pieces, side="right") - 1
+        return sorted(
+            row for row in set(rows.tolist()) if any(a < end and start < b for a, b in self.spans(row))
+        )  # fmt: skip
 
 
 def _predicted(length: int, documents: NDArray[np.int32] | None) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from llmtrain.config.errors import DataError
-from llmtrain.data.pieces import Piece, Place
+from llmtrain.data.pieces import Piece, Place, lines_before
 from llmtrain.data.records import Split
 
 
@@ -125,6 +125,22 @@ class TokenSource:
             high = min(int(np.searchsorted(ends, end - first)) + 1, len(ends))
             before = int(self._documents_before[number])
             found += [(before + document, self._place(number, document)) for document in range(low, high)]
+        return found
+
+    def find(self, file: str, number: int) -> list[int]:
+        """The documents that come from line, row or part `number` of a file; its name may be given by its end."""
+        found = []
+        for shard, (_, portion, _, _) in enumerate(self.summary.shards):
+            wanted = {
+                index: number - (lines_before(piece.file, piece.start) if piece.kind == "lines" else 0)
+                for index, piece in enumerate(self.manifest.portions[portion])
+                if piece.file == file or piece.file.endswith(f"/{file}")
+            }  # fmt: skip
+            if wanted:
+                pieces, rows = self._tensor(shard, "pieces")[:], self._tensor(shard, "rows")[:]
+                for index, row in wanted.items():
+                    here = np.flatnonzero((pieces == index) & (rows == np.uint64(max(row, 0))))
+                    found += (here + self._documents_before[shard]).tolist()
         return found
 
     def token_counts(self, vocab_size: int) -> NDArray[np.int64]:

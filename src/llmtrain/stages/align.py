@@ -14,6 +14,7 @@ from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 from llmtrain.stages.pairs import build_pairs
+from llmtrain.stages.planning import row_digests
 
 
 def run(config: AlignConfig) -> None:
@@ -43,7 +44,7 @@ def dpo(
     rows, held_out = build_pairs(run, reference, tokenizer, length)
     model = spread(policy, run.layout, config.engine.sharding)
     objective = Dpo(reference, method.beta, method.label_smoothing, method.sft_weight)
-    said = assembly.row_digests(config.data, rows)
+    said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = PairBatches(
         rows, plan.order(config.seed), max_length=length,
@@ -89,7 +90,7 @@ def ppo(
     trained = ActorCritic(policy, value)
     model = spread(trained, run.layout, config.engine.sharding)
     batch_rows = config.train.batch_rows or method.minibatches
-    said = assembly.row_digests(config.data, rows)
+    said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     prompts = PromptBatches(rows, plan.order(config.seed))
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)

@@ -5,7 +5,6 @@ A stage reads top to bottom as: build, build, build, fit. This module is the fra
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -15,18 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig, TrainConfig
-from llmtrain.data.batches import RowOrder
+from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
-from llmtrain.data.mixture import PhasedMixture
-from llmtrain.data.plans import describe_plan, plan_mixture, steps_left
+from llmtrain.data.plans import describe_plan
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
@@ -41,6 +37,7 @@ from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
+from llmtrain.stages.planning import Plan, make_plan, num_lengths
 
 Config = TypeVar("Config", bound=StageConfig)
 Made = TypeVar("Made")
@@ -65,26 +62,6 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
         distributed.launch(stage, (config,), config.engine.processes)
     else:
         stage(config)
-
-
-@dataclasses.dataclass
-class Plan:
-    """What a run draws from its sources."""
-
-    mixture: PhasedMixture
-    steps: int
-    batch_rows: int
-    sizes: Mapping[str, int]
-    """Rows of each source, of those too that are no longer drawn from."""
-    contents: Mapping[str, str]
-
-    def order(self, seed: int) -> RowOrder:
-        """Which row comes when."""
-        return RowOrder(self.mixture, self.sizes, self.batch_rows, seed)
-
-    def ledger(self, step: int) -> Ledger:
-        """What the sources have given after `step` steps."""
-        return Ledger.of(self.mixture, step * self.batch_rows, self.sizes, self.contents)
 
 
 @dataclasses.dataclass
@@ -123,24 +100,16 @@ class Run(Generic[Config]):
     def plan(
         self, data: CorpusConfig | RowsConfig, sizes: Mapping[str, int], said: Mapping[str, Mapping[str, Any]], *,
         parameters: int = 0, tokens_per_row: int = 0,
-    ) -> "Plan":  # fmt: skip
+    ) -> Plan:  # fmt: skip
         """Which rows come when; after a resume, from what each source has given already.
 
         `sizes` are the sources' rows, `said` is what the lineage says of them. Raises DataError for a source without
         rows, and for one whose rows have changed.
         """
-        train = self.config.train
-        contents = {name: str(each["content"]) for name, each in said.items()}
         ledger = Ledger.read(self.checkpoint.folder) if self.checkpoint else None
-        if ledger:
-            ledger.check(contents)
-            contents = ledger.contents | contents
-            sizes = ledger.sizes | dict(sizes)
-        mixture, steps = plan(
-            data, train, {name: sizes[name] for name in data.sources}, parameters=parameters,
-            tokens_per_row=tokens_per_row, ledger=ledger,
-        )  # fmt: skip
-        return Plan(mixture, steps, rows_per_step(train), sizes, contents)
+        return make_plan(
+            data, self.config.train, sizes, said, ledger=ledger, parameters=parameters, tokens_per_row=tokens_per_row
+        )
 
     def autocast(self) -> torch.autocast:
         """The precision of matrix products in this run."""
@@ -293,22 +262,6 @@ def fitting_length(config: StageConfig, model: LanguageModel) -> int:
     return min(config.train.sequence_length, model.config.max_sequence_length)
 
 
-def row_digests(data: RowsConfig, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """What the lineage says of each source: its path, how many rows were used, and a digest of their ids in order."""
-    return {
-        name: {"path": data.sources[name].path, "rows": len(each), "content": _digest(each)}
-        for name, each in rows.items()
-    }  # fmt: skip
-
-
-def _digest(rows: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for side in (row.chosen, row.rejected) if hasattr(row, "chosen") else (row,):
-            digest.update(np.asarray(side.tokens, dtype=np.int64).tobytes())
-    return digest.hexdigest()
-
-
 def load_policy(folder: str, dropout: float | None = None) -> LanguageModel:
     """The language model in a run, a checkpoint or a Transformers folder, float32 on the CPU.
 
@@ -332,40 +285,3 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
     state = checkpoints.read_model(Path(folder))
     policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
     return policy or state
-
-
-def plan(
-    data: CorpusConfig | RowsConfig, train: TrainConfig, sizes: Mapping[str, int], *, parameters: int = 0,
-    tokens_per_row: int = 0, ledger: Ledger | None = None,
-) -> tuple[PhasedMixture, int]:  # fmt: skip
-    """The mixture of a run and its length in steps; `sizes` are the sources' rows, of `tokens_per_row` (pretraining).
-
-    With the `ledger` of a checkpoint, what was drawn up to there stays. Raises DataError for a source without rows.
-    """
-    batch_rows = rows_per_step(train)
-    steps = num_steps(train, rows=sum(sizes.values()), parameters=parameters, tokens_per_row=tokens_per_row)
-    mixture = plan_mixture(data, sizes, steps * batch_rows, ledger)
-    return mixture, steps_left(mixture, steps, batch_rows)
-
-
-def rows_per_step(train: TrainConfig) -> int:
-    """Rows of a step over all processes."""
-    return train.batch_rows or (train.batch_tokens or train.sequence_length) // train.sequence_length
-
-
-def num_lengths(train: TrainConfig) -> int:
-    """Lengths that rows of a fixed one have in the run: one, or those of the length warm-up, compiled one by one."""
-    if train.length_warmup is None:
-        return 1
-    return (train.sequence_length // train.length_warmup.start_length).bit_length()
-
-
-def num_steps(train: TrainConfig, *, rows: int, parameters: int = 0, tokens_per_row: int = 0) -> int:
-    """The length of the run in steps; an epoch has `rows`, a row `tokens_per_row` tokens (pretraining)."""
-    if train.steps is not None:
-        return train.steps
-    batch_rows = rows_per_step(train)
-    if train.epochs is not None:
-        return max(1, round(train.epochs * rows / batch_rows))
-    tokens = train.tokens or round((train.tokens_per_parameter or 0) * parameters)
-    return max(1, round(tokens / (batch_rows * tokens_per_row)))

@@ -19,6 +19,7 @@ from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import evaluate_objective, held_out_batches
 from llmtrain.stages.pairs import build_pairs
+from llmtrain.stages.planning import row_digests
 
 # The scores of this many training answers give their mean and standard deviation.
 REFERENCE_PAIRS = 512
@@ -40,7 +41,7 @@ def stage(config: RewardConfig) -> None:
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
     model = spread(trained, run.layout, config.engine.sharding)
 
-    said = assembly.row_digests(config.data, rows)
+    said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = PairBatches(
         rows, plan.order(config.seed), max_length=length,

@@ -13,8 +13,9 @@ from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Plan, Run
+from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
+from llmtrain.stages.planning import Plan, row_digests
 
 
 def run(config: SftConfig) -> None:
@@ -39,7 +40,7 @@ def stage(config: SftConfig) -> None:
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
     model = spread(trained, run.layout, config.engine.sharding)
 
-    said = assembly.row_digests(config.data, rows)
+    said = row_digests(config.data, rows)
     batches, plan = build_batches(config, run, rows, said, length, tokenizer.pad_id)
     packed = f", packed into {sum(plan.sizes.values()):,} rows" if config.data.packing else ""
     run.say(f"{plan.steps} steps over {sum(map(len, rows.values())):,} conversations in {len(rows)} sources{packed}")

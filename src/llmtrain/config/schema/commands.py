@@ -149,5 +149,13 @@ class ShowConfig:
     """Whose data to show."""
     rows: int = Field(default=3, ge=1)
     """How many rows."""
+    run: str | None = None
+    """Name or folder of a run, instead of a stage: show what it saw, at `step` or of `document`."""
+    runs_dir: str = "runs"
+    """Folder that holds all runs and the cache of prepared data."""
+    step: int | None = Field(default=None, ge=1)
+    """Show the very rows of this step of `run`, and where each comes from."""
+    document: str | None = None
+    """Say at which steps of `run` this document or row was seen: FILE:NUMBER, of its line (or row, in a table)."""
     overrides: list[str] = Field(default_factory=list)
     """Overrides of that stage's config, as on the command line."""
