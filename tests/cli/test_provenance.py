@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,31 @@ def test_what_is_no_run(corpus: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no run in nothing or runs/nothing" in shown(capsys, "run=nothing", "step=1", code=2)
     assert "say what is to be shown of it" in shown(capsys, "run=nothing", code=2)
     assert "step: has no effect: name the run" in shown(capsys, "step=1", code=2)
+
+
+def test_a_streamed_run_goes_on_with_the_same_rows(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*PRETRAIN, *mixture({"a": 1}), "run=base", "train.steps=1"]) == 0
+    data = mixture({"a": 0.5, "b": 0.25, "c": 0.25})
+    command = [each for each in PRETRAIN if not each.startswith("tokenizer.")]
+    streamed = [*command, *data, "data.streaming=true", "tokenizer.path=runs/base/model"]
+    assert cli.main([*streamed, "run=whole"]) == 0
+    metrics = Path("runs/whole/metrics.jsonl").read_text()
+    assert cli.main([*streamed, "run=again"]) == 0
+    for name in ("step-00000008", "step-00000012"):
+        shutil.rmtree(f"runs/again/checkpoints/{name}")
+    lineage = Path("runs/again/lineage.json")
+    lineage.write_text(json.dumps(json.loads(lineage.read_text()) | {"finished": None}))
+    assert cli.main([*streamed, "run=again"]) == 0
+    assert "resuming runs/again at step 4 of 12" in capsys.readouterr().err
+    one, two = (Path(f"runs/{run}/model/model.safetensors").read_bytes() for run in ("whole", "again"))
+    assert one == two
+    assert '"data/a/tokens": 384' in metrics
+    assert "bits_per_byte" in metrics
+    assert "the rows of a stream cannot be asked for" in shown(capsys, "run=whole", "step=3", code=2)
+    assert "needs a tokenizer that is there" in refused([*PRETRAIN, *data, "data.streaming=true"], capsys)
+    assert "a stream has no known end" in refused([*streamed, "train.steps=null", "train.epochs=1"], capsys)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(arguments) == 2
+    return capsys.readouterr().err

@@ -35,7 +35,14 @@ class Shown(NamedTuple):
 
 
 def what_is_seen(config: PretrainConfig | RowStage, ledger: Ledger | None = None) -> "Seen":
-    """The rows of a stage; with the `ledger` of its run, as the run has drawn them."""
+    """The rows of a stage; with the `ledger` of its run, as the run has drawn them.
+
+    Raises ConfigError for rows that cannot be told.
+    """
+    if isinstance(config, PretrainConfig) and config.data.streaming:
+        raise ConfigError(
+            "data.streaming: the rows of a stream cannot be asked for; they can with data.streaming=false"
+        )
     return SeenText(config, ledger) if isinstance(config, PretrainConfig) else SeenRows(config, ledger)
 
 

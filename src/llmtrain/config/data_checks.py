@@ -49,6 +49,35 @@ def sources(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "data.when_exhausted", "no source has max_epochs")
 
 
+def streaming(view: View) -> Iterator[Finding]:
+    """A stream's size is not known, it is read in one order, and its tokenizer cannot be trained on all of it."""
+    if not view["data.streaming"]:
+        return
+    key = "data.streaming"
+    if view.command == "prepare":
+        yield finding("has no effect: prepare makes what streaming does without", key)
+        return
+    if view["data.temperature"] is not None:
+        yield finding("needs the sizes of the sources, which a stream does not tell", "data.temperature", key)
+    for name, source in view["data.sources"].items():
+        for option in ("epochs", "max_epochs"):
+            if source[option] is not None:
+                yield finding(
+                    "needs the source's size, which a stream does not tell", f"data.sources.{name}.{option}", key
+                )
+        own = source["cleaning"]
+        if own and (own["exact_duplicates"] or own["near_duplicates"]):
+            yield finding("duplicates are found in prepared text only", f"data.sources.{name}.cleaning", key)
+    for option in ("exact_duplicates", "near_duplicates"):
+        yield from no_effect(view, f"data.cleaning.{option}", "duplicates are found in prepared text only", key)
+    if view["data.sequences"] == "documents":
+        yield finding("whole documents are packed from prepared text only", "data.sequences", key)
+    if view["train.epochs"] is not None:
+        yield finding("a stream has no known end; say train.steps or train.tokens", "train.epochs", key)
+    if view["tokenizer.path"] is None and view["model.init_from"] is None:
+        yield finding("streaming needs a tokenizer that is there: tokenizer.path=FOLDER", "tokenizer.path", key)
+
+
 def cleaning(view: View) -> Iterator[Finding]:
     """Each rule of cleaning has its own options."""
     own = [f"data.sources.{name}.cleaning" for name, source in view["data.sources"].items() if source.get("cleaning")]
@@ -110,6 +139,7 @@ DATA_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     sampled_pairs,
     packing,
     sources,
+    streaming,
     cleaning,
     conversations_only,
     row_sources,

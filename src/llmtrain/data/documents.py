@@ -13,6 +13,7 @@ from typing import NamedTuple
 from llmtrain.config.schema import SourceConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.embedded import PREFIX, embedded_documents
+from llmtrain.data.files import is_hub_id
 from llmtrain.data.pieces import Piece, Place, find_pieces
 from llmtrain.data.records import Faults, Placed, RowError, Split, read_piece
 
@@ -60,12 +61,15 @@ class Document(NamedTuple):
     split: Split
 
 
-def find_portions(source: SourceConfig, cache_dir: Path) -> list[Portion]:
-    """All that is to be read of a source, training text first. Raises DataError for what is missing."""
+def find_portions(source: SourceConfig, cache_dir: Path, streaming: bool = False) -> list[Portion]:
+    """All that is to be read of a source, training text first. Raises DataError for what is missing.
+
+    With `streaming`, a hub data set is read from there as it is needed, not downloaded first.
+    """
     if source.validation_path is None:
-        return _portions(source, source.path, source.split, None, cache_dir)
-    train = _portions(source, source.path, source.split, "train", cache_dir)
-    held_out = _portions(source, source.validation_path, "validation", "validation", cache_dir)
+        return _portions(source, source.path, source.split, None, cache_dir, streaming)
+    train = _portions(source, source.path, source.split, "train", cache_dir, streaming)
+    held_out = _portions(source, source.validation_path, "validation", "validation", cache_dir, streaming)
     return [*train, *(each._replace(number=len(train) + each.number) for each in held_out)]
 
 
@@ -131,8 +135,10 @@ def read_documents(source: SourceConfig, validation_every: int, cache_dir: Path,
             before += len(batch.documents)
 
 
-def _portions(source: SourceConfig, path: str, part: str, split: Split | None, cache_dir: Path) -> list[Portion]:
-    pieces = _pieces(source, path, part, cache_dir)
+def _portions(
+    source: SourceConfig, path: str, part: str, split: Split | None, cache_dir: Path, streaming: bool
+) -> list[Portion]:
+    pieces = _pieces(source, path, part, cache_dir, streaming)
     enough = max(PORTION_BYTES, sum(piece.size for piece in pieces) // MAX_PORTIONS)
     groups: list[list[Piece]] = [[]]
     for piece in pieces:
@@ -145,9 +151,11 @@ def _portions(source: SourceConfig, path: str, part: str, split: Split | None, c
     return [Portion(i, tuple(each), split, is_only, source.max_documents) for i, each in enumerate(groups)]
 
 
-def _pieces(source: SourceConfig, path: str, part: str, cache_dir: Path) -> list[Piece]:
+def _pieces(source: SourceConfig, path: str, part: str, cache_dir: Path, streaming: bool) -> list[Piece]:
     if path.startswith(PREFIX):
         return [Piece(path, "embedded", 0)]
+    if streaming and is_hub_id(path):
+        return [Piece(path, "stream", 0, name=source.name, split=part)]
     return find_pieces(path, split=part, name=source.name, cache_dir=cache_dir)
 
 

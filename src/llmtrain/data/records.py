@@ -270,6 +270,11 @@ def _read_hub(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     return _rows_of(piece, hub_dataset(piece.file, piece.name, piece.split, cache_dir))
 
 
+def _read_stream(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
+    for number, row in enumerate(hub_dataset(piece.file, piece.name, piece.split, cache_dir, streaming=True), 1):
+        yield Place(piece, number), dict(row)
+
+
 def _read_saved(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     return _rows_of(piece, saved_dataset(Path(piece.file), piece.split))
 
@@ -286,5 +291,5 @@ def _short(value: Any) -> str:
 
 READERS: dict[str, Callable[[Piece, Path], Iterator[Placed]]] = {
     "lines": _read_lines, "text": _read_text, "json": _read_json, "parquet": _read_parquet, "csv": _read_table,
-    "tsv": _read_table, "arrow": _read_table, "hub": _read_hub, "saved": _read_saved,
+    "tsv": _read_table, "arrow": _read_table, "hub": _read_hub, "stream": _read_stream, "saved": _read_saved,
 }  # fmt: skip

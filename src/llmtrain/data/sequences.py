@@ -47,10 +47,18 @@ def text_rows(source: TokenSource, config: CorpusConfig, length: int, pad_id: in
     return Blocks(source, length, config.attend_across_documents)
 
 
+class RunningText(Protocol):
+    """Tokens one after another, and where documents end."""
+
+    def num_blocks(self, length: int) -> int: ...
+    def tokens(self, start: int, end: int) -> NDArray[np.int64]: ...
+    def ends_within(self, start: int, end: int) -> NDArray[np.int64]: ...
+
+
 class Blocks:
     """Running text cut into blocks of `length` tokens; what is left at the end of the source is not used."""
 
-    def __init__(self, source: TokenSource, length: int, attend_across: bool = True) -> None:
+    def __init__(self, source: RunningText, length: int, attend_across: bool = True) -> None:
         self.source, self.length, self.attend_across = source, length, attend_across
 
     def __len__(self) -> int:
@@ -112,6 +120,16 @@ class PackedDocuments:
         return sorted(
             row for row in set(rows.tolist()) if any(a < end and start < b for a, b in self.spans(row))
         )  # fmt: skip
+
+
+def row_of_documents(pieces: list[NDArray[np.int64]], attend_across: bool) -> TextRow:
+    """The row that consecutive pieces of documents make, each of another document."""
+    documents = None
+    if not attend_across:
+        lengths = [len(piece) for piece in pieces]
+        documents = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    tokens = np.concatenate(pieces)
+    return TextRow(tokens, _predicted(len(tokens), documents), documents)
 
 
 def _predicted(length: int, documents: NDArray[np.int32] | None) -> NDArray[np.bool_]:

@@ -22,9 +22,11 @@ def open_parquet(stream: IO[bytes], file: str) -> Any:
         raise DataError(f"{file}: cannot be read as parquet: {cause(error)}") from None
 
 
-def hub_dataset(path: str, name: str | None, split: str, cache_dir: Path) -> Any:
+def hub_dataset(path: str, name: str | None, split: str, cache_dir: Path, streaming: bool = False) -> Any:
+    """A data set of the hub: downloaded, or with `streaming` read as it is iterated over."""
+    options: dict[str, Any] = {"split": split, "cache_dir": str(cache_dir / "datasets"), "streaming": streaming}
     try:
-        return datasets_library().load_dataset(path, name, split=split, cache_dir=str(cache_dir / "datasets"))
+        return datasets_library().load_dataset(path, name, **options)
     except Exception as error:  # network, access, names: each has errors of its own
         said = str(error).split("\n")[0]
         raise DataError(f"{path}: no file or folder here, nor a data set that the hub gives: {said}") from None

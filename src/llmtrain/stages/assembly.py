@@ -125,8 +125,12 @@ class Run(Generic[Config]):
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
+        write_more: Callable[[Path], None] | None = None,
     ) -> None:  # fmt: skip
-        """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few."""
+        """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few.
+
+        `write_more` adds to each checkpoint.
+        """
         config, device, steps = self.config, self.layout.device, plan.steps
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
             self.say(
@@ -155,6 +159,8 @@ class Run(Generic[Config]):
         def write_extra(folder: Path, step: int) -> None:
             describe(folder, saved_part(trained), tokenizer)
             plan.ledger(step).write(folder)
+            if write_more:
+                write_more(folder)
 
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,

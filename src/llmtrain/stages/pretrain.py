@@ -3,21 +3,25 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import CleaningConfig, CorpusConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import LengthWarmup, TokenBatches, held_out_text
 from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
 from llmtrain.data.preparation import describe_source, prepare_sources
 from llmtrain.data.records import Faults
-from llmtrain.data.sequences import text_rows
+from llmtrain.data.sequences import Blocks, TextRows, text_rows
 from llmtrain.data.shards import TokenSource
+from llmtrain.data.streaming import HeldOutTokens, Stream, StreamedBatches, read_positions
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
@@ -27,6 +31,7 @@ from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
+from llmtrain.stages.planning import Plan
 
 log = logging.getLogger(__name__)
 
@@ -44,41 +49,97 @@ def stage(config: PretrainConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
     tokenizer = run.main_first(lambda: build_tokenizer(config, run.cache))
-    prepared = run.main_first(lambda: prepare_sources(config.data, tokenizer=tokenizer, cache_dir=run.cache))
-    sources = {name: source.train for name, source in prepared.items()}
-    held_out = {name: source.validation for name, source in prepared.items()}
     trained = build_model(config, tokenizer)
     model = spread(trained, run.layout, config.engine.sharding)
-
-    length = config.train.sequence_length
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    rows = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
-    sizes = {name: len(each) for name, each in rows.items()}
-    said = {name: digests(source) for name, source in sources.items()}
-    plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
-    batches = TokenBatches(
-        rows, plan.order(config.seed), sequence_length=length, rank=run.layout.rank, world=run.layout.world
-    )
-    run.say(
-        f"{parameters:,} parameters, {plan.steps} steps, "
-        f"{sum(map(len, sources.values())):,} tokens in {len(sources)} sources"
-    )
+    text = (streamed_text if config.data.streaming else prepared_text)(config, run, tokenizer, parameters)
+    run.say(f"{parameters:,} parameters, {text.plan.steps} steps, {text.summary}")
 
-    names = batches.order.mixture.names
-    measure = evaluate_bits_per_byte(
-        bare(model), NextToken(), domains(config, tokenizer, sources, held_out), run.layout.device
-    )
+    objective = NextToken(source_names=text.plan.mixture.names)
+    measure = evaluate_bits_per_byte(bare(model), NextToken(), text.domains, run.layout.device)
     samples = Continuations(Replica(trained), tokenizer)
     run.write_samples("before", samples)
     run.fit(
-        model=model, trained=trained, batches=warmed_up(config.train, batches), tokenizer=tokenizer, plan=plan,
-        objective=NextToken(source_names=names), evaluators=[measure], fixed_shapes=True,
+        model=model, trained=trained, batches=warmed_up(config.train, text.batches), tokenizer=tokenizer,
+        plan=text.plan, objective=objective, evaluators=[measure], fixed_shapes=True, write_more=text.write_more,
     )  # fmt: skip
     run.write_samples("after", samples)
-    run.finish(trained, tokenizer, data=said, plan=plan)
+    run.finish(trained, tokenizer, data=text.said, plan=text.plan)
 
 
-def warmed_up(train: TrainConfig, batches: TokenBatches) -> TokenBatches | LengthWarmup:
+class Text(NamedTuple):
+    """What a run is trained on and measured by."""
+
+    batches: TokenBatches | StreamedBatches
+    plan: Plan
+    said: dict[str, Any]
+    """For the lineage."""
+    domains: dict[str, Domain]
+    summary: str
+    write_more: Callable[[Path], None] | None = None
+    """Adds to each checkpoint what the batches need to go on."""
+
+
+def prepared_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, parameters: int) -> Text:
+    """Text that is encoded before training begins, once."""
+    prepared = run.main_first(lambda: prepare_sources(config.data, tokenizer=tokenizer, cache_dir=run.cache))
+    length = config.train.sequence_length
+    sources = {name: source.train for name, source in prepared.items()}
+    rows = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
+    said = {name: digests(source) for name, source in sources.items()}
+    sizes = {name: len(each) for name, each in rows.items()}
+    plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
+    layout = run.layout
+    batches = TokenBatches(
+        rows, plan.order(config.seed), sequence_length=length, rank=layout.rank, world=layout.world
+    )  # fmt: skip
+    domains = {}
+    for number, (name, source) in enumerate(prepared.items()):
+        held_out, of_training = source.validation, sources[name].token_counts(tokenizer.vocab_size)
+        # text shorter than a row makes one shorter row
+        shorter = min(length, len(held_out))
+        blocks = text_rows(held_out, config.data, shorter, tokenizer.pad_id) if shorter else None
+        domains[name] = domain(config, tokenizer, blocks, number, of_training)
+    return Text(
+        batches,
+        plan,
+        said,
+        measurable(domains),
+        f"{sum(map(len, sources.values())):,} tokens in {len(sources)} sources",
+    )
+
+
+def streamed_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, parameters: int) -> Text:
+    """Text that is encoded while training goes on."""
+    length, layout = config.train.sequence_length, run.layout
+    streams = {
+        name: Stream(
+            source, config.data, tokenizer, run.cache, length=length, key=derive_seed(config.seed, "stream", name)
+        )
+        for name, source in config.data.sources.items()
+    }  # fmt: skip
+    said = {name: streams[name].said() for name in streams}
+    plan = run.plan(config.data, dict.fromkeys(streams, 1), said, parameters=parameters, tokens_per_row=length)
+    if run.checkpoint:
+        for name, position in read_positions(run.checkpoint.folder).items():
+            if name in streams:
+                streams[name].begin(position)
+    batches = StreamedBatches(
+        streams, plan.mixture, batch_rows=plan.batch_rows, first_step=run.checkpoint.step if run.checkpoint else 0,
+        rank=layout.rank, world=layout.world,
+    )  # fmt: skip
+    domains = {}
+    for number, (name, stream) in enumerate(streams.items()):
+        held_out = HeldOutTokens(stream, config.eval.max_rows * length, tokenizer.vocab_size)
+        shorter = min(length, len(held_out))
+        blocks = Blocks(held_out, shorter, config.data.attend_across_documents) if shorter else None
+        domains[name] = domain(config, tokenizer, blocks, number, held_out.training_counts)
+    return Text(batches, plan, said, measurable(domains), f"{len(streams)} streams", batches.write)
+
+
+def warmed_up(
+    train: TrainConfig, batches: TokenBatches | StreamedBatches
+) -> TokenBatches | StreamedBatches | LengthWarmup:
     """The batches, in shorter rows at first where `train.length_warmup` says so."""
     if train.length_warmup is None:
         return batches
@@ -154,27 +215,27 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     return LanguageModel(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
 
 
-def domains(
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
-    sources: Mapping[str, TokenSource],
-    held_out: Mapping[str, TokenSource],
-) -> dict[str, Domain]:
-    """For each source: held-out blocks, their bytes, and a unigram model's bits per byte on them."""
-    found = {}
-    for number, (name, source) in enumerate(held_out.items()):
-        if not len(source):
+def domain(
+    config: PretrainConfig, tokenizer: Tokenizer, held_out: TextRows | None, number: int,
+    training_counts: NDArray[np.int64],
+) -> Domain | None:  # fmt: skip
+    """Held-out rows of source `number`, their bytes, and a unigram model's bits per byte on them; None without any."""
+    if held_out is None or not len(held_out):
+        return None
+    text = held_out_text(
+        held_out, number, tokenizer.token_bytes, max_rows=config.eval.max_rows, batch_rows=EVALUATION_ROWS
+    )
+    counts = torch.from_numpy(training_counts)
+    bits = sum(unigram_bits(counts, batch.tokens[batch.loss_mask]) for batch in text.batches)
+    return Domain(text.batches, text.num_bytes, bits / text.num_bytes) if text.num_bytes else None
+
+
+def measurable(domains: Mapping[str, Domain | None]) -> dict[str, Domain]:
+    """The domains that have held-out text; says which have none."""
+    for name, each in domains.items():
+        if each is None:
             log.warning("data.sources.%s: nothing is held out; name a validation_path or lower validation_every", name)
-            continue
-        # text shorter than a row makes one shorter row
-        rows = text_rows(source, config.data, min(config.train.sequence_length, len(source)), tokenizer.pad_id)
-        text = held_out_text(
-            rows, number, tokenizer.token_bytes, max_rows=config.eval.max_rows, batch_rows=EVALUATION_ROWS
-        )
-        counts = torch.from_numpy(sources[name].token_counts(tokenizer.vocab_size))
-        bits = sum(unigram_bits(counts, batch.tokens[batch.loss_mask]) for batch in text.batches)
-        found[name] = Domain(text.batches, text.num_bytes, bits / text.num_bytes)
-    return found
+    return {name: each for name, each in domains.items() if each}
 
 
 def digests(source: TokenSource) -> dict[str, Any]:

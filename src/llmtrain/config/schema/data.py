@@ -116,6 +116,8 @@ class CorpusConfig(MixtureConfig):
     """What is left out, cut or masked before training; off unless asked for."""
     sequences: Literal["blocks", "documents"] = "blocks"
     """A row is a block of running text, cut anywhere, or whole documents, best-fit packed (longer ones are cut)."""
+    streaming: bool = False
+    """Encode text while training goes on, not before: for a corpus too large to prepare; not shuffled as a whole."""
     attend_across_documents: bool = True
     """Tokens see the documents before theirs in the row. false: their own alone, in which positions start at 0."""
 
