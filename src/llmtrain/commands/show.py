@@ -1,6 +1,6 @@
 """`llmtrain show`: print what a stage's model will really see: its rows in the run's order, and what is learned."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,18 @@ def _places(order: RowOrder) -> Iterator[tuple[int, int]]:
 
 
 def _print_mixture(
-    console: Console, order: RowOrder, used: dict[str, float], sizes: dict[str, int], units: tuple[str, str], steps: int
-) -> None:
-    """One line for each source: its weight, its size and what the run uses of it."""
+    console: Console, order: RowOrder, used: dict[str, float], sizes: Mapping[str, int | None], units: tuple[str, str],
+    steps: int,
+) -> None:  # fmt: skip
+    """One line for each source: its weight, its size where it is known, and what the run uses of it."""
     size_unit, used_unit = units
     table = Table(title=f"{steps:,} steps", title_justify="left")
     for heading in ("source", "weight", size_unit, f"{used_unit} used", "epochs"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, share in order.mixture.shares.items():
         amount, epochs = used[f"data/{name}/{used_unit}"], used[f"data/{name}/epochs"]
-        table.add_row(name, f"{share:.2%}", f"{sizes[name]:,}", f"{amount:,.0f}", f"{epochs:.2f}")
+        size = "" if sizes[name] is None else f"{sizes[name]:,}"
+        table.add_row(name, f"{share:.2%}", size, f"{amount:,.0f}", f"{epochs:.2f}")
     console.print(table)
     phases = [phase for phase in order.mixture.phases if phase.start < steps * order.batch_rows]
     for start, shares in phases[1:]:

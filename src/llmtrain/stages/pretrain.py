@@ -163,7 +163,7 @@ def domains(
     """For each source: held-out blocks, their bytes, and a unigram model's bits per byte on them."""
     found = {}
     for number, (name, source) in enumerate(held_out.items()):
-        if not len(source):
+        if len(source) < 2:  # nothing to be predicted
             log.warning("data.sources.%s: nothing is held out; name a validation_path or lower validation_every", name)
             continue
         # text shorter than a row makes one shorter row
@@ -179,10 +179,10 @@ def domains(
 
 def digests(source: TokenSource) -> dict[str, Any]:
     """What the lineage says of a source."""
-    manifest, summary = source.manifest, source.summary
+    summary = source.summary
     return {
-        "path": manifest.source, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
-        "content": summary.content, "tokenizer": manifest.tokenizer,
+        "path": source.path, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
+        "content": summary.content, "tokenizer": source.tokenizer,
     }  # fmt: skip
 
 
