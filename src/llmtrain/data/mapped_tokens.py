@@ -17,12 +17,11 @@ from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
 from llmtrain.data.files import FileDigests
 from llmtrain.data.pieces import Piece, Place
 from llmtrain.data.shards import PreparedSource, SplitSummary, TokenSource
-from llmtrain.data.token_files import CHUNK, IndexedTokenFile, TokenFile, find_token_files, open_token_file
+from llmtrain.data.token_files import CHUNK, FIRST_LOOK, IndexedTokenFile, TokenFile, find_token_files, open_token_file
 from llmtrain.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FIRST_LOOK = 4096  # tokens at the beginning of each file that are checked at once
 COUNTED_CHUNKS = 64  # of a large source, that stand for all of it when tokens are counted
 
 
@@ -129,7 +128,7 @@ def open_token_source(
     if data.sequences == "documents" or not data.attend_across_documents:
         _look_for_ends(files, tokenizer)
     total = sum(map(len, files))
-    log.info("data.sources.%s: %s tokens in %d files, read as they are", name, f"{total:,}", len(files))
+    log.info("data.sources.%s: %s tokens, read as they are (files: %d)", name, f"{total:,}", len(files))
     if source.validation_path is None:
         border = _border(source.path, files, data.validation_every)
         spans = [(files, 0, border), (files, border, total)]

@@ -16,6 +16,7 @@ from llmtrain.config.token_paths import TOKEN_SUFFIXES, is_indexed_prefix
 from llmtrain.data.files import find_files, is_compressed, suffix_of
 
 CHUNK = 1 << 20  # tokens that are looked at, at a time
+FIRST_LOOK = 4096  # tokens at the beginning of each file that are checked before anything is trained
 
 INDEX_MAGIC, OLD_INDEX_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the type, sequences, entries of the document index
@@ -135,7 +136,7 @@ def _read_flat(path: str, dtype: str | None) -> NDArray[Any]:
             )
         return _mapped(path, said, 4 * FLAT_HEADER)
     tokens = _mapped(path, np.dtype(dtype or "uint16").newbyteorder("<"))
-    first = tokens[:CHUNK]
+    first = tokens[:FIRST_LOOK]
     if dtype is None and len(first) >= 64 and first[::2].any() and not first[1::2].any():
         raise DataError(
             f"{path}: every second number is 0, as if they were of 32 bits: "
@@ -174,8 +175,8 @@ def _open_indexed(path: str, end_token: int) -> IndexedTokenFile:
     if not len(first) or first[0] != 0 or first[-1] > len(lengths) or (np.diff(first) < 0).any():
         raise DataError(f"{index}: the places of its documents are not in order")
     # documents without tokens are none; sequences after the last document that was ended are one more
-    ends = np.unique(np.append(starts[first[1:]], len(tokens)))
-    return IndexedTokenFile(path, tokens, end_token, ends[ends > 0])
+    ends = np.append(starts[first[1:]], len(tokens))
+    return IndexedTokenFile(path, tokens, end_token, ends[np.diff(ends, prepend=0) > 0])
 
 
 def _read_index(index: str) -> tuple[str, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
