@@ -1,11 +1,10 @@
 """The table of a pretraining mixture whose text is not here yet, from the published sizes of its sources."""
 
-import glob
-import os
 from typing import Any
 
 from rich.table import Table
 
+from llmtrain.config.paths import is_here
 from llmtrain.config.schema import PretrainConfig
 from llmtrain.data.files import is_hub_id
 from llmtrain.data.plans import source_weights
@@ -25,9 +24,7 @@ def is_elsewhere(config: PretrainConfig) -> bool:
 
 
 def _is_here(path: str) -> bool:
-    if path.startswith("embedded:"):
-        return True
-    return not is_hub_id(path) and (os.path.exists(path) or bool(glob.glob(path, recursive=True)))
+    return path.startswith("embedded:") or (not is_hub_id(path) and is_here(path))
 
 
 def planned_rows(config: PretrainConfig) -> list[dict[str, Any]]:

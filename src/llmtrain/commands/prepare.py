@@ -7,7 +7,7 @@ from rich.table import Table
 
 from llmtrain.config.schema import PrepareConfig
 from llmtrain.data.preparation import prepare_sources
-from llmtrain.data.shards import PreparedSource
+from llmtrain.data.shards import PreparedSource, PreparedTokens
 from llmtrain.stages import pretrain
 
 
@@ -26,13 +26,24 @@ def _table(prepared: dict[str, PreparedSource]) -> Table:
     table.add_column("source")
     for heading in ("rows", "left out", "documents", "held out", "MB", "tokens", "bytes a token"):
         table.add_column(heading, justify="right")
-    table.add_column("folder", overflow="fold")
-    for name, (train, validation) in prepared.items():
-        manifest, summary = train.manifest, train.summary
-        left_out = manifest.left_out + sum(count for count, _ in manifest.faults.values())
-        table.add_row(
-            name, f"{manifest.rows:,}", f"{left_out:,}", f"{summary.documents:,}", f"{validation.summary.documents:,}",
-            f"{summary.bytes / 1e6:,.1f}", f"{summary.tokens:,}", f"{summary.bytes / max(summary.tokens, 1):.2f}",
-            train.folder.name,
-        )  # fmt: skip
+    table.add_column("folder or files", overflow="fold")
+    for name, source in prepared.items():
+        table.add_row(name, *(_of_text if isinstance(source.train, PreparedTokens) else _of_tokens)(source))
     return table
+
+
+def _of_text(source: PreparedSource) -> list[str]:
+    train, held_out = source
+    assert isinstance(train, PreparedTokens)
+    manifest, documents, num_bytes = train.manifest, train.summary.documents or 0, train.summary.bytes or 0
+    left_out = manifest.left_out + sum(count for count, _ in manifest.faults.values())
+    return [
+        f"{manifest.rows:,}", f"{left_out:,}", f"{documents:,}", f"{held_out.summary.documents:,}",
+        f"{num_bytes / 1e6:,.1f}", f"{len(train):,}", f"{num_bytes / max(len(train), 1):.2f}", train.folder.name,
+    ]  # fmt: skip
+
+
+def _of_tokens(source: PreparedSource) -> list[str]:
+    """Token files stay where they are; how many documents they have is told only where they say it."""
+    documents = ["" if each.summary.documents is None else f"{each.summary.documents:,}" for each in source]
+    return ["", "", *documents, "", f"{len(source.train):,}", "", source.train.path]

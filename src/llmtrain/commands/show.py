@@ -1,5 +1,6 @@
 """`llmtrain show`: print what a stage's model will really see, or what a run's has seen, and where it comes from."""
 
+from collections.abc import Mapping
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,13 @@ def _print_parts(console: Console, seen: Seen, title: str, name: str, row: int, 
 
 def _print_steps_of(console: Console, seen: Seen, document: str) -> None:
     """At which steps a document, named as FILE:NUMBER, was or will be seen."""
-    file, _, number = document.replace(", line ", ":").replace(", row ", ":").replace(", part ", ":").rpartition(":")
+    file, _, number = (
+        document.replace(", line ", ":")
+        .replace(", row ", ":")
+        .replace(", part ", ":")
+        .replace(", document ", ":")
+        .rpartition(":")
+    )
     if not file or not number.isdigit():
         raise ConfigError(f"document={document}: expected FILE:NUMBER, as in web.jsonl:12 for line 12 of web.jsonl")
     found = {name: rows for name in seen.amounts if (rows := seen.rows_from(name, file, int(number)))}
@@ -131,16 +138,18 @@ def _print_steps_of(console: Console, seen: Seen, document: str) -> None:
 
 
 def _print_mixture(
-    console: Console, order: RowOrder, used: dict[str, float], sizes: dict[str, int], units: tuple[str, str], steps: int
-) -> None:
-    """One line for each source: its weight, its size and what the run uses of it."""
+    console: Console, order: RowOrder, used: dict[str, float], sizes: Mapping[str, int | None], units: tuple[str, str],
+    steps: int,
+) -> None:  # fmt: skip
+    """One line for each source: its weight, its size where it is known, and what the run uses of it."""
     size_unit, used_unit = units
     table = Table(title=f"{steps:,} steps", title_justify="left")
     for heading in ("source", "weight", size_unit, f"{used_unit} used", "epochs"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for name, share in order.mixture.shares.items():
         amount, epochs = used[f"data/{name}/{used_unit}"], used[f"data/{name}/epochs"]
-        table.add_row(name, f"{share:.2%}", f"{sizes[name]:,}", f"{amount:,.0f}", f"{epochs:.2f}")
+        size = "" if sizes[name] is None else f"{sizes[name]:,}"
+        table.add_row(name, f"{share:.2%}", size, f"{amount:,.0f}", f"{epochs:.2f}")
     console.print(table)
     phases = [phase for phase in order.mixture.phases if phase.start < steps * order.batch_rows]
     for start, shares in phases[1:]:

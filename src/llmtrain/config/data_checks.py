@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator
 
 from llmtrain.config.faults import suggestion
+from llmtrain.config.fields import fields_of
 from llmtrain.config.plain import Finding
+from llmtrain.config.schema import CleaningConfig
+from llmtrain.config.token_paths import PACKED_SUFFIXES, file_kinds, names_token_files
 from llmtrain.config.view import View, finding, no_effect
 
 CLEANING = {
@@ -65,6 +68,8 @@ def streaming(view: View) -> Iterator[Finding]:
                 yield finding(
                     "needs the source's size, which a stream does not tell", f"data.sources.{name}.{option}", key
                 )
+        if names_token_files(str(source["path"])):
+            yield finding("token files are encoded already, and are not streamed", f"data.sources.{name}.path", key)
         own = source["cleaning"]
         if own and (own["exact_duplicates"] or own["near_duplicates"]):
             yield finding("duplicates are found in prepared text only", f"data.sources.{name}.cleaning", key)
@@ -88,6 +93,41 @@ def cleaning(view: View) -> Iterator[Finding]:
                     yield from no_effect(view, f"{key}.{option}", f"{key}.{switch} is not set")
         if "phone" not in view[f"{key}.mask_pii"]:
             yield from no_effect(view, f"{key}.phone_region", f"{key}.mask_pii does not name phone")
+
+
+def token_files(view: View) -> Iterator[Finding]:
+    """Token files are read as they are, with the tokenizer that they were made with."""
+    if view.command not in ("pretrain", "prepare"):
+        return
+    sources = view["data.sources"]
+    encoded = [name for name, source in sources.items() if names_token_files(source["path"])]
+    for name, source in sources.items():
+        yield from _one_kind(f"data.sources.{name}", source["path"], source["validation_path"])
+        if name not in encoded:
+            why = "the path names no token files (.npy, .bin)"
+            yield from no_effect(view, f"data.sources.{name}.token_dtype", why, f"data.sources.{name}.path")
+    for key in (f"data.sources.{name}" for name in encoded):
+        for option in ("text_column", "max_documents", "cleaning", "name"):
+            yield from no_effect(view, f"{key}.{option}", "token files are read as they are", f"{key}.path")
+    if encoded and len(encoded) == len(sources):
+        for option in ("on_error", *(f"cleaning.{name}" for name in fields_of(CleaningConfig))):
+            yield from no_effect(view, f"data.{option}", "all sources are token files, which are read as they are")
+    keys = ["tokenizer.path", *(["model.init_from"] if view.command == "pretrain" else [])]
+    if encoded and all(view[key] is None for key in keys):
+        why = "token files hold the ids of a tokenizer that was there before them: name it"
+        yield finding(f"needs a value: {why}", "tokenizer.path", f"data.sources.{encoded[0]}.path")
+
+
+def _one_kind(key: str, path: str, validation_path: str | None) -> Iterator[Finding]:
+    """A source is text or token files on this machine, and so is what is held out of it."""
+    kinds = file_kinds(path)
+    if len(kinds) > 1:
+        yield finding(f"{path} holds text and token files: name one kind, as in {path}/*.bin", f"{key}.path")
+    elif kinds == {"tokens"} and ("://" in path or path.endswith(PACKED_SUFFIXES)):
+        yield finding(f"{path}: token files are memory-mapped: unpack them on this machine", f"{key}.path")
+    if validation_path is not None and names_token_files(validation_path) != (kinds == {"tokens"}):
+        problem = "token files and text: both paths of a source name the same kind"
+        yield finding(problem, f"{key}.validation_path", f"{key}.path")
 
 
 def conversations_only(view: View) -> Iterator[Finding]:
@@ -141,6 +181,7 @@ DATA_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     sources,
     streaming,
     cleaning,
+    token_files,
     conversations_only,
     row_sources,
     phases,

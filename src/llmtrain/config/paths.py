@@ -8,11 +8,12 @@ from typing import Any
 from llmtrain.config.faults import nearest
 from llmtrain.config.fields import parts
 from llmtrain.config.plain import Finding
+from llmtrain.config.token_paths import PACKED_SUFFIXES, TEXT_SUFFIXES, TOKEN_SUFFIXES, is_indexed_prefix
 from llmtrain.config.view import NotValid, View
 
 FOLDERS = ("model.init_from", "reward_model")
 FILES = ("tokenizer.path", "tokenizer.chat_template")
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".gz", ".zst", ".xz", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, *PACKED_SUFFIXES, *TOKEN_SUFFIXES)
 EMBEDDED_TEXT, EMBEDDED_ROWS = ("prose", "code", "arithmetic"), ("arithmetic",)
 
 
@@ -86,8 +87,14 @@ def _data(path: str | None, key: tuple[str, ...], embedded: tuple[str, ...]) -> 
     if path.startswith("embedded:"):
         if path.removeprefix("embedded:") not in embedded:
             yield Finding(key, f"{path!r}: embedded here is {', '.join(f'embedded:{name}' for name in embedded)}")
-    elif is_local(path) and not (glob.glob(path, recursive=True) if glob.has_magic(path) else os.path.exists(path)):
+    elif is_local(path) and not is_here(path):
         yield Finding(key, f"no file matches {path}" if glob.has_magic(path) else f"no such file: {path}{_meant(path)}")
+
+
+def is_here(path: str) -> bool:
+    """Whether a file, a folder or something that a glob matches is on this machine."""
+    found = glob.glob(path, recursive=True) if glob.has_magic(path) else os.path.exists(path)
+    return bool(found) or is_indexed_prefix(path)
 
 
 def is_local(path: str) -> bool:

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a record stands: the line, row or part of a piece, from 1 (of a table: of the whole). 0: the piece."""
+    """Where a record stands: the line, row, part or document of a piece, from 1 (of a table: of all). 0: the piece."""
 
     piece: Piece
     number: int
@@ -58,6 +58,8 @@ class Place(NamedTuple):
             return (
                 file if number == 1 and self.piece.start == 0 else f"{file}, part {number} from byte {self.piece.start}"
             )
+        if self.piece.kind == "tokens":
+            return f"{file}, document {number}"
         return f"{file}, row {number}"
 
 

@@ -25,12 +25,14 @@ from safetensors.numpy import save_file
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
+from llmtrain.config.token_paths import names_token_files
 from llmtrain.data.cleaning import Cleaner, cleaning_key
 from llmtrain.data.distinct import clean_portion, cleaned_file, mark_duplicates, read_distinct, remove_texts
 from llmtrain.data.documents import Document, Portion, assign_splits, find_portions, read_portion
 from llmtrain.data.embedded import PREFIX, embedded_version
 from llmtrain.data.files import FileDigests, find_files, is_hub_id
 from llmtrain.data.jobs import Job, Progress, run_unfinished, write_json
+from llmtrain.data.mapped_tokens import open_token_source
 from llmtrain.data.records import HINT, Split
 from llmtrain.data.shards import Manifest, PreparedSource, Shard, SplitSummary, open_prepared
 from llmtrain.data.tokenizers import Tokenizer
@@ -50,18 +52,21 @@ def prepare_sources(
 ) -> dict[str, PreparedSource]:
     """The tokens of every source: from `cache_dir` where they are there already, else made and put there.
 
-    `processes`: None is one for each core. Raises DataError for what is missing, cannot be read or has no text; and
-    for a source that was prepared without its faulty rows, where `data.on_error` is stop.
+    Of token files nothing is made: they are read where they are. `processes`: None is one for each core. Raises
+    DataError for what is missing, cannot be read or has no text; and for a source that was prepared without its faulty
+    rows, where `data.on_error` is stop.
     """
     cleaners: dict[str, Cleaner] = {}
-    jobs = {name: _plan(name, source, data, tokenizer, cache_dir, cleaners) for name, source in data.sources.items()}
+    texts = {name: source for name, source in data.sources.items() if not names_token_files(source.path)}
+    jobs = {name: _plan(name, source, data, tokenizer, cache_dir, cleaners) for name, source in texts.items()}
     wanted = list({job.folder: job for job in jobs.values() if not job.is_complete}.values())
     with _locks(wanted):
         _prepare([job for job in wanted if not job.is_complete], processes)  # some may have been made meanwhile
-    prepared = {name: open_prepared(job.folder) for name, job in jobs.items()}
-    for name, job in jobs.items():
-        _report(name, prepared[name].train.manifest, job.on_error)
-    return prepared
+    digests = FileDigests(cache_dir / DIGESTS)
+    return {
+        name: _open(jobs[name]) if name in jobs else open_token_source(name, source, data, tokenizer, digests)
+        for name, source in data.sources.items()
+    }
 
 
 def _prepare(jobs: list[Job], processes: int | None) -> None:
@@ -221,7 +226,7 @@ def _content(path: str, source: SourceConfig, part: str, cache_dir: Path) -> Any
 def _finish(job: Job) -> None:
     """Put what is said of the portions together, and give the folder its name."""
     manifest = _manifest(job)
-    if not manifest.train.documents + manifest.validation.documents:
+    if not manifest.train.documents and not manifest.validation.documents:
         raise DataError(f"{job.source.path}: no documents in there{_left_out(manifest)}")
     write_json(job.partial / "manifest.json", dataclasses.asdict(manifest))
     remove_texts(job)
@@ -268,12 +273,15 @@ def _summary(done: list[Progress], split: Split) -> SplitSummary:
     )  # fmt: skip
 
 
-def _report(name: str, manifest: Manifest, on_error: str) -> None:
-    """Say what was left out. Raises DataError where that is not wanted."""
-    if manifest.faults and on_error == "stop":
-        raise DataError(f"data.sources.{name}: rows that cannot be used{_left_out(manifest)}\n{HINT}")
+def _open(job: Job) -> PreparedSource:
+    """What was prepared. Says what was left out; raises DataError where that is not wanted."""
+    train, validation = open_prepared(job.folder)
+    manifest = train.manifest
+    if manifest.faults and job.on_error == "stop":
+        raise DataError(f"data.sources.{job.name}: rows that cannot be used{_left_out(manifest)}\n{HINT}")
     if manifest.faults or manifest.counts:
-        log.warning("data.sources.%s: of %d rows%s", name, manifest.rows, _left_out(manifest))
+        log.warning("data.sources.%s: of %d rows%s", job.name, manifest.rows, _left_out(manifest))
+    return PreparedSource(train, validation)
 
 
 def _left_out(manifest: Manifest) -> str:

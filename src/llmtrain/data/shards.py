@@ -1,4 +1,4 @@
-"""Prepared text: memory-mapped files of tokens, and random access to them.
+"""Sources of tokens, and prepared text as one: memory-mapped files of tokens, and random access to them.
 
 A prepared source is a folder of `.safetensors` files with a `manifest.json` (`preparation.py` makes it). Each file
 holds `tokens` (16-bit where the vocabulary allows), and for each document where it ends (`ends`) and where it comes
@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +31,18 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """The training or the held-out part of a prepared source."""
+    """The training or the held-out part of a source."""
 
-    documents: int
-    """Number of documents."""
-    bytes: int
-    """UTF-8 bytes of text in them."""
+    documents: int | None
+    """Number of documents. None: nobody has counted them."""
+    bytes: int | None
+    """UTF-8 bytes of text in them. None: it was never seen as text."""
     tokens: int
     """Number of tokens, an end token after each document included."""
     content: str
-    """SHA-256 over the text of the documents."""
-    shards: tuple[Shard, ...]
-    """Files, in order."""
+    """SHA-256 over the text of the documents, or over the files of tokens."""
+    shards: tuple[Shard, ...] = ()
+    """Files of prepared text, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,14 @@ class Manifest:
     """What was read, in order."""
 
 
-class TokenSource:
+class TokenSource(Protocol):
     """The tokens of one split of a source, document after document, read where they are needed."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.summary: SplitSummary = getattr(manifest, split)
-        # slices of memory maps: only what is asked for is read
-        self._files: dict[int, Any] = {}
-        self._starts = np.cumsum([0, *(shard.tokens for shard in self.summary.shards)])
-        self._documents_before = np.cumsum([0, *(shard.documents for shard in self.summary.shards)])
+    path: str
+    """What the config names."""
+    tokenizer: str
+    """Digest of the tokenizer."""
+    summary: SplitSummary
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -91,6 +89,43 @@ class TokenSource:
     def block(self, index: int, length: int) -> NDArray[np.int64]:
         """Tokens [index · length, (index + 1) · length), [length]."""
         return self.tokens(index * length, (index + 1) * length)
+
+    def tokens(self, start: int, end: int) -> NDArray[np.int64]:
+        """Tokens [start, end)."""
+        ...
+
+    def ends(self) -> NDArray[np.int64]:
+        """Where each document ends: the number of tokens up to there, its end token included, [documents]."""
+        ...
+
+    def ends_within(self, start: int, end: int) -> NDArray[np.int64]:
+        """The ends of documents in (start, end)."""
+        ...
+
+    def documents(self, start: int, end: int) -> list[tuple[int, Place]]:
+        """The documents of which tokens [start, end) hold a part: number of each, and where it comes from."""
+        ...
+
+    def find(self, file: str, number: int) -> list[int]:
+        """The documents that come from line, row, part or document `number` of a file."""
+        ...
+
+    def token_counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each token occurs, [vocab_size]."""
+        ...
+
+
+class PreparedTokens(TokenSource):
+    """One split of a source that was prepared here."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.path, self.tokenizer = manifest.source, manifest.tokenizer
+        self.summary: SplitSummary = getattr(manifest, split)
+        # slices of memory maps: only what is asked for is read
+        self._files: dict[int, Any] = {}
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.summary.shards)])
+        self._documents_before = np.cumsum([0, *(shard.documents for shard in self.summary.shards)])
 
     def tokens(self, start: int, end: int) -> NDArray[np.int64]:
         """Tokens [start, end)."""
@@ -177,10 +212,10 @@ class PreparedSource(NamedTuple):
     validation: TokenSource
 
 
-def open_prepared(folder: Path) -> PreparedSource:
-    """The prepared source in a folder. Raises DataError where its manifest cannot be read."""
+def open_prepared(folder: Path) -> tuple[PreparedTokens, PreparedTokens]:
+    """Both parts of the prepared source in a folder. Raises DataError where its manifest cannot be read."""
     manifest = read_manifest(folder)
-    return PreparedSource(TokenSource(folder, manifest, "train"), TokenSource(folder, manifest, "validation"))
+    return PreparedTokens(folder, manifest, "train"), PreparedTokens(folder, manifest, "validation")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -98,7 +98,7 @@ def prepared_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: T
         held_out, of_training = source.validation, sources[name].token_counts(tokenizer.vocab_size)
         # text shorter than a row makes one shorter row
         shorter = min(length, len(held_out))
-        blocks = text_rows(held_out, config.data, shorter, tokenizer.pad_id) if shorter else None
+        blocks = text_rows(held_out, config.data, shorter, tokenizer.pad_id) if shorter > 1 else None
         domains[name] = domain(config, tokenizer, blocks, number, of_training)
     return Text(
         batches,
@@ -132,7 +132,7 @@ def streamed_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: T
     for number, (name, stream) in enumerate(streams.items()):
         held_out = HeldOutTokens(stream, config.eval.max_rows * length, tokenizer.vocab_size)
         shorter = min(length, len(held_out))
-        blocks = Blocks(held_out, shorter, config.data.attend_across_documents) if shorter else None
+        blocks = Blocks(held_out, shorter, config.data.attend_across_documents) if shorter > 1 else None
         domains[name] = domain(config, tokenizer, blocks, number, held_out.training_counts)
     return Text(batches, plan, said, measurable(domains), f"{len(streams)} streams", batches.write)
 
@@ -240,10 +240,10 @@ def measurable(domains: Mapping[str, Domain | None]) -> dict[str, Domain]:
 
 def digests(source: TokenSource) -> dict[str, Any]:
     """What the lineage says of a source."""
-    manifest, summary = source.manifest, source.summary
+    summary = source.summary
     return {
-        "path": manifest.source, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
-        "content": summary.content, "tokenizer": manifest.tokenizer,
+        "path": source.path, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
+        "content": summary.content, "tokenizer": source.tokenizer,
     }  # fmt: skip
 
 

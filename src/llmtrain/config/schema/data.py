@@ -13,7 +13,10 @@ class MixedSourceConfig:
     """Where a source lies and how much of it is wanted."""
 
     path: str
-    """File, glob, folder or hub id (JSONL, JSON, Parquet, text; also compressed), or an `embedded:` one."""
+    """File, glob, folder or hub id (JSONL, JSON, Parquet, text; also compressed), or an `embedded:` one.
+
+    For pretraining also token files: Megatron's NAME.bin and NAME.idx, flat .bin, .npy.
+    """
     weight: float | None = Field(default=None, ge=0)
     """Share of the mixture, relative to the other sources' weights. Null: 1. 0: only in `data.phases`."""
     epochs: float | None = Field(default=None, gt=0)
@@ -92,10 +95,12 @@ class CleaningConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceConfig(MixedSourceConfig):
-    """One source of text documents. Read by `data/documents.py`."""
+    """One source of text documents (`data/documents.py`), or of token files as they are (`data/token_files.py`)."""
 
     text_column: str = "text"
     """Column that holds the text."""
+    token_dtype: Literal["uint16", "uint32", "int32"] | None = None
+    """Of flat `.bin` token files: what their numbers are. Null: as the file's header says, else uint16."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read at most this many documents."""
     published_gib: float | None = Field(default=None, gt=0)
