@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmtrain.config.commands import COMMANDS
 from llmtrain.config.compose import load_config, to_dict
@@ -11,6 +12,7 @@ from llmtrain.config.folders import packaged_configs
 ROOT = packaged_configs()
 FILES = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.glob("*/*.yaml"))
 GROUPS = [name for name in FILES if not name.startswith("hydra/")]
+LOCAL = {"data/pile_like": "pretrain", "data/instructions": "sft", "data/preferences": "reward"}  # in LLMTRAIN_DATA
 STAGES = ("pretrain", "sft", "reward", "align")
 
 
@@ -41,7 +43,7 @@ def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
     return ("align" if group == "method" else "pretrain"), texts
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPS if name != "data/pile_like"])
+@pytest.mark.parametrize("name", [name for name in GROUPS if name not in LOCAL])
 def test_option(name: str, tmp_path: Path) -> None:
     command, texts = _arguments(name, tmp_path)
     assert load_config(command, texts) is not None
@@ -53,16 +55,18 @@ def test_experiment(command: str, experiment: str) -> None:
     assert load_config(command, [f"experiment={experiment}"]) is not None
 
 
-def test_pile_like_finds_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", LOCAL)
+def test_mixtures_of_local_folders_find_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMTRAIN_DATA", str(tmp_path))
-    names = "arxiv_latex books dm_mathematics github_code law_de law_us_dc multilingual stackexchange ubuntu_irc web"
-    for name in [*names.split(), "wikipedia_en"]:
-        folder = tmp_path / "pretrain" / name
-        folder.mkdir(parents=True)
-        (folder / "train.jsonl.gz").touch()
-        (folder / "validation.jsonl.gz").touch()
-    config = load_config("pretrain", ["data=pile_like"])
-    assert set(config.data.sources) == {*names.split(), "wikipedia_en"}
+    said = yaml.safe_load((ROOT / f"{name}.yaml").read_text())["sources"]
+    for source in said.values():
+        for key in ("path", "validation_path"):
+            file = Path(source[key].replace("${oc.env:LLMTRAIN_DATA}", str(tmp_path)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    (tmp_path / "model").mkdir()
+    config = load_config(LOCAL[name], [f"data={name.split('/')[1]}"])
+    assert set(config.data.sources) == set(said)
 
 
 def test_gpt2_small_is_the_published_shape() -> None:

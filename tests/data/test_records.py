@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import importlib
 import json
 import lzma
 from pathlib import Path
@@ -15,6 +16,15 @@ ROWS = [{"text": f"text {i}", "meta": {"n": i} if i % 2 else "of another type"} 
 JSONL = "\n".join(json.dumps(row) for row in ROWS) + "\n"
 
 
+def zstandard(data: bytes) -> bytes:
+    return importlib.import_module("pyarrow").compress(data, codec="zstd", asbytes=True)
+
+
+PACKED = {
+    "a.jsonl.gz": gzip.compress, "a.jsonl.xz": lzma.compress, "a.jsonl.zst": zstandard, "a.jsonl.bz2": bz2.compress,
+}  # fmt: skip
+
+
 def read(path: Path, cache: Path, split: str = "train") -> list[dict]:
     return [usable(record) for _, record in read_records(str(path), split=split, name=None, cache_dir=cache)]
 
@@ -25,10 +35,7 @@ def usable(record: Record | RowError) -> Record:
     return record
 
 
-@pytest.mark.parametrize(
-    ("name", "pack"),
-    [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.ndjson.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress)],
-)
+@pytest.mark.parametrize(("name", "pack"), [("a.ndjson", bytes), *PACKED.items()])
 def test_json_lines(tmp_path: Path, name: str, pack) -> None:
     (tmp_path / name).write_bytes(pack(JSONL.encode()))
     assert read(tmp_path / name, tmp_path) == ROWS
@@ -84,10 +91,11 @@ def test_broken_bytes_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         read(tmp_path / "a.jsonl", tmp_path)
-    packed = gzip.compress(JSONL.encode() * 1000)
-    (tmp_path / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz: broken or cut off"):
-        read(tmp_path / "b.jsonl.gz", tmp_path)
+    for name, pack in PACKED.items():
+        packed = pack(JSONL.encode() * 1000)
+        (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(DataError, match=rf"{name}: broken or cut off"):
+            read(tmp_path / name, tmp_path)
     (tmp_path / "c.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"c\.parquet: cannot be read as parquet"):
         read(tmp_path / "c.parquet", tmp_path)
@@ -140,3 +148,9 @@ def test_every_row_is_used_or_reported(tmp_path: Path, monkeypatch: pytest.Monke
         "not valid JSON": 3, "not an object with columns": 1, "not UTF-8": 1, "line too long": 1, "half characters": 1,
     }  # fmt: skip
     assert "a.jsonl, line 5: longer than 1,000 bytes" in faults.report()
+
+
+def test_several_frames_of_one_file(tmp_path: Path) -> None:
+    for name, pack in PACKED.items():
+        (tmp_path / name).write_bytes(pack(JSONL.encode()) + pack(JSONL.encode()))
+        assert read(tmp_path / name, tmp_path) == [*ROWS, *ROWS]

@@ -8,12 +8,11 @@ import glob
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import lzma
 import os
 import re
-import sys
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -23,7 +22,9 @@ from llmtrain.config.errors import DataError
 LINES, WHOLE = (".jsonl", ".ndjson"), (".txt", ".text", ".md")
 LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 READABLE = (*LINES, ".json", *WHOLE, *LOADERS)
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda file, mode: _open_zstandard(file),
+}  # fmt: skip
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -52,7 +53,7 @@ def suffix_of(file: str) -> str:
 
 def is_compressed(file: str) -> bool:
     """Whether the name says that the file is compressed."""
-    return PurePosixPath(file).suffix in (*COMPRESSED, ".zst")
+    return PurePosixPath(file).suffix in COMPRESSED
 
 
 def find_files(path: str, split: str = "train", suffixes: tuple[str, ...] = READABLE) -> list[str]:
@@ -79,23 +80,18 @@ def open_bytes(file: str) -> IO[bytes]:
     """A file, unpacked where its name says that it is compressed."""
     raw: Any = _remote(file)[0].open(_remote(file)[1], "rb") if is_url(file) else file
     suffix = PurePosixPath(file).suffix
-    if suffix == ".zst":
-        try:
-            opened: IO[bytes] = importlib.import_module("zstandard").open(raw, "rb")
-        except ImportError:
-            raise DataError(f"{file}: .zst files need another library: pip install zstandard") from None
-        return opened
     if suffix in COMPRESSED:
         stream: IO[bytes] = COMPRESSED[suffix](raw, "rb")
         return stream
     return raw if is_url(file) else open(file, "rb")
 
 
-def broken_compression() -> tuple[type[Exception], ...]:
-    """What reading a compressed file raises where it is broken."""
-    zstandard = sys.modules.get("zstandard")
-    known = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-    return (*known, zstandard.ZstdError) if zstandard else known
+def _open_zstandard(file: Any) -> IO[bytes]:
+    arrow = importlib.import_module("pyarrow")
+    raw = arrow.OSFile(file) if isinstance(file, str) else arrow.PythonFile(file, mode="r")
+    # not the zstandard library: it takes a file that was cut off for a whole one
+    stream: Any = arrow.CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(stream)
 
 
 def file_size(file: str) -> int:
