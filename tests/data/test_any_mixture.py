@@ -1,4 +1,4 @@
-"""Whatever the weights, sizes, limits and phases: shares are kept, nothing comes twice, and a resume changes nothing."""
+"""Any weights, sizes, limits and phases: shares are kept, nothing comes twice, and a resume changes nothing."""
 
 from collections import Counter
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_shares_and_counts(phases: list[Phase], limits: dict[str, int], renormal
     mixed = PhasedMixture(phases, limits, renormalise=renormalise)
     check_shares(mixed)
     sequence = names(mixed)
-    source, before = mixed(np.arange(len(sequence)))
+    _, before = mixed(np.arange(len(sequence)))
     seen: Counter[str] = Counter()
     for n, name in enumerate(sequence):
         assert before[n] == seen[name]
