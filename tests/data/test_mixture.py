@@ -197,7 +197,7 @@ def test_a_trillion_samples_of_the_pile() -> None:
 
 
 def test_the_piles_weights_as_they_are_configured() -> None:
-    """Weights of 25 million parts are rounded to 1 / `MAX_PERIOD`; what they are rounded to is met within one sample."""
+    """Of 25 million parts they are rounded to 1 / `MAX_PERIOD`; what they are rounded to is met within one sample."""
     data = load_config("pretrain", ["data=pile"]).data
     weights = source_weights(data, {name: source.published_gib or 0 for name, source in data.sources.items()})
     mixture, whole = Mixture(weights), sum(weights.values())
