@@ -142,10 +142,11 @@ def ours(config: Any, rows: int, dtype: str) -> None:
 
     import torch
 
+    from llmtrain.data.mixture import Phase, PhasedMixture
     from llmtrain.engine.distributed import join
     from llmtrain.models.heads import LanguageModel
     from llmtrain.objectives.next_token import NextToken, TokenBatch
-    from llmtrain.stages.assembly import Run
+    from llmtrain.stages.assembly import Plan, Run
 
     clock = turns()
 
@@ -163,8 +164,9 @@ def ours(config: Any, rows: int, dtype: str) -> None:
 
     model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
     run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
+    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, rows, {}, {})
     run.fit(
-        model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, steps=100_000,
+        model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, plan=plan,
         fixed_shapes=True,
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ BAD = [
     ("pretrain data.when_exhausted=stop", "data.when_exhausted: has no effect: no source has max_epochs"),
     ("pretrain data.phases=[{start:0.5,weights:{prosa:1}}]", "no source 'prosa'; did you mean prose?"),
     ("pretrain data.phases=[{start:0.5,weights:{prose:0}}]", "needs numbers >= 0, one of them larger"),
+    ("pretrain data.phases=[{start:0.5,weights:{prose:inf}}]", "data.phases.0.weights.prose: inf is no finite number"),
     (
         "pretrain data.phases=[{start:0.5,weights:{prose:1}},{start:0.5,weights:{code:1}}]",
         "data.phases: phase 1 begins at 0.5, not after the one before",

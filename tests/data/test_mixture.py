@@ -1,8 +1,10 @@
+import random
 import time
 
 import numpy as np
 import pytest
 
+from llmtrain.config.compose import load_config
 from llmtrain.data.mixture import (
     MAX_PERIOD,
     Mixture,
@@ -15,6 +17,7 @@ from llmtrain.data.mixture import (
     weights_of_epochs,
     weights_of_temperature,
 )  # fmt: skip
+from llmtrain.data.plans import source_weights
 
 # The 22 shares of the Pile (Gao et al. 2020, table 1), in percent.
 PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 3.65, 3.07, 2.17, 1.55, 1.53, 1.24, 0.88, 0.75, 0.73, 0.62,
@@ -207,3 +210,16 @@ def test_the_sample_that_gives_a_row() -> None:
     rows = shuffled(samples, np.full(len(samples), size), np.full(len(samples), key))
     for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
         assert sample_of(row, size, key, sample // size) == sample
+
+
+def test_the_piles_weights_as_they_are_configured() -> None:
+    """Of 25 million parts they are rounded to 1 / `MAX_PERIOD`; what they are rounded to is met within one sample."""
+    data = load_config("pretrain", ["data=pile"]).data
+    weights = source_weights(data, {name: source.published_gib or 0 for name, source in data.sources.items()})
+    mixture, whole = Mixture(weights), sum(weights.values())
+    assert max(abs(mixture.shares[name] - weight / whole) for name, weight in weights.items()) < 1 / MAX_PERIOD
+    for n in random.Random(0).choices(range(10**12), k=1000):
+        counts = mixture.counts(n)
+        assert sum(counts.values()) == n
+        for name, quota in mixture.by_name.items():
+            assert abs(counts[name] * mixture.period - n * quota) < mixture.period

@@ -48,8 +48,9 @@ def validate(schema: type, values: dict[str, Any]) -> tuple[Any, list[Finding]]:
 
 
 def _not_finite(value: Any, path: Path) -> list[Finding]:
-    if isinstance(value, dict):
-        return [finding for key, item in value.items() for finding in _not_finite(item, (*path, key))]
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [finding for key, item in items for finding in _not_finite(item, (*path, str(key)))]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return [Finding(path, f"{value} is no finite number")]
     return []

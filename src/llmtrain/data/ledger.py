@@ -65,7 +65,8 @@ class Ledger:
     def go_on_with(self, phases: list[Phase], limits: Mapping[str, int]) -> list[Phase]:
         """The phases that were, then those of `phases` from here on; `limits` are what each source may give in all.
 
-        A phase that is not changed goes on as if there had been no resume: its schedule does not begin again.
+        A phase that is not changed goes on as if there had been no resume: its schedule does not begin again. One that
+        begins here begins, even with the weights of the one before.
         """
         now = [phase for phase in phases if phase.start <= self.samples][-1]
         later = [phase for phase in phases if phase.start > self.samples]
@@ -73,6 +74,8 @@ class Ledger:
             name: weight for name, weight in now.weights.items()
             if weight and self.given.get(name, 0) < limits.get(name, math.inf)
         }  # fmt: skip
-        if left and Mixture(left).by_name == self.phases[-1].weights:
-            return [*self.phases, *later]
+        *before, last = self.phases
+        if now.start < self.samples and left and Mixture(left).by_name == last.weights:
+            # as exact as the config has them: of these, not of whole numbers, is left what a source leaves when spent
+            return [*before, Phase(last.start, {name: left[name] for name in last.weights}), *later]
         return [*self.phases, Phase(self.samples, now.weights), *later]

@@ -98,12 +98,13 @@ class PhasedMixture:
 
     Within a phase, realised counts stay within one sample of the weights. `limits` are the samples that a source may
     give in all. When they are used up, the others go on with the weights that they have (`renormalise`), or the
-    sequence ends there: it has `length` samples.
+    sequence ends there: it has `length` samples. Samples before `drawn` are what they were, whatever the limits are.
     """
 
     def __init__(
-        self, phases: Sequence[Phase], limits: Mapping[str, int] | None = None, *, renormalise: bool = True
-    ) -> None:
+        self, phases: Sequence[Phase], limits: Mapping[str, int] | None = None, *, renormalise: bool = True,
+        drawn: int = 0,
+    ) -> None:  # fmt: skip
         limits = limits or {}
         self.names = list(dict.fromkeys(name for phase in phases for name in phase.weights))
         self.length: int | None = None
@@ -112,13 +113,17 @@ class PhasedMixture:
         ends = [*(phase.start for phase in phases[1:]), math.inf]
         for (start, weights), end in zip(phases, ends, strict=True):
             while self.length is None and start < end:
-                left = {name: weight for name, weight in weights.items() if given[name] < limits.get(name, math.inf)}
+                open_to = {name: math.inf if start < drawn else limits.get(name, math.inf) for name in weights}
+                left = {name: weight for name, weight in weights.items() if given[name] < open_to[name]}
                 if not any(left.values()):
                     self.length = start
                     break
                 stretch = _Stretch(start, Mixture({name: weight for name, weight in left.items() if weight}), given)
                 self._stretches.append(stretch)
-                spent = [stretch.place_of(name, limits[name]) for name in stretch.mixture.names if name in limits]
+                spent = [
+                    max(drawn, stretch.place_of(name, limits[name]))
+                    for name in stretch.mixture.names if name in limits
+                ]  # fmt: skip
                 if min([end, *spent]) == math.inf:
                     break
                 start = int(min([end, *spent]))
@@ -260,7 +265,10 @@ def _quotas(weights: list[float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda source: quotas[source] - shares[source] * MAX_PERIOD)
     for source in by_remainder[: max(0, MAX_PERIOD - sum(quotas))]:
         quotas[source] += 1
-    return quotas
+    quotas[quotas.index(max(quotas))] -= max(0, sum(quotas) - MAX_PERIOD)  # tiny sources were raised to one sample
+    # in lowest terms, so that these quotas as weights give themselves: a ledger keeps them
+    divisor = math.gcd(*quotas)
+    return [quota // divisor for quota in quotas]
 
 
 @functools.lru_cache(maxsize=8)

@@ -149,7 +149,7 @@ def _read_text(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
                 number += 1
                 yield _text(decoder, b"".join(parts), Place(piece, number), is_last=False)
                 parts, size = [], 0
-    if parts:
+    if parts or decoder.getstate()[0]:  # the beginning of a character may be left over
         yield _text(decoder, b"".join(parts), Place(piece, number + 1), is_last=True)
 
 

@@ -7,6 +7,7 @@ from (`pieces`, `rows`).
 
 import dataclasses
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -147,18 +148,20 @@ class PreparedTokens(TokenSource):
         """The ends of documents in (start, end)."""
         found = [np.zeros(0, dtype=np.int64)]
         for number in self._shards_of(start, end):
-            ends = self._tensor(number, "ends")[:] + self._starts[number]
-            found.append(ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end)])
+            first, ends = int(self._starts[number]), self._tensor(number, "ends")
+            low = self._documents_until(number, start - first)
+            high = min(low + end - start, self.summary.shards[number].documents)  # each has one token at least
+            near = ends[low:high] + first
+            found.append(near[: np.searchsorted(near, end)])
         return np.concatenate(found)
 
     def documents(self, start: int, end: int) -> list[tuple[int, Place]]:
         """The documents of which tokens [start, end) hold a part: number of each, and where it comes from."""
         found = []
         for number in self._shards_of(start, end):
-            first, ends = int(self._starts[number]), self._tensor(number, "ends")[:]
-            low = int(np.searchsorted(ends, max(start - first, 0), side="right"))
-            high = min(int(np.searchsorted(ends, end - first)) + 1, len(ends))
-            before = int(self._documents_before[number])
+            first, before = int(self._starts[number]), int(self._documents_before[number])
+            low = self._documents_until(number, max(start - first, 0))
+            high = min(self._documents_until(number, end - 1 - first) + 1, self.summary.shards[number].documents)
             found += [(before + document, self._place(number, document)) for document in range(low, high)]
         return found
 
@@ -189,6 +192,12 @@ class PreparedTokens(TokenSource):
         """The shards that hold a part of tokens [start, end)."""
         low, high = np.searchsorted(self._starts, [start, end - 1], side="right")
         return range(int(low) - 1, min(int(high), len(self.summary.shards)))
+
+    def _documents_until(self, number: int, place: int) -> int:
+        """How many documents of a shard end at `place` or before; a shard may have millions, so only some are read."""
+        ends = self._tensor(number, "ends")
+        documents = range(self.summary.shards[number].documents)
+        return bisect_right(documents, place, key=lambda document: int(ends[document : document + 1][0]))
 
     def _place(self, number: int, document: int) -> Place:
         pieces = self.manifest.portions[self.summary.shards[number].portion]
