@@ -211,6 +211,17 @@ def test_compressed_text_and_urls(tokenizer: Tokenizer, tmp_path: Path) -> None:
         prepare("memory://corpus/*.parquet", tokenizer, tmp_path / "cache")
 
 
+def test_json_files_are_arrays_or_lines(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines, array = tmp_path / "lines.json", tmp_path / "array.json"
+    lines.write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    array.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    expected = prepare(path, tokenizer, tmp_path / "cache").train
+    for file, unit in ((lines, "line"), (array, "row")):
+        found = prepare(str(file), tokenizer, tmp_path / "cache").train
+        assert found.summary.content == expected.summary.content
+        assert [str(place) for _, place in found.documents(0, 1)] == [f"{file}, {unit} 1"]
+
+
 def test_a_large_text_file_is_several_documents(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
