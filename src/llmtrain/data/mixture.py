@@ -98,12 +98,14 @@ class PhasedMixture:
 
     Within a phase, realised counts stay within one sample of the weights. `limits` are the samples that a source may
     give in all. When they are used up, the others go on with the weights that they have (`renormalise`), or the
-    sequence ends there: it has `length` samples.
+    sequence ends there: it has `length` samples. The phases of samples before `drawn` say already what limits made of
+    them; today's limits change nothing there.
     """
 
     def __init__(
-        self, phases: Sequence[Phase], limits: Mapping[str, int] | None = None, *, renormalise: bool = True
-    ) -> None:
+        self, phases: Sequence[Phase], limits: Mapping[str, int] | None = None, *, renormalise: bool = True,
+        drawn: int = 0,
+    ) -> None:  # fmt: skip
         limits = limits or {}
         self.names = list(dict.fromkeys(name for phase in phases for name in phase.weights))
         self.length: int | None = None
@@ -112,13 +114,15 @@ class PhasedMixture:
         ends = [*(phase.start for phase in phases[1:]), math.inf]
         for (start, weights), end in zip(phases, ends, strict=True):
             while self.length is None and start < end:
-                left = {name: weight for name, weight in weights.items() if given[name] < limits.get(name, math.inf)}
+                allowed = limits if start >= drawn else {}
+                left = {name: weight for name, weight in weights.items() if given[name] < allowed.get(name, math.inf)}
                 if not any(left.values()):
                     self.length = start
                     break
                 stretch = _Stretch(start, Mixture({name: weight for name, weight in left.items() if weight}), given)
                 self._stretches.append(stretch)
-                spent = [stretch.place_of(name, limits[name]) for name in stretch.mixture.names if name in limits]
+                places = [stretch.place_of(name, limits[name]) for name in stretch.mixture.names if name in limits]
+                spent = [place for place in places if place >= drawn]
                 if min([end, *spent]) == math.inf:
                     break
                 start = int(min([end, *spent]))

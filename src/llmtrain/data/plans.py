@@ -50,7 +50,8 @@ def plan_mixture(
     if ledger is not None and ledger.samples:
         limits = {name: max(limit, ledger.given.get(name, 0)) for name, limit in limits.items()}
         phases = ledger.go_on_with(phases, limits)
-    return PhasedMixture(phases, limits, renormalise=config.when_exhausted == "renormalise")
+    drawn = ledger.samples if ledger else 0
+    return PhasedMixture(phases, limits, renormalise=config.when_exhausted == "renormalise", drawn=drawn)
 
 
 def steps_left(mixture: PhasedMixture, steps: int, batch_rows: int) -> int:
