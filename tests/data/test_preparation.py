@@ -138,15 +138,34 @@ def test_an_interruption_changes_nothing(
     assert not list((tmp_path / "again").glob("*.partial"))
 
 
-@pytest.mark.slow
-def test_killed_three_times(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def prepare_much(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:
+    """A command that works for some seconds, with processes of its own."""
     texts = [f"{i}: " + " ".join(str(i * j) for j in range(400)) for i in range(16_000)]
     write(tmp_path / "a.jsonl", texts)
     tokenizer.save(tmp_path / "tokenizer")
     arguments = [
         f"data.sources.files.path={tmp_path}/a.jsonl", f"tokenizer.path={tmp_path}/tokenizer", "processes=2",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "llmtrain", "prepare", "data=files", *arguments]
+    return [sys.executable, "-m", "llmtrain", "prepare", "data=files", *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.2, 1.5])  # seconds; at first the processes are being started
+def test_an_interrupt_is_one_word(tmp_path: Path, tokenizer: Tokenizer, delay: float) -> None:
+    command = [*prepare_much(tmp_path, tokenizer), f"runs_dir={tmp_path}"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("cache/tokens-*.partial")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)  # to all, as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_killed_three_times(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    command = prepare_much(tmp_path, tokenizer)
     subprocess.run([*command, f"runs_dir={tmp_path}/whole"], check=True, capture_output=True)
     for delay in (4.0, 6.0, 8.0):
         process = subprocess.Popen([*command, f"runs_dir={tmp_path}/again"], start_new_session=True)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -61,9 +62,18 @@ def run_all(
                 show(size)
             return
         threads = max(1, (processes or num_cores()) // workers)
+        others = multiprocessing.active_children()
         pool = ProcessPoolExecutor(workers, context, _begin, (shared, _bytes_done, threads))
         try:
-            _wait_for({pool.submit(_call, work, *task): size for task, size in zip(tasks, sizes, strict=True)}, show)
+            with _interrupts_held_back():
+                futures = {
+                    pool.submit(_call, work, *task): size for task, size in zip(tasks, sizes, strict=True)
+                }  # fmt: skip
+            _wait_for(futures, show)
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()  # a portion may take a minute, and what is unfinished is done again anyway
+            raise
         except BrokenProcessPool:
             raise DataError(
                 f"{what}: a process was killed, perhaps for want of memory. What is finished is kept: run the command "
@@ -71,6 +81,19 @@ def run_all(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which a terminal sends to all: this one alone answers it, later."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for(futures: dict[Future[None], int], show: Callable[[int], None]) -> None:
