@@ -15,6 +15,7 @@ import pytest
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
 from llmtrain.data import documents, pieces, preparation, workers
+from llmtrain.data.jobs import Job
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.shards import PreparedSource
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -136,6 +137,29 @@ def test_an_interruption_changes_nothing(
     assert attempts > 3
     assert files(again) == files(whole)
     assert not list((tmp_path / "again").glob("*.partial"))
+
+
+def test_what_is_cleaned_is_not_cleaned_again(
+    path: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_units(monkeypatch)
+    cleaning = CleaningConfig(exact_duplicates=True)
+    whole = prepare(path, tokenizer, tmp_path / "whole", cleaning=cleaning)
+    clean, cleaned = preparation.clean_portion, []
+
+    def interrupted(job: Job, number: int) -> None:
+        if len(cleaned) == 2:
+            cleaned.append(-1)
+            raise KeyboardInterrupt
+        clean(job, number)
+        cleaned.append(number)
+
+    monkeypatch.setattr(preparation, "clean_portion", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, tokenizer, tmp_path / "again", cleaning=cleaning)
+    again = prepare(path, tokenizer, tmp_path / "again", cleaning=cleaning)
+    assert sorted(cleaned) == [-1, *range(len(again.train.manifest.portions))]
+    assert files(again) == files(whole)
 
 
 def prepare_much(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:

@@ -237,7 +237,8 @@ def _finish(job: Job) -> None:
 
 def _remove_empty(job: Job) -> None:
     """Leave nothing where nothing was finished."""
-    if job.partial.is_dir() and not any(job.partial.glob("*.safetensors")):
+    finished = [*job.partial.glob("*.safetensors"), *job.partial.glob("cleaned-*.json")]
+    if job.partial.is_dir() and not finished:
         shutil.rmtree(job.partial)
 
 
