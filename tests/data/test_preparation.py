@@ -212,6 +212,20 @@ def test_prepared_tokens_are_used_again(
     assert prepare(path, tokenizer, tmp_path / "cache").train.folder == first.folder
 
 
+def test_the_same_files_elsewhere_are_named_where_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / "before" / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+    once = prepare(str(tmp_path / "before"), tokenizer, tmp_path / "cache").train
+    (tmp_path / "before").rename(tmp_path / "after")
+    tokens = prepare(str(tmp_path / "after"), tokenizer, tmp_path / "cache").train
+    assert tokens.folder == once.folder
+    assert tokens.path == str(tmp_path / "after")
+    places = [str(place) for _, place in tokens.documents(0, len(tokens))]
+    assert (places[0], places[-1]) == (f"{tmp_path}/after/a.jsonl, line 1", f"{tmp_path}/after/b.jsonl, line 59")
+    assert tokens.find("after/b.jsonl", 59) == [len(places) - 1]
+    assert tokens.find("before/b.jsonl", 59) == []
+
+
 def test_a_changed_file_is_noticed(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = prepare(path, tokenizer, tmp_path / "cache").train
     with open(path, "a") as file:
