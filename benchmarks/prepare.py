@@ -1,17 +1,20 @@
 """How fast `llmtrain prepare` makes tokens of text, against bare `tokenizers` and `datasets.map`, in one run.
 
-    python benchmarks/prepare.py --text corpus.jsonl [--rounds 3] [--megabytes 60]
+    python benchmarks/prepare.py [--text corpus.jsonl --tokenizer FOLDER] [--rounds 3] [--megabytes 200]
 
 Per round, in turn: `encode_batch_fast` on texts that are in memory already (the ceiling: with as many threads as there
 are cores, nothing read or written); `llmtrain prepare` as users start it, from JSONL to finished shards; and
 `datasets.map(batched)` with 1 and 2 processes. Reported are MB of text a second and medians of the ratios; start-up
 and imports are not counted for `datasets`, whose work is measured from `map` on, but they are for `llmtrain prepare`.
 With `--memory LARGE.jsonl` the peak memory of `llmtrain prepare`, all processes together, is compared for two sizes.
+Without `--text` it is the machine's own Python sources, over and over with words exchanged. `datasets.map` is slower by
+far, so it may be measured on the first `--map-megabytes` only.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -22,6 +25,9 @@ import time
 from pathlib import Path
 
 import psutil
+
+from llmtrain.data.embedded import embedded_documents
+from llmtrain.data.tokenizers import train_tokenizer
 
 LLMTRAIN = str(Path(sys.executable).with_name("llmtrain"))
 BARE = """
@@ -110,33 +116,69 @@ def peak_memory(command: list[str]) -> float:
 
 
 def speeds(text: Path, tokenizer: Path, megabytes: float, folder: Path) -> dict[str, float]:
-    """MB a second of each way, one after the other."""
-    file = str(tokenizer / "tokenizer.json")
-    seconds = {
-        "encode_batch_fast": script(BARE, str(text), file),
-        "llmtrain prepare": timed(prepare(text, tokenizer, folder / "runs")),
-        "datasets.map, 1 process": script(MAPPED, str(text), file, "1", str(folder / "map")),
-        "datasets.map, 2 processes": script(MAPPED, str(text), file, "2", str(folder / "map"), parallel=False),
+    """MB a second of the ceiling and of ours, one after the other."""
+    return {
+        "encode_batch_fast": megabytes / script(BARE, str(text), str(tokenizer / "tokenizer.json")),
+        "llmtrain prepare": megabytes / timed(prepare(text, tokenizer, folder / "runs")),
     }
-    return {name: megabytes / each for name, each in seconds.items()}
+
+
+def mapped(text: Path, tokenizer: Path, megabytes: float, folder: Path) -> dict[str, float]:
+    """MB a second of `datasets.map`."""
+    arguments = [str(text), str(tokenizer / "tokenizer.json")]
+    one = script(MAPPED, *arguments, "1", str(folder / "map"))
+    two = script(MAPPED, *arguments, "2", str(folder / "map"), parallel=False)
+    return {"datasets.map, 1 process": megabytes / one, "datasets.map, 2 processes": megabytes / two}
+
+
+def make_text(folder: Path, megabytes: float) -> Path:
+    """JSONL of the machine's Python sources, each time with other words exchanged."""
+    documents, draw = [*embedded_documents("code"), *embedded_documents("prose")], random.Random(0)
+    size, file = 0, folder / "text.jsonl"
+    with file.open("w", encoding="utf-8") as target:
+        while size < megabytes * 1e6:
+            words = draw.choice(documents).split(" ")
+            for _ in range(len(words) // 20 + 1):
+                words[draw.randrange(len(words))] = draw.choice(words) + str(draw.randrange(100))
+            text = " ".join(words)
+            size += len(text.encode())
+            target.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return file
+
+
+def make_tokenizer(text: Path, folder: Path) -> Path:
+    """A tokenizer of 8192 tokens trained on the first 20 MB."""
+    part = folder / "first.jsonl"
+    take(text, 20, part)
+    with part.open(encoding="utf-8") as lines:
+        train_tokenizer((json.loads(line)["text"] for line in lines), 8192).save(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="JSONL with a column `text`")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
+    parser.add_argument("--text", type=Path, help="JSONL with a column `text`")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer.json; else one of 8192 tokens is trained")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=200.0)
+    parser.add_argument("--map-megabytes", type=float, default=40.0)
     parser.add_argument("--memory", type=Path, help="a second, larger JSONL: peak memory for both, whole")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
-        part = work / "part.jsonl"
-        megabytes = take(arguments.text, arguments.megabytes, part)
+        text, part, less = (
+            arguments.text or make_text(work, arguments.megabytes),
+            work / "part.jsonl",
+            work / "less.jsonl",
+        )
+        tokenizer = arguments.tokenizer or make_tokenizer(text, work)
+        megabytes = take(text, arguments.megabytes, part)
+        map_megabytes = take(text, arguments.map_megabytes, less)
         rounds = []
         for number in range(arguments.rounds):
-            rounds.append(speeds(part, arguments.tokenizer, megabytes, work / str(number)))
+            folder = work / str(number)
+            rounds.append(speeds(part, tokenizer, megabytes, folder) | mapped(less, tokenizer, map_megabytes, folder))
             print(json.dumps({name: round(speed, 2) for name, speed in rounds[-1].items()}), flush=True)
         best_map = [max(v for name, v in each.items() if "map" in name) for each in rounds]
         ours = [each["llmtrain prepare"] for each in rounds]
@@ -144,8 +186,8 @@ def main() -> None:
         print(f"{megabytes:.0f} MB; over encode_batch_fast: {_median(ours, ceiling):.2f}; "
               f"over the better datasets.map: {_median(ours, best_map):.2f}")  # fmt: skip
         if arguments.memory:
-            for text in (arguments.text, arguments.memory):
-                peak = peak_memory(prepare(text, arguments.tokenizer, work / text.stem))
+            for text in (text, arguments.memory):
+                peak = peak_memory(prepare(text, tokenizer, work / text.stem))
                 print(f"{text.stat().st_size / 1e6:,.0f} MB of JSONL: peak memory {peak:,.0f} MB", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -83,6 +83,19 @@ def test_limits_count_what_was_given_before(tmp_path: Path) -> None:
     assert new.counts(SAMPLES) == {"a": 400, "b": SAMPLES - 400}
 
 
+@pytest.mark.parametrize("when_exhausted", ["renormalise", "stop"])
+def test_a_limit_below_what_was_given_leaves_the_past(tmp_path: Path, when_exhausted: str) -> None:
+    before = corpus({"a": 0.5, "b": 0.2, "c": 0.3})
+    for sample in range(1, 30):
+        for name in "abc":
+            after = corpus({"a": 0.5, "b": 0.2, "c": 0.3}, {name: 1e-4}, when_exhausted=when_exhausted)
+            old, new = changed(tmp_path, before, after, sample)
+            samples = np.arange(sample)
+            assert (np.stack(old(samples)) == np.stack(new(samples))).all()
+            assert new.counts(sample) == old.counts(sample)
+            assert new.length is None or new.length >= sample
+
+
 def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
     Ledger.of(plan_mixture(corpus({"a": 1.0, "b": 1.0}), SIZES, 10), 4, SIZES, CONTENTS).write(tmp_path)
     ledger = Ledger.read(tmp_path)

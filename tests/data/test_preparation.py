@@ -15,6 +15,7 @@ import pytest
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
 from llmtrain.data import documents, pieces, preparation, workers
+from llmtrain.data.jobs import Job
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.shards import PreparedSource
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -138,15 +139,57 @@ def test_an_interruption_changes_nothing(
     assert not list((tmp_path / "again").glob("*.partial"))
 
 
-@pytest.mark.slow
-def test_killed_three_times(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_what_is_cleaned_is_not_cleaned_again(
+    path: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_units(monkeypatch)
+    cleaning = CleaningConfig(exact_duplicates=True)
+    whole = prepare(path, tokenizer, tmp_path / "whole", cleaning=cleaning)
+    clean, cleaned = preparation.clean_portion, []
+
+    def interrupted(job: Job, number: int) -> None:
+        if len(cleaned) == 2:
+            cleaned.append(-1)
+            raise KeyboardInterrupt
+        clean(job, number)
+        cleaned.append(number)
+
+    monkeypatch.setattr(preparation, "clean_portion", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, tokenizer, tmp_path / "again", cleaning=cleaning)
+    again = prepare(path, tokenizer, tmp_path / "again", cleaning=cleaning)
+    assert sorted(cleaned) == [-1, *range(len(again.train.manifest.portions))]
+    assert files(again) == files(whole)
+
+
+def prepare_much(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:
+    """A command that works for some seconds, with processes of its own."""
     texts = [f"{i}: " + " ".join(str(i * j) for j in range(400)) for i in range(16_000)]
     write(tmp_path / "a.jsonl", texts)
     tokenizer.save(tmp_path / "tokenizer")
     arguments = [
         f"data.sources.files.path={tmp_path}/a.jsonl", f"tokenizer.path={tmp_path}/tokenizer", "processes=2",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "llmtrain", "prepare", "data=files", *arguments]
+    return [sys.executable, "-m", "llmtrain", "prepare", "data=files", *arguments]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.2, 1.5])  # seconds; at first the processes are being started
+def test_an_interrupt_is_one_word(tmp_path: Path, tokenizer: Tokenizer, delay: float) -> None:
+    command = [*prepare_much(tmp_path, tokenizer), f"runs_dir={tmp_path}"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("cache/tokens-*.partial")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)  # to all, as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_killed_three_times(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    command = prepare_much(tmp_path, tokenizer)
     subprocess.run([*command, f"runs_dir={tmp_path}/whole"], check=True, capture_output=True)
     for delay in (4.0, 6.0, 8.0):
         process = subprocess.Popen([*command, f"runs_dir={tmp_path}/again"], start_new_session=True)
@@ -167,6 +210,20 @@ def test_prepared_tokens_are_used_again(
     monkeypatch.setattr(preparation, "read_portion", lambda *_: pytest.fail("read again"))
     os.utime(path)  # touched, not changed
     assert prepare(path, tokenizer, tmp_path / "cache").train.folder == first.folder
+
+
+def test_the_same_files_elsewhere_are_named_where_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / "before" / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+    once = prepare(str(tmp_path / "before"), tokenizer, tmp_path / "cache").train
+    (tmp_path / "before").rename(tmp_path / "after")
+    tokens = prepare(str(tmp_path / "after"), tokenizer, tmp_path / "cache").train
+    assert tokens.folder == once.folder
+    assert tokens.path == str(tmp_path / "after")
+    places = [str(place) for _, place in tokens.documents(0, len(tokens))]
+    assert (places[0], places[-1]) == (f"{tmp_path}/after/a.jsonl, line 1", f"{tmp_path}/after/b.jsonl, line 59")
+    assert tokens.find("after/b.jsonl", 59) == [len(places) - 1]
+    assert tokens.find("before/b.jsonl", 59) == []
 
 
 def test_a_changed_file_is_noticed(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -209,6 +266,17 @@ def test_compressed_text_and_urls(tokenizer: Tokenizer, tmp_path: Path) -> None:
         prepare("memory://nothing/here.jsonl", tokenizer, tmp_path / "cache")
     with pytest.raises(DataError, match="no such file"):
         prepare("memory://corpus/*.parquet", tokenizer, tmp_path / "cache")
+
+
+def test_json_files_are_arrays_or_lines(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines, array = tmp_path / "lines.json", tmp_path / "array.json"
+    lines.write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    array.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    expected = prepare(path, tokenizer, tmp_path / "cache").train
+    for file, unit in ((lines, "line"), (array, "row")):
+        found = prepare(str(file), tokenizer, tmp_path / "cache").train
+        assert found.summary.content == expected.summary.content
+        assert [str(place) for _, place in found.documents(0, 1)] == [f"{file}, {unit} 1"]
 
 
 def test_a_large_text_file_is_several_documents(

@@ -31,7 +31,14 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def stream(tmp_path: Path, tokenizer: Tokenizer, texts: list[str] = TEXTS, key: int = 1, **options: object) -> Stream:
     path = tmp_path / f"{abs(hash(tuple(texts)))}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = SourceConfig(path=str(path))
+    return stream_of(str(path), tmp_path, tokenizer, key=key, **options)
+
+
+def stream_of(
+    path: str, tmp_path: Path, tokenizer: Tokenizer, validation_path: str | None = None, key: int = 1,
+    **options: object,
+) -> Stream:  # fmt: skip
+    source = SourceConfig(path=path, validation_path=validation_path)
     data = CorpusConfig(sources={"a": source}, streaming=True, validation_every=10, **options)
     return Stream(source, data, tokenizer, tmp_path, length=LENGTH, key=key)
 
@@ -120,5 +127,34 @@ def test_held_out_text_is_as_prepared(tmp_path: Path, tokenizer: Tokenizer) -> N
 
 def test_nothing_in_a_stream_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cleaning = CleaningConfig(min_characters=10_000)
-    with pytest.raises(DataError, match="no documents in there"):
+    with pytest.raises(DataError, match=r"no documents in there\n  300 x shorter than 10000 characters"):
         stream(tmp_path, tokenizer, cleaning=cleaning).row()
+
+
+def test_rows_left_out_are_told_at_checkpoints(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(stream(tmp_path, tokenizer).source.path)
+    file.write_text("{\n" + file.read_text())
+    streams = {"a": stream_of(str(file), tmp_path, tokenizer, on_error="skip")}
+    batches = StreamedBatches(streams, PhasedMixture([Phase(0, {"a": 1})]), batch_rows=20)
+    for step in range(20):
+        batches(step)
+    with caplog.at_level("WARNING"):
+        batches.write(tmp_path)
+        batches.write(tmp_path)  # nothing new
+    [said] = [record.message for record in caplog.records]
+    assert "data.sources.a: of the rows read so far\n  1 x not valid JSON; the first: " in said
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_broken_held_out_rows_are_told(tmp_path: Path, tokenizer: Tokenizer, on_error: str) -> None:
+    (tmp_path / "held.jsonl").write_text('{"text": "held out"}\n{\n')
+    train = stream(tmp_path, tokenizer).source.path
+    source = stream_of(train, tmp_path, tokenizer, str(tmp_path / "held.jsonl"), on_error=on_error)
+    if on_error == "stop":
+        with pytest.raises(DataError, match=r"held.jsonl, line 2: not valid JSON"):
+            HeldOutTokens(source, 100, tokenizer.vocab_size)
+    else:
+        assert len(HeldOutTokens(source, 100, tokenizer.vocab_size)) > 1
+        assert source.left_out().startswith("1 x not valid JSON")

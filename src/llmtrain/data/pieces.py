@@ -12,6 +12,7 @@ from llmtrain.data.files import (
     LINES,
     READABLE,
     WHOLE,
+    broken_compression,
     file_size,
     find_files,
     is_compressed,
@@ -79,11 +80,21 @@ def _divided(file: str) -> list[Piece]:
     size = file_size(file)
     if suffix == ".parquet" and size > PIECE_BYTES and not is_compressed(file):
         return _divided_groups(file)
-    kind = "lines" if suffix in LINES else "text" if suffix in WHOLE else suffix.removeprefix(".")
+    is_lines = suffix in LINES or (suffix == ".json" and not _begins_with_bracket(file))
+    kind = "lines" if is_lines else "text" if suffix in WHOLE else suffix.removeprefix(".")
     if kind not in ("lines", "text") or is_compressed(file):
         return [Piece(file, kind, size)]
     borders = [*range(0, max(size, 1), PIECE_BYTES), size]
     return [Piece(file, kind, end - start, start, end) for start, end in pairwise(borders)]
+
+
+def _begins_with_bracket(file: str) -> bool:
+    """Whether a .json file is an array; many that go by this name hold one object a line."""
+    try:
+        with open_bytes(file) as stream:
+            return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except broken_compression():
+        return True  # told when it is read
 
 
 def _divided_groups(file: str) -> list[Piece]:

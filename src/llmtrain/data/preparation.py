@@ -34,7 +34,8 @@ from llmtrain.data.files import FileDigests, find_files, is_hub_id
 from llmtrain.data.jobs import Job, Progress, run_unfinished, write_json
 from llmtrain.data.mapped_tokens import open_token_source
 from llmtrain.data.records import HINT, Split
-from llmtrain.data.shards import Manifest, PreparedSource, Shard, SplitSummary, open_prepared
+from llmtrain.data.shards import Manifest, PreparedSource, PreparedTokens, Shard, SplitSummary, read_manifest
+from llmtrain.data.tables import is_saved_dataset
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.data.workers import advance
 
@@ -237,7 +238,8 @@ def _finish(job: Job) -> None:
 
 def _remove_empty(job: Job) -> None:
     """Leave nothing where nothing was finished."""
-    if job.partial.is_dir() and not any(job.partial.glob("*.safetensors")):
+    finished = [*job.partial.glob("*.safetensors"), *job.partial.glob("cleaned-*.json")]
+    if job.partial.is_dir() and not finished:
         shutil.rmtree(job.partial)
 
 
@@ -275,13 +277,27 @@ def _summary(done: list[Progress], split: Split) -> SplitSummary:
 
 def _open(job: Job) -> PreparedSource:
     """What was prepared. Says what was left out; raises DataError where that is not wanted."""
-    train, validation = open_prepared(job.folder)
-    manifest = train.manifest
+    manifest = _as_named_now(read_manifest(job.folder), job.source)
     if manifest.faults and job.on_error == "stop":
         raise DataError(f"data.sources.{job.name}: rows that cannot be used{_left_out(manifest)}\n{HINT}")
     if manifest.faults or manifest.counts:
         log.warning("data.sources.%s: of %d rows%s", job.name, manifest.rows, _left_out(manifest))
-    return PreparedSource(train, validation)
+    return PreparedSource(*(PreparedTokens(job.folder, manifest, split) for split in SPLITS))
+
+
+def _as_named_now(manifest: Manifest, source: SourceConfig) -> Manifest:
+    """The manifest with the files where they lie today: the same content may have been elsewhere when it was made."""
+    manifest = dataclasses.replace(manifest, source=source.path)
+    paths = [(source.path, source.split), (source.validation_path, "validation")]
+    if any(path and (path.startswith(PREFIX) or is_hub_id(path) or is_saved_dataset(Path(path))) for path, _ in paths):
+        return manifest
+    files = dict.fromkeys(file for path, split in paths if path for file in find_files(path, split))
+    before = dict.fromkeys(piece.file for pieces in manifest.portions for piece in pieces)
+    now = dict(zip(before, files, strict=True)) if len(before) == len(files) else {}
+    portions = tuple(
+        tuple(piece._replace(file=now.get(piece.file, piece.file)) for piece in pieces) for pieces in manifest.portions
+    )  # fmt: skip
+    return dataclasses.replace(manifest, portions=portions)
 
 
 def _left_out(manifest: Manifest) -> str:

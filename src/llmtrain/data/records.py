@@ -186,15 +186,9 @@ def _not_utf8(place: Place, error: UnicodeDecodeError) -> RowError:
 
 
 def _read_json(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
-    """A .json file: an array of objects, or one object a line."""
+    """A .json file that is an array of objects; one with an object a line is read as lines."""
     with open_bytes(piece.file) as stream:
         data = stream.read()
-    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                place = Place(piece._replace(kind="lines"), number)
-                yield place, _parsed(line, place)
-        return
     try:
         rows = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -221,14 +221,8 @@ class PreparedSource(NamedTuple):
     validation: TokenSource
 
 
-def open_prepared(folder: Path) -> tuple[PreparedTokens, PreparedTokens]:
-    """Both parts of the prepared source in a folder. Raises DataError where its manifest cannot be read."""
-    manifest = read_manifest(folder)
-    return PreparedTokens(folder, manifest, "train"), PreparedTokens(folder, manifest, "validation")
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared source."""
+    """The manifest of a prepared source. Raises DataError where it cannot be read."""
     try:
         said = json.loads((folder / "manifest.json").read_text())
         faults = {reason: (count, first) for reason, (count, first) in said.pop("faults").items()}

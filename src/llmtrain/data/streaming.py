@@ -9,6 +9,7 @@ text, and takes its share of the rows.
 import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -23,12 +24,14 @@ from llmtrain.config.schema import CorpusConfig, SourceConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import collate_text, share
 from llmtrain.data.cleaning import Cleaner
-from llmtrain.data.documents import Portion, assign_splits, find_portions, read_portion
+from llmtrain.data.documents import Batch, Portion, assign_splits, find_portions, read_portion
 from llmtrain.data.mixture import PhasedMixture, permute
 from llmtrain.data.records import Faults, Split
 from llmtrain.data.sequences import TextRow, row_of_documents
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.objectives.next_token import TokenBatch
+
+log = logging.getLogger(__name__)
 
 FILE = "streams.json"
 
@@ -95,14 +98,29 @@ class Stream:
         """How often the source has been gone through, to a portion."""
         return self.position.epoch + self.position.portion / len(self._training)
 
+    def left_out(self) -> str:
+        """Rows that could not be used, and what cleaning did, since this process began: a line for each reason."""
+        counts = [f"{number} x {reason}" for reason, number in self.counts.items()]
+        return "\n  ".join([*self.faults.report().splitlines(), *counts])
+
     def texts(self, split: Split, portions: list[Portion]) -> Iterator[list[str]]:
-        """The texts of a split in these portions, batch by batch, in the order of the files."""
+        """The texts of a split in these portions, batch by batch, in the order of the files.
+
+        Their faults are told when training comes to them; those of held-out files, to which it never comes, here.
+        """
         for portion in portions:
             before = 0
             for batch in read_portion(portion, self.source, self.cache_dir, clean=self.clean):
                 documents = assign_splits(portion, batch, before, self.data.validation_every)
                 before += len(batch.documents)
+                if portion.split == "validation":
+                    self._count(batch)
                 yield [document.text for document in documents if document.split == split]
+
+    def _count(self, batch: Batch) -> None:
+        for fault in batch.faults:
+            self.faults.add(fault)
+        self.counts += batch.counts
 
     @property
     def _training(self) -> list[Portion]:
@@ -120,16 +138,14 @@ class Stream:
                     self.position, found = here, True
                     yield tokens
             if not found:
-                raise DataError(f"{self.source.path}: no documents in there\n{self.faults.report()}")
+                raise DataError(f"{self.source.path}: no documents in there\n  {self.left_out()}")
 
     def _portion(
         self, portion: Portion, epoch: int, place: int, start: Position
     ) -> Iterator[tuple[Position, NDArray[np.int64]]]:
         row, before, used = start.row, start.documents, start.used
         for batch in read_portion(portion, self.source, self.cache_dir, clean=self.clean, first_row=row):
-            for fault in batch.faults:
-                self.faults.add(fault)
-            self.counts += batch.counts
+            self._count(batch)
             documents = assign_splits(portion, batch, before, self.data.validation_every)
             texts = [document.text for document in documents if document.split == "train"]
             key = derive_seed(self.key, "documents", epoch, portion.number, row)
@@ -151,6 +167,7 @@ class StreamedBatches:
     ) -> None:  # fmt: skip
         self.streams, self.mixture, self.batch_rows = streams, mixture, batch_rows
         self.share, self.next_step = share(batch_rows, rank, world), first_step
+        self._told: dict[str, str] = {}
 
     def __call__(self, step: int) -> TokenBatch:
         """This process's rows of the step, which must be the one after the last."""
@@ -170,9 +187,14 @@ class StreamedBatches:
         return counts
 
     def write(self, folder: Path) -> None:
-        """Put where the streams stand into a checkpoint's folder."""
+        """Put where the streams stand into a checkpoint's folder; the log says what they have left out."""
         where = {name: dataclasses.asdict(stream.where()) for name, stream in self.streams.items()}
         (folder / FILE).write_text(json.dumps(where))
+        left_out = {name: stream.left_out() for name, stream in self.streams.items()}
+        for name, said in left_out.items():
+            if said != self._told.get(name, ""):
+                log.warning("data.sources.%s: of the rows read so far\n  %s", name, said)
+        self._told = left_out
 
 
 def read_positions(folder: Path) -> dict[str, Position]:

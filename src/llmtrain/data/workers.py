@@ -3,7 +3,10 @@
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,9 +64,21 @@ def run_all(
                 show(size)
             return
         threads = max(1, (processes or num_cores()) // workers)
-        pool = ProcessPoolExecutor(workers, context, _begin, (shared, _bytes_done, threads))
+        others = multiprocessing.active_children()
+        # by a file: what is sent to a process that has died while starting is waited for, for ever, beyond 64 kB
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            pickle.dump(shared, file)
+        pool = ProcessPoolExecutor(workers, context, _begin, (file.name, _bytes_done, threads))
         try:
-            _wait_for({pool.submit(_call, work, *task): size for task, size in zip(tasks, sizes, strict=True)}, show)
+            with _interrupts_held_back():
+                futures = {
+                    pool.submit(_call, work, *task): size for task, size in zip(tasks, sizes, strict=True)
+                }  # fmt: skip
+            _wait_for(futures, show)
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()  # a portion may take a minute, and what is unfinished is done again anyway
+            raise
         except BrokenProcessPool:
             raise DataError(
                 f"{what}: a process was killed, perhaps for want of memory. What is finished is kept: run the command "
@@ -71,6 +86,20 @@ def run_all(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            os.unlink(file.name)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which a terminal sends to all: this one alone answers it, later."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for(futures: dict[Future[None], int], show: Callable[[int], None]) -> None:
@@ -82,11 +111,13 @@ def _wait_for(futures: dict[Future[None], int], show: Callable[[int], None]) -> 
         show(sum(futures[future] for future in done))
 
 
-def _begin(shared: Sequence[Any], bytes_done: Any, threads: int) -> None:
+def _begin(shared: str, bytes_done: Any, threads: int) -> None:
     global _shared, _bytes_done
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    _shared, _bytes_done = shared, bytes_done
+    with open(shared, "rb") as file:
+        _shared = pickle.load(file)
+    _bytes_done = bytes_done
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
