@@ -186,9 +186,9 @@ def main() -> None:
         print(f"{megabytes:.0f} MB; over encode_batch_fast: {_median(ours, ceiling):.2f}; "
               f"over the better datasets.map: {_median(ours, best_map):.2f}")  # fmt: skip
         if arguments.memory:
-            for text in (text, arguments.memory):
-                peak = peak_memory(prepare(text, tokenizer, work / text.stem))
-                print(f"{text.stat().st_size / 1e6:,.0f} MB of JSONL: peak memory {peak:,.0f} MB", flush=True)
+            for each in (text, arguments.memory):
+                peak = peak_memory(prepare(each, tokenizer, work / each.stem))
+                print(f"{each.stat().st_size / 1e6:,.0f} MB of JSONL: peak memory {peak:,.0f} MB", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

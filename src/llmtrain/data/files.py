@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -25,6 +26,7 @@ READABLE = (*LINES, ".json", *WHOLE, *LOADERS)
 COMPRESSED: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda file, mode: _open_zstandard(file),
 }  # fmt: skip
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of files that are broken, cut off, or not readable
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from llmtrain.config.errors import DataError
 from llmtrain.data.files import (
     LINES,
+    READ_ERRORS,
     READABLE,
     WHOLE,
-    broken_compression,
     file_size,
     find_files,
     is_compressed,
@@ -93,7 +93,7 @@ def _begins_with_bracket(file: str) -> bool:
     try:
         with open_bytes(file) as stream:
             return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except broken_compression():
+    except READ_ERRORS:
         return True  # told when it is read
 
 

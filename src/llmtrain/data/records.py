@@ -8,15 +8,13 @@ reads says what becomes of it (`Faults`), so every row is used or reported.
 import codecs
 import importlib
 import json
-import lzma
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 from llmtrain.config.errors import DataError
-from llmtrain.data.files import LOADERS, is_compressed, open_bytes, suffix_of
+from llmtrain.data.files import LOADERS, READ_ERRORS, is_compressed, open_bytes, suffix_of
 from llmtrain.data.pieces import Piece, Place, find_pieces
 from llmtrain.data.tables import cause, datasets_library, hub_dataset, open_parquet, saved_dataset
 
@@ -82,7 +80,7 @@ def read_piece(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     reader = READERS[piece.kind]
     try:
         yield from reader(piece, cache_dir)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except READ_ERRORS as error:
         if not is_compressed(piece.file):
             raise DataError(f"{piece.file}: cannot be read: {error}") from None
         # what came before is there; what would have followed is one fault
