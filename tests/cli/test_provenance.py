@@ -135,7 +135,7 @@ def test_a_streamed_run_goes_on_with_the_same_rows(corpus: Path, capsys: pytest.
     assert one == two
     assert '"data/a/tokens": 384' in metrics
     assert "bits_per_byte" in metrics
-    assert "the rows of a stream cannot be asked for" in shown(capsys, "run=whole", "step=3", code=2)
+    assert "the run's text was streamed" in shown(capsys, "run=whole", "step=3", code=2)
     assert "needs a tokenizer that is there" in refused([*PRETRAIN, *data, "data.streaming=true"], capsys)
     assert "a stream has no known end" in refused([*streamed, "train.steps=null", "train.epochs=1"], capsys)
 
