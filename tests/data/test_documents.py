@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,12 @@ def test_faults_are_named(tmp_path: Path, rows: list[dict], message: str) -> Non
     source = SourceConfig(path=write(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError, match=message):
         list(read_documents(source, 50, tmp_path, Faults()))
+
+
+def test_many_small_files_are_quickly_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [pieces.Piece(str(number), "lines", 10) for number in range(20_000)]
+    monkeypatch.setattr(documents, "find_pieces", lambda *_, **__: many)
+    start = time.monotonic()
+    [portion] = find_portions(SourceConfig(path="many", max_documents=9), tmp_path)
+    assert portion.size == 200_000
+    assert time.monotonic() - start < 3

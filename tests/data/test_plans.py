@@ -41,7 +41,7 @@ def test_phases_begin_at_shares_of_the_run() -> None:
     }
 
 
-def test_max_epochs_renormalises_or_ends_the_run() -> None:
+def test_max_epochs_renormalises_or_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
     limited = {"max_epochs": 2.0}
     mixture = plan_mixture(corpus({}, limited), SIZES, 1000)
     assert mixture.counts(1000) == {"a": 950, "b": 50}
@@ -49,7 +49,10 @@ def test_max_epochs_renormalises_or_ends_the_run() -> None:
     stopping = plan_mixture(corpus({}, limited, when_exhausted="stop"), SIZES, 1000)
     assert stopping.length is not None
     assert abs(stopping.length - 100) <= 1
-    assert steps_left(stopping, 250, 4) in (24, 25)
+    with caplog.at_level("INFO"):
+        steps = steps_left(stopping, 250, 4)
+    assert steps in (24, 25)
+    assert caplog.messages == [f"data: max_epochs ends the run after {steps} of 250 steps"]
     with pytest.raises(DataError, match="max_epochs leaves"):
         steps_left(stopping, 250, 512)
 

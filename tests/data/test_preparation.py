@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CleaningConfig, CorpusConfig, SourceConfig
@@ -312,6 +314,29 @@ def test_faulty_rows_stop_or_are_counted(
     assert "a.jsonl, line 4: not valid JSON" in caplog.text
     with pytest.raises(DataError, match=r"(?s)rows that cannot be used.*line 2.*data.on_error=skip"):
         prepare(str(file), tokenizer, cache)  # prepared, but not with what is asked for now
+
+
+def test_waiting_for_another_process_is_said(
+    path: str, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = prepare(path, tokenizer, tmp_path / "cache").train.folder
+    folder.rename(tmp_path / "done")
+    is_held = threading.Event()
+
+    def finish_elsewhere() -> None:
+        with FileLock(f"{folder}.lock"):
+            is_held.set()
+            time.sleep(0.3)
+            (tmp_path / "done").rename(folder)
+
+    other = threading.Thread(target=finish_elsewhere)
+    other.start()
+    is_held.wait()
+    with caplog.at_level("INFO"):
+        assert prepare(path, tokenizer, tmp_path / "cache").train.folder == folder
+    other.join()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["a: another process is preparing it; waiting until it is done"]
 
 
 def test_a_damaged_folder_is_refused(path: str, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
 
 def check_reproducible(config: PretrainConfig | RowStage) -> None:
     """Raises ConfigError for a run whose rows cannot be told afterwards."""
+    if isinstance(config, PretrainConfig) and config.data.streaming:
+        raise ConfigError("the run's text was streamed (data.streaming): its rows cannot be told afterwards")
     if not isinstance(config, PretrainConfig) and config.data.sampled_pairs:
         raise ConfigError(
             "the run's pairs were in part sampled from its model (data.sampled_pairs), which is not done again here: "

@@ -132,7 +132,7 @@ def _print_steps_of(console: Console, seen: Seen, document: str) -> None:
             f"its sources: {', '.join(seen.amounts)}"
         )
     for name, rows in found.items():
-        steps = sorted(step + 1 for row in rows for step in seen.order.steps_of(name, row, seen.plan.steps))
+        steps = sorted({step + 1 for row in rows for step in seen.order.steps_of(name, row, seen.plan.steps)})
         said = ", ".join(map(str, steps)) if steps else f"at none of the {seen.plan.steps} steps"
         console.print(Text(f"{document} is in {len(rows)} row(s) of {name}, seen at step: {said}"), soft_wrap=True)
 

@@ -141,12 +141,14 @@ def _portions(
     pieces = _pieces(source, path, part, cache_dir, streaming)
     enough = max(PORTION_BYTES, sum(piece.size for piece in pieces) // MAX_PORTIONS)
     groups: list[list[Piece]] = [[]]
+    size = 0
     for piece in pieces:
         # how many documents there are is known only to who reads them all
-        is_full = sum(each.size for each in groups[-1]) + piece.size > enough
-        if groups[-1] and is_full and source.max_documents is None:
+        if groups[-1] and size + piece.size > enough and source.max_documents is None:
             groups.append([])
+            size = 0
         groups[-1].append(piece)
+        size += piece.size
     is_only = len(groups) == 1
     return [Portion(i, tuple(each), split, is_only, source.max_documents) for i, each in enumerate(groups)]
 

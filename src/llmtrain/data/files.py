@@ -11,8 +11,10 @@ import importlib
 import io
 import json
 import lzma
+import math
 import os
 import re
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -107,12 +109,14 @@ def file_size(file: str) -> int:
 class FileDigests:
     """SHA-256 of files, remembered by path, size and time of change, so that an unchanged file is not read again.
 
+    The memory is written when the first file was read and then once a second: there may be many thousand small files.
     For a URL it is what the file system tells files apart by: an ETag, or size and time of change.
     """
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         self._known: dict[str, list[Any]] = json.loads(memory.read_text()) if memory.is_file() else {}
+        self._written = -math.inf
 
     def __call__(self, file: str) -> str:
         """The digest of a file, in hexadecimal."""
@@ -126,11 +130,16 @@ class FileDigests:
             with open(file, "rb") as stream:
                 known = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
             self._known[path] = known
-            self._memory.parent.mkdir(parents=True, exist_ok=True)
-            aside = self._memory.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps(self._known, indent=0))
-            aside.replace(self._memory)
+            if time.monotonic() - self._written > 1:
+                self._write()
         return str(known[2])
+
+    def _write(self) -> None:
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._memory.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(self._known, indent=0))
+        aside.replace(self._memory)
+        self._written = time.monotonic()
 
 
 def _find_remote(path: str, split: str, suffixes: tuple[str, ...]) -> list[str]:

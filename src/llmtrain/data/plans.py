@@ -4,6 +4,7 @@ Sizes and samples are counted in what the stage trains on: blocks of `train.sequ
 pairs or prompts.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import CorpusConfig, MixedSourceConfig, RowsConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import Phase, PhasedMixture, weights_of_epochs, weights_of_temperature
+
+log = logging.getLogger(__name__)
 
 
 def source_weights(config: CorpusConfig | RowsConfig, sizes: Mapping[str, float]) -> dict[str, float]:
@@ -62,6 +65,7 @@ def steps_left(mixture: PhasedMixture, steps: int, batch_rows: int) -> int:
         raise DataError(
             f"data: max_epochs leaves {mixture.length} rows in all, fewer than one batch of {batch_rows}; raise it"
         )
+    log.info("data: max_epochs ends the run after %d of %d steps", mixture.length // batch_rows, steps)
     return mixture.length // batch_rows
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -315,7 +315,13 @@ def encoded_file(job: Job, number: int) -> Path:
 def _locks(jobs: list[Job]) -> Iterator[None]:
     """Keep other processes from preparing the same sources; always in one order, so that nobody waits in a ring."""
     with ExitStack() as held:
-        for folder in sorted(job.folder for job in jobs):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(folder.with_name(f"{folder.name}.lock")))
+        for job in sorted(jobs, key=lambda job: job.folder):
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                log.info("%s: another process is preparing it; waiting until it is done", job.name)
+                lock.acquire()
+            held.callback(lock.release)
         yield
