@@ -6,12 +6,13 @@ Per round, in turn: `encode_batch_fast` on texts that are in memory already (the
 are cores, nothing read or written); `llmtrain prepare` as users start it, from JSONL to finished shards; and
 `datasets.map(batched)` with 1 and 2 processes. Reported are MB of text a second and medians of the ratios; start-up
 and imports are not counted for `datasets`, whose work is measured from `map` on, but they are for `llmtrain prepare`.
-With `--memory LARGE.jsonl` the peak memory of `llmtrain prepare`, all processes together, is compared for two sizes.
+The peak memory of `llmtrain prepare` is that of all its processes together, pages they share left out.
 Without `--text` it is the machine's own Python sources, over and over with words exchanged. `datasets.map` is slower by
 far, so it may be measured on the first `--map-megabytes` only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -83,44 +84,36 @@ def prepare(text: Path, tokenizer: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def timed(command: list[str]) -> float:
-    """Wall time of a whole process."""
+def watched(command: list[str]) -> tuple[float, float]:
+    """Wall time of a command, and the largest sum of the memory that it and its children have for themselves, in MB."""
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
-
-
-def peak_memory(command: list[str]) -> float:
-    """Largest sum of the resident memory (unique to each process) of a command and its children, in MB."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0.0
-    done = threading.Event()
+    peak, done = 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.2):
+        while not done.wait(0.5):
             total = 0.0
             for each in [process, *process.children(recursive=True)]:
-                try:
+                with contextlib.suppress(psutil.Error):
                     total += each.memory_full_info().uss / 1e6
-                except psutil.Error:
-                    continue
             peak = max(peak, total)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    assert process.wait() == 0
+    code = process.wait()
+    seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    return peak
+    assert code == 0
+    return seconds, peak
 
 
 def speeds(text: Path, tokenizer: Path, megabytes: float, folder: Path) -> dict[str, float]:
     """MB a second of the ceiling and of ours, one after the other."""
-    return {
-        "encode_batch_fast": megabytes / script(BARE, str(text), str(tokenizer / "tokenizer.json")),
-        "llmtrain prepare": megabytes / timed(prepare(text, tokenizer, folder / "runs")),
-    }
+    ceiling = script(BARE, str(text), str(tokenizer / "tokenizer.json"))
+    ours, peak = watched(prepare(text, tokenizer, folder / "runs"))
+    return {"encode_batch_fast": megabytes / ceiling, "llmtrain prepare": megabytes / ours, "peak MB": peak}
 
 
 def mapped(text: Path, tokenizer: Path, megabytes: float, folder: Path) -> dict[str, float]:
@@ -163,7 +156,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=200.0)
     parser.add_argument("--map-megabytes", type=float, default=40.0)
-    parser.add_argument("--memory", type=Path, help="a second, larger JSONL: peak memory for both, whole")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
@@ -185,10 +177,6 @@ def main() -> None:
         ceiling = [each["encode_batch_fast"] for each in rounds]
         print(f"{megabytes:.0f} MB; over encode_batch_fast: {_median(ours, ceiling):.2f}; "
               f"over the better datasets.map: {_median(ours, best_map):.2f}")  # fmt: skip
-        if arguments.memory:
-            for each in (text, arguments.memory):
-                peak = peak_memory(prepare(each, tokenizer, work / each.stem))
-                print(f"{each.stat().st_size / 1e6:,.0f} MB of JSONL: peak memory {peak:,.0f} MB", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

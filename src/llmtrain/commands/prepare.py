@@ -6,17 +6,17 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.config.schema import PrepareConfig
+from llmtrain.data.corpus import corpus_tokenizer
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.shards import PreparedSource, PreparedTokens
 from llmtrain.engine.display import show_log
-from llmtrain.stages import pretrain
 
 
 def run(config: PrepareConfig) -> None:
     """Prepare all sources; what is there already is used again. Raises DataError for what cannot be read."""
     show_log(is_main=True)
     cache = Path(config.runs_dir) / "cache"
-    tokenizer = pretrain.corpus_tokenizer(config.data, config.tokenizer, cache)
+    tokenizer = corpus_tokenizer(config.data, config.tokenizer, cache)
     prepared = prepare_sources(
         config.data, tokenizer=tokenizer, cache_dir=cache, processes=config.processes
     )  # fmt: skip

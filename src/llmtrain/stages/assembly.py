@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
-from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
@@ -245,16 +245,6 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 def saved_part(model: LanguageModel | ScalarModel | ActorCritic) -> LanguageModel | ScalarModel:
     """What a run's `model/` holds: the model itself, or an actor-critic's policy."""
     return model.policy if isinstance(model, ActorCritic) else model
-
-
-def read_template(path: str | None) -> str | None:
-    """The chat template in a Jinja file, if one is named."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tokenizer.chat_template: cannot read {path}: {error}. Name a Jinja file.") from None
 
 
 def parent(config: StageConfig) -> str:

@@ -1,9 +1,7 @@
 """`llmtrain pretrain`: next-token training on a mixture of text."""
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import CleaningConfig, CorpusConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from llmtrain.config.schema import PretrainConfig, TrainConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import LengthWarmup, TokenBatches, held_out_text
-from llmtrain.data.documents import read_documents
-from llmtrain.data.plans import source_weights
-from llmtrain.data.preparation import describe_source, prepare_sources
-from llmtrain.data.records import Faults
+from llmtrain.data.corpus import corpus_tokenizer, read_template
+from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.sequences import Blocks, TextRows, text_rows
 from llmtrain.data.shards import TokenSource
 from llmtrain.data.streaming import HeldOutTokens, Stream, StreamedBatches, read_positions
-from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.rollouts import Replica
 from llmtrain.generation.sampler import generate
@@ -152,7 +148,7 @@ def warmed_up(
 def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
     """The tokenizer of `tokenizer.path`, of the model that training goes on from, or one trained on the mixture."""
     if config.model.init_from and not config.tokenizer.path:
-        template = assembly.read_template(config.tokenizer.chat_template)
+        template = read_template(config.tokenizer.chat_template)
         return load_tokenizer(handover.model_folder(config.model.init_from), template)
     if config.tokenizer.path:
         return corpus_tokenizer(config.data, config.tokenizer, cache)
@@ -160,46 +156,6 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
     if not (kept / "tokenizer_config.json").is_file():
         corpus_tokenizer(config.data, config.tokenizer, cache).save(kept)
     return load_tokenizer(kept)
-
-
-def corpus_tokenizer(data: CorpusConfig, config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of `tokenizer.path`, or one trained on the mixture: once, then found in the cache."""
-    template = assembly.read_template(config.chat_template)
-    if config.path:
-        return load_tokenizer(config.path, template)
-    weights = text_weights(data)
-    sources = [
-        [name, weights[name], describe_source(source, data.validation_every, CleaningConfig(), cache)]
-        for name, source in data.sources.items()
-    ]  # fmt: skip
-    key = json.dumps([sources, config.vocab_size, config.train_bytes, template], sort_keys=True)
-    folder = cache / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "tokenizer_config.json").is_file():  # the last file to be written
-        train_tokenizer(mixed_text(data, config, cache), config.vocab_size, template).save(folder)
-    return load_tokenizer(folder)
-
-
-def mixed_text(data: CorpusConfig, config: TokenizerConfig, cache: Path) -> Iterator[str]:
-    """Text of all sources, each with its share of `tokenizer.train_bytes`."""
-    weights = text_weights(data)
-    for name, source in data.sources.items():
-        left = config.train_bytes * weights[name] / sum(weights.values())
-        faults = Faults(data.on_error)  # told of when the source is prepared
-        for text in read_documents(source, data.validation_every, cache, faults):
-            if left <= 0:
-                break
-            yield text
-            left -= len(text.encode())
-
-
-def text_weights(data: CorpusConfig) -> dict[str, float]:
-    """Weights at the start of the run, as far as they are known before the text has been counted."""
-    if data.temperature is not None or any(source.epochs for source in data.sources.values()):
-        sizes = {name: source.published_gib for name, source in data.sources.items() if source.published_gib}
-        if len(sizes) == len(data.sources):
-            return source_weights(data, sizes)
-        return dict.fromkeys(data.sources, 1.0)
-    return source_weights(data, {})
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmtrain.config.schema import SftConfig
 from llmtrain.data.batches import ConversationBatches, PackedBatches, collate_conversations
+from llmtrain.data.corpus import read_template
 from llmtrain.data.encoding import TokenRow, load_conversations
 from llmtrain.data.packing import PackedConversations
 from llmtrain.data.records import Split
@@ -78,5 +79,5 @@ def build_batches(
 
 def build_tokenizer(config: SftConfig) -> Tokenizer:
     """The tokenizer of the model, or of `tokenizer.path`, with its chat template or `tokenizer.chat_template`."""
-    template = assembly.read_template(config.tokenizer.chat_template)
+    template = read_template(config.tokenizer.chat_template)
     return load_tokenizer(config.tokenizer.path or handover.model_folder(assembly.parent(config)), template)
