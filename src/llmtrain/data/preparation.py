@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 DIGESTS = "file-digests.json"
 FORMAT = 2  # raise when the same documents would give other files than before
 SHARD_TOKENS = 32 * 1024 * 1024
+ENCODED_CHARACTERS = 250_000  # in one call of the tokenizer
 LONG_DOCUMENT = 1_000_000  # characters; longer ones are encoded in parts, cut between words
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -176,12 +177,22 @@ def _encode(
 ) -> None:
     numbers = {piece: number for number, piece in enumerate(portion.pieces)}
     parts = [list(_parts(document.text)) for document in documents]
-    encoded = iter(tokenizer.encode_batch([part for each in parts for part in each]))
+    encoded = _encoded(tokenizer, [part for each in parts for part in each])
     for document, texts in zip(documents, parts, strict=True):
         writer = writers[document.split]
         tokens = [np.array(next(encoded), dtype=writer.dtype) for _ in texts]
         end = np.array([tokenizer.eos_id], dtype=writer.dtype)
         writer.add([*tokens, end], document.text.encode(), numbers[document.place.piece], document.place.number)
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each text; a few at a time, because the library needs a hundred bytes for a token meanwhile."""
+    start = size = 0
+    for end, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= ENCODED_CHARACTERS or end == len(texts):
+            yield from tokenizer.encode_batch(texts[start:end])
+            start, size = end, 0
 
 
 def _parts(text: str) -> Iterator[str]:
