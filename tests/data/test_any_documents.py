@@ -181,7 +181,7 @@ CHARACTERS = st.text(st.sampled_from("ab \n\r\t\x00é€😀\ufeff"), max_size=1
 
 
 @MANY
-@given(text=CHARACTERS, sizes=UNITS, text_bytes=st.integers(1, 50))
+@given(text=CHARACTERS, sizes=UNITS, text_bytes=st.integers(3, 50))
 @example(text="a😀" * 30, sizes={"PIECE_BYTES": 7}, text_bytes=3)
 def test_the_parts_of_a_text_file_are_its_text(
     text: str, sizes: dict[str, int], text_bytes: int, folders: Iterator[Path], tokenizer: Tokenizer
@@ -198,8 +198,9 @@ def test_the_parts_of_a_text_file_are_its_text(
 
 
 @MANY
-@given(content=st.binary(max_size=60) | CHARACTERS.map(lambda text: text.encode()[:-1]), text_bytes=st.integers(1, 50))
+@given(content=st.binary(max_size=60) | CHARACTERS.map(lambda text: text.encode()[:-1]), text_bytes=st.integers(3, 50))
 @example(content=b"ab\xc3", text_bytes=3)
+@example(content=b"\xef", text_bytes=3)
 def test_bytes_that_are_no_text_are_faults(
     content: bytes, text_bytes: int, folders: Iterator[Path], tokenizer: Tokenizer
 ) -> None:

@@ -136,7 +136,7 @@ def _read_lines(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
 
 def _read_text(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     """Texts of some `TEXT_BYTES`, of whole lines as far as lines are not longer than that."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig" if piece.start == 0 else "utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")()  # not "utf-8-sig", which drops the beginning of a mark at the end
     parts: list[bytes] = []
     number = size = 0
     with open_bytes(piece.file) as stream:
@@ -170,7 +170,9 @@ def _parts_of_lines(stream: IO[bytes], piece: Piece, limit: int) -> Iterator[byt
 
 def _text(decoder: codecs.IncrementalDecoder, data: bytes, place: Place, is_last: bool) -> Placed:
     try:
-        return place, {"text": decoder.decode(data, is_last)}
+        text = decoder.decode(data, is_last)
+        is_first = place.number == 1 and place.piece.start == 0
+        return place, {"text": text.removeprefix("\ufeff") if is_first else text}
     except UnicodeDecodeError as error:
         decoder.reset()
         return place, _not_utf8(place, error)
