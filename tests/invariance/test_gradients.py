@@ -21,8 +21,10 @@ from llmtrain.generation.rollouts import Rollouts
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.next_token import NextToken, TokenBatch
+from llmtrain.objectives.pairs import PairBatch
 from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, Trajectory, policy_and_values, rows_of_process
-from llmtrain.objectives.preference import BradleyTerry, Dpo, PairBatch
+from llmtrain.objectives.preference import Dpo
+from llmtrain.objectives.reward import BradleyTerry
 
 VOCAB, ROWS, WIDTH = 61, 8, 32
 LENGTHS = [32, 3, 17, 2, 5, 31, 4, 9]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from llmtrain.objectives.preference import BradleyTerry, Dpo, PairBatch, answer_scores, dpo_loss
+from llmtrain.objectives.pairs import PairBatch, answer_scores
+from llmtrain.objectives.preference import Dpo, dpo_loss
+from llmtrain.objectives.reward import BradleyTerry
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Integers, PhasedMixture, sample_of, shuffled
 from llmtrain.data.sequences import TextRow, TextRows
 from llmtrain.objectives.next_token import TokenBatch
-from llmtrain.objectives.preference import PairBatch
+from llmtrain.objectives.pairs import PairBatch
 
 WIDTH_MULTIPLE = 8  # matrix products are faster when a row's length is a multiple of this
 

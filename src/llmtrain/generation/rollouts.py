@@ -23,6 +23,7 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.logprobs import token_logprobs
+from llmtrain.objectives.pairs import answer_scores
 from llmtrain.objectives.policy_gradient import (
     AdaptiveKL,
     Trajectory,
@@ -34,7 +35,6 @@ from llmtrain.objectives.policy_gradient import (
     token_rewards,
     whiten,
 )  # fmt: skip
-from llmtrain.objectives.preference import answer_scores
 
 # Rows are padded to a multiple of this, so that few widths occur.
 WIDTH_MULTIPLE = 8

@@ -1,20 +1,9 @@
 """`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo)."""
 
-from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import AlignConfig, DpoConfig, PpoConfig
-from llmtrain.data.batches import PairBatches, PromptBatches, collate_pairs
-from llmtrain.data.encoding import load_prompts
-from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
-from llmtrain.engine.distributed import bare, spread
-from llmtrain.generation.rollouts import Replica, Rollouts
-from llmtrain.models.heads import ActorCritic, LanguageModel
-from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo
-from llmtrain.objectives.preference import Dpo
-from llmtrain.stages import assembly, handover
+from llmtrain.config.schema import AlignConfig, DpoConfig
+from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.stages import assembly, handover, preference, reinforcement
 from llmtrain.stages.assembly import Run
-from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
-from llmtrain.stages.pairs import build_pairs
-from llmtrain.stages.planning import row_digests
 
 
 def run(config: AlignConfig) -> None:
@@ -31,98 +20,6 @@ def stage(config: AlignConfig) -> None:
     policy, reference = (assembly.load_policy(folder, dropout=0.0) for _ in range(2))
     reference.to(run.layout.device).eval().requires_grad_(False)
     if isinstance(config.method, DpoConfig):
-        dpo(run, config.method, policy, reference, tokenizer)
+        preference.dpo(run, config.method, policy, reference, tokenizer)
     else:
-        ppo(run, config.method, policy, reference, tokenizer)
-
-
-def dpo(
-    run: Run[AlignConfig], method: DpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer
-) -> None:
-    """Direct preference optimisation: pairs in, no sampling."""
-    config, length = run.config, assembly.fitting_length(run.config, policy)
-    rows, held_out = build_pairs(run, reference, tokenizer, length)
-    model = spread(policy, run.layout, config.engine.sharding)
-    objective = Dpo(reference, method.beta, method.label_smoothing, method.sft_weight)
-    said = row_digests(config.data, rows)
-    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
-    batches = PairBatches(
-        rows, plan.order(config.seed), max_length=length,
-        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
-    )  # fmt: skip
-    run.say(f"dpo: {plan.steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
-    measure = evaluate_objective(
-        bare(model), objective, held_out_batches(held_out, collate_pairs, tokenizer.pad_id), run.layout.device,
-        ["loss", "accuracy", "margin", "kl"], names={"accuracy": "pair_accuracy"},
-    )  # fmt: skip
-    problems = build_problems(config, tokenizer, Replica(policy), run.cache)
-    run.write_samples("before", problems.samples)
-    run.fit(
-        model=model, trained=policy, batches=batches, objective=objective, tokenizer=tokenizer, plan=plan,
-        evaluators=[measure, *problems.evaluators],
-    )  # fmt: skip
-    run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=said, plan=plan)
-
-
-def ppo(
-    run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer
-) -> None:
-    """Proximal policy optimisation: prompts in, answers sampled and scored by the reward model.
-
-    The value model has weights of its own and starts as a copy of the reward model.
-    """
-    config, folder = run.config, run.config.reward_model
-    assert folder is not None
-    check_same_tokenizer(folder, tokenizer)
-    reward_model, value = assembly.load_reward_model(folder), assembly.load_reward_model(folder)
-    reward_model.to(run.layout.device).eval().requires_grad_(False)
-    room = min(config.train.sequence_length, policy.config.max_sequence_length) - method.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in "
-            f"{room + method.max_new_tokens} tokens (train.sequence_length, or the model's max_sequence_length): "
-            "lower it."
-        )
-    rows = run.main_first(
-        lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
-    )
-    trained = ActorCritic(policy, value)
-    model = spread(trained, run.layout, config.engine.sharding)
-    batch_rows = config.train.batch_rows or method.minibatches
-    said = row_digests(config.data, rows)
-    plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
-    prompts = PromptBatches(rows, plan.order(config.seed))
-    kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)
-    rollouts = Rollouts(
-        model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts,
-        counts=prompts.counts, stop_tokens=tokenizer.stop_ids, pad_id=tokenizer.pad_id, settings=method,
-        batch_rows=batch_rows, micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed,
-        layout=run.layout, autocast=run.autocast,
-    )  # fmt: skip
-    run.say(f"ppo: {plan.steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
-    problems = build_problems(config, tokenizer, Replica(policy), run.cache)
-    run.write_samples("before", problems.samples)
-    run.fit(
-        model=model, trained=trained, batches=rollouts,
-        objective=Ppo(
-            method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
-            method.value_warmup_steps,
-        ),
-        tokenizer=tokenizer, plan=plan, evaluators=problems.evaluators, parts={"kl": kl},
-    )  # fmt: skip
-    run.write_samples("after", problems.samples)
-    run.finish(policy, tokenizer, data=said, plan=plan)
-
-
-def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where the reward model reads other tokens than the policy writes."""
-    other = load_tokenizer(handover.model_folder(reward_model))
-    if other.encode_batch(PROBE) != tokenizer.encode_batch(PROBE) or other.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"reward_model: {reward_model} has another tokenizer than the policy. "
-            "Train it from the policy's model, with llmtrain reward."
-        )
-
-
-PROBE = ["The quick brown fox, 12 + 34 = 46.", "def f(x):\n    return x"]
+        reinforcement.ppo(run, config.method, policy, reference, tokenizer)

@@ -14,7 +14,8 @@ from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.models.heads import ScalarModel
 from llmtrain.objectives.batch import Batch
-from llmtrain.objectives.preference import BradleyTerry, PairBatch, answer_scores
+from llmtrain.objectives.pairs import PairBatch, answer_scores
+from llmtrain.objectives.reward import BradleyTerry
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import evaluate_objective, held_out_batches

@@ -29,8 +29,9 @@ from llmtrain.config.schema.data import (
     SourceConfig,
     TemplateConfig,
 )
-from llmtrain.config.schema.methods import DpoConfig, PpoConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.preference import DpoConfig
+from llmtrain.config.schema.reinforcement import PpoConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,

@@ -6,8 +6,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
-from llmtrain.config.schema.methods import DpoConfig, PpoConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.preference import DpoConfig
+from llmtrain.config.schema.reinforcement import PpoConfig
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.training import (
     CheckpointConfig,
