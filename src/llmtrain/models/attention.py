@@ -124,7 +124,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]."""
         dropout = self.dropout if self.training else 0.0
-        if causal and dropout == 0.0 and torch.is_grad_enabled() and cpu_attention.is_faster(query):
+        if causal and dropout == 0.0 and cpu_attention.is_faster(query):
             return cpu_attention.causal_attention(query, key, value)
         return F.scaled_dot_product_attention(
             query,

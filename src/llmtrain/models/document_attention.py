@@ -90,10 +90,9 @@ def _spans(numbers: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """One document: attended values [1, Q, n, D] and log-sum-exp [1, Q, n]."""
+    """One document: attended values [1, Q, n, D] and log-sum-exp [1, Q, n], where the backward pass needs that."""
     if cpu_attention.is_faster(query):
-        attended, normaliser = cpu_attention.attend(query, key, value)
-        return attended, normaliser.view(query.shape[:3])
+        return cpu_attention.attend(query, key, value), torch.zeros(())
     return _flash(query, key, value, 0.0, True)
 
 
@@ -102,8 +101,7 @@ def _differentiate_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_backward` of one document."""
     if cpu_attention.is_faster(query):
-        grouped = normaliser.unflatten(1, (key.shape[1], -1))[0]
-        return cpu_attention.differentiate(grad, query, key, value, attended, grouped)
+        return cpu_attention.differentiate(grad, query, key, value)
     return _flash_backward(grad, query, key, value, attended, normaliser, 0.0, True)
 
 
