@@ -10,11 +10,11 @@ CHECKS: tuple[Check, ...] = (
     packing,
     accumulation,
     bfloat16,
-    compiling,
     saving,
     decoding,
     whitening,
     advantages,
     first_ppo_update,
     first_dpo_step,
+    compiling,  # the slow one
 )

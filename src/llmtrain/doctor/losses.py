@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.config.schema import PpoConfig
-from llmtrain.doctor.measurement import Measurement, largest_difference
+from llmtrain.doctor.measurement import Measurement, largest_difference, relative_difference
 from llmtrain.doctor.subject import VOCAB_SIZE, language_model, prompts, ragged_rows
 from llmtrain.engine.distributed import Layout
 from llmtrain.generation.rollouts import Rollouts
@@ -70,17 +70,15 @@ def cross_entropy(device: torch.device) -> list[Measurement]:
     draw = torch.Generator().manual_seed(1)
     hidden, head = torch.randn(6, 20, 32, generator=draw), torch.randn(VOCAB_SIZE, 32, generator=draw)
     targets, mask = ragged_rows(6, 20, seed=2)
-    ours = [tensor.to(device).requires_grad_() for tensor in (hidden, head)]
-    loss, _ = cross_entropy_sum(*ours, targets.to(device), mask.to(device))
-    loss.backward()
-    exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
-    wanted = F.cross_entropy((exact[0] @ exact[1].T)[mask], targets[mask], reduction="sum")
-    wanted.backward()
-    slopes = [(mine.grad, theirs.grad) for mine, theirs in zip(ours, exact, strict=True)]
-    off = max(largest_difference(mine.cpu(), theirs) / float(theirs.abs().max()) for mine, theirs in slopes)
+    ours = {"hidden": hidden.to(device).requires_grad_(), "head": head.to(device).requires_grad_()}
+    exact = {name: tensor.detach().cpu().double().requires_grad_() for name, tensor in ours.items()}
+    loss, _ = cross_entropy_sum(ours["hidden"], ours["head"], targets.to(device), mask.to(device))
+    wanted = F.cross_entropy((exact["hidden"] @ exact["head"].T)[mask], targets[mask], reduction="sum")
+    slopes = dict(zip(ours, (slope.cpu() for slope in torch.autograd.grad(loss, [*ours.values()])), strict=True))
+    exact_slopes = dict(zip(exact, torch.autograd.grad(wanted, [*exact.values()]), strict=True))
     return [
-        Measurement("cross-entropy: ratio to torch's in float64", 1.0, float(loss) / float(wanted), 1e-6),
-        Measurement("cross-entropy: relative difference of gradients", 0.0, off, 1e-5),
+        Measurement("cross-entropy: ratio to torch's in float64", 1.0, loss.item() / wanted.item(), 1e-6),
+        Measurement("cross-entropy: gradient, off by", 0.0, relative_difference(slopes, exact_slopes), 1e-5),
     ]
 
 

@@ -1,5 +1,7 @@
 """What the checks are done on: a small model and rows of different lengths, drawn anew each time."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,10 @@ VOCAB_SIZE = 97
 CONFIG = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, max_sequence_length=64)
 
 
-def language_model(device: torch.device) -> LanguageModel:
+def language_model(device: torch.device, num_layers: int = CONFIG.num_layers) -> LanguageModel:
     """A model whose weights are large enough that attention is uneven and answers differ."""
-    model = LanguageModel(CONFIG, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
+    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+    model = LanguageModel(config, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)

@@ -15,7 +15,7 @@ from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.speed import Speed, has_compiler
 from llmtrain.engine.tracking import Tracker
-from llmtrain.engine.trainer import Trainer
+from llmtrain.engine.trainer import LossFunction, Trainer
 from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 
@@ -91,7 +91,7 @@ def bfloat16(device: torch.device) -> list[Measurement]:
     pairs = [(rounded[name].flatten().double(), value.flatten().double()) for name, value in slopes.items()]
     one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
     return [
-        Measurement("bfloat16: loss, ratio to float32", 1.0, float(loss) / exact, 0.01),
+        Measurement("bfloat16: loss, ratio to float32", 1.0, loss.item() / exact, 0.01),
         Measurement("bfloat16: gradient, cosine to float32", 1.0, float(one @ other / one.norm() / other.norm()), 0.02),
     ]
 
@@ -100,7 +100,7 @@ def compiling(device: torch.device) -> list[Measurement]:
     """Under torch.compile the loss and the gradient are those without it."""
     if not has_compiler(device):
         raise Skipped("no C++ compiler (g++, clang++) on the PATH: engine.compile has nothing to work with")
-    model, objective, batch = language_model(device), NextToken(), token_batch(device)
+    model, objective, batch = language_model(device, num_layers=1), NextToken(), token_batch(device)
     eager = loss_and_gradients(model, objective, batch)
     compiled = loss_and_gradients(model, torch.compile(objective, dynamic=False), batch)
     return [
@@ -115,11 +115,11 @@ def token_batch(device: torch.device) -> TokenBatch:
     return TokenBatch(tokens, mask, torch.zeros(8, dtype=torch.int64)).to(device)
 
 
-def loss_and_gradients(model: nn.Module, objective: NextToken, batch: TokenBatch) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(model: nn.Module, objective: LossFunction, batch: TokenBatch) -> tuple[float, dict[str, Tensor]]:
     """The summed loss, and its gradient by name."""
     loss, _ = objective(model, batch)
     loss.backward()
-    return float(loss), gradients(model)
+    return loss.item(), gradients(model)
 
 
 class OneBatch:

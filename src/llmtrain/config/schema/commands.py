@@ -150,6 +150,8 @@ class DoctorConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: cuda if there is one."""
+    compile: bool = True
+    """Check torch.compile as well, which takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
