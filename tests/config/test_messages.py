@@ -168,7 +168,7 @@ BAD = [
         "align method=ppo health.overoptimised=null health.held_out_metric=eval/x",
         "health.held_out_metric: has no effect: health.overoptimised is switched off",
     ),
-    ("sft health.grad_norm=[10,0.1]", "health.grad_norm: [10.0, 0.1] is no range: the lower limit comes first"),
+    ("sft health.grad_norm=[10,0.1]", "health.grad_norm: [10, 0.1] is no range: the lower limit comes first"),
     ("sft health.stop_on=[loss_spke]", "health.stop_on.0: 'loss_spke' it takes loss_spike did you mean loss_spike?"),
     ("sft health.stop_on=[kl]", "health.stop_on: kl has no effect: nothing is sampled here"),
     (

@@ -147,9 +147,6 @@ def test_weights_that_change_on_the_way_are_noticed(broken: str, what: str, monk
 
 
 def test_a_gradient_lost_in_bfloat16_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "bfloat16", torch.float16)
-    assert off(training.bfloat16(CPU)) == ""  # another format of the same size is as good here
-    monkeypatch.undo()
     right = training.gradients
     calls: list[int] = []
 

@@ -29,7 +29,7 @@ def rollouts(count: int, **metrics: Any) -> Rows:
     """Rows of reinforcement learning that is well, with some metrics as functions of the step or numbers."""
     usual = {
         "align/reward": lambda step: 0.5 + 0.01 * step, "align/kl": 1.0, "align/answer_tokens": 20.0,
-        "align/unfinished": 0.1, "align/explained_variance": 0.4, "align/uniform_groups": 0.3, "train/entropy": 0.4,
+        "align/unfinished": 0.1, "align/explained_variance": 0.4, "align/flat_groups": 0.3, "train/entropy": 0.4,
         "train/clip_fraction": 0.05, "train/loss": 0.1, "train/grad_norm": 0.5,
     }  # fmt: skip
     given = usual | {name.replace("__", "/"): value for name, value in metrics.items()}
@@ -69,7 +69,7 @@ ILL = {
     "clip_fraction": ({"train__clip_fraction": 0.31}, 5, "31% of the tokens are clipped"),
     "explained_variance": ({"align__explained_variance": -0.1}, 20, "explains -0.1 of the returns' variance over 20"),
     "truncated": ({"align__unfinished": 0.9}, 5, "90% of the answers are cut off"),
-    "uniform_groups": ({"align__uniform_groups": 1.0}, 5, "in 100% of the groups all answers have one reward"),
+    "flat_groups": ({"align__flat_groups": 1.0}, 5, "in 100% of the groups all answers have one reward"),
     "length_growth": ({"align__answer_tokens": lambda step: 10.0 + step}, 19, "from 13 to 27 tokens while the reward"),
     "grad_norm": ({"train__grad_norm": 11.0}, 50, "the gradient's norm is 11 (median of 50 rows): training is about"),
 }

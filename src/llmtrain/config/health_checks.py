@@ -7,7 +7,7 @@ from llmtrain.config.view import View, finding, no_effect
 
 # What is read of rollouts alone.
 OF_ROLLOUTS = (
-    "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "uniform_groups",
+    "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "flat_groups",
     "overoptimised", "held_out_metric",
 )  # fmt: skip
 

@@ -318,8 +318,8 @@ RULES: dict[str, Callable[[Any], Rule]] = {
         "{mean:.0%} of the answers are cut off before their end token (limit {limit:.0%}). Raise method.max_new_tokens "
         "or method.missing_eos_penalty, or start from a model that ends its answers.",
     ),
-    "uniform_groups": lambda limit: Limit(
-        "align/uniform_groups", limit, FEW_ROWS,
+    "flat_groups": lambda limit: Limit(
+        "align/flat_groups", limit, FEW_ROWS,
         "in {mean:.0%} of the groups all answers have one reward (limit {limit:.0%}): they teach nothing. Choose "
         "prompts that are neither solved always nor never, or sample more answers per prompt.",
     ),

@@ -10,7 +10,7 @@ from llmtrain.config.schema.strict import STRICT
 # The rules, by the key that sets each one's limit.
 Rule = Literal[
     "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
-    "truncated", "uniform_groups", "overoptimised",
+    "truncated", "flat_groups", "overoptimised",
 ]  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class HealthConfig:
     """Warn when the value model explains no more than this share of the returns' variance."""
     truncated: float | None = Field(default=0.8, gt=0, lt=1)
     """Warn when more than this share of the answers is cut off before its end token."""
-    uniform_groups: float | None = Field(default=0.8, gt=0, lt=1)
+    flat_groups: float | None = Field(default=0.8, gt=0, lt=1)
     """Warn when more than this share of the groups has one reward for all its answers, which teaches nothing."""
     overoptimised: float | None = Field(default=0.02, gt=0, lt=1)
     """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises."""
