@@ -162,7 +162,10 @@ BAD = [
     # warnings
     ("sft health.kl=5", "health.kl: has no effect: nothing is sampled here: it is for reinforcement learning"),
     ("align health.held_out_metric=eval/x", "health.held_out_metric: has no effect: nothing is sampled here"),
-    ("align method=ppo health.loss_spike=null", "health.loss_spike: has no effect: the loss of reinforcement learning"),
+    (
+        "align method=ppo health.loss_spike=null",
+        "health.loss_spike: has no effect: only the loss on text is steady enough",
+    ),
     ("pretrain health.stuck_loss=0.01", "health.stuck_loss: has no effect: nothing is learned from pairs here"),
     (
         "align method=ppo health.overoptimised=null health.held_out_metric=eval/x",

@@ -45,6 +45,7 @@ def losses(count: int, **metrics: Any) -> Rows:
     rows = []
     for step in range(1, count + 1):
         row = {"step": step, "train/loss": 2 + 5 / step + draw.gauss(0, 0.05), "train/grad_norm": 1.0}
+        row["data/web/loss"] = row["train/loss"]
         changed = {name.replace("__", "/"): value for name, value in metrics.items()}
         rows.append(row | {name: value(step) if callable(value) else value for name, value in changed.items()})
     return rows
@@ -103,10 +104,11 @@ def test_a_jump_of_the_loss(height: float, found: list[tuple[str, int]], tmp_pat
     assert [(each.rule, each.step) for each in warnings(rows, tmp_path)] == found
 
 
-def test_the_loss_of_rollouts_may_jump(tmp_path: Path) -> None:
-    rows = rollouts(200)
-    rows[150]["train/loss"] = 50.0
-    assert warnings(rows, tmp_path) == []
+def test_the_loss_of_pairs_and_rollouts_may_jump(tmp_path: Path) -> None:
+    pairs = [{name: value for name, value in row.items() if name != "data/web/loss"} for row in losses(200)]
+    for rows in (pairs, rollouts(200)):
+        rows[150]["train/loss"] = 50.0
+        assert warnings(rows, tmp_path) == []
 
 
 def test_a_gradient_that_has_gone(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def warnings(view: View) -> Iterator[Finding]:
 def _without_effect(view: View) -> Iterator[tuple[str, str]]:
     """The keys that this stage has no use for, and why."""
     samples = view.command == "align" and "max_new_tokens" in view["method"]
-    if samples:
-        yield "loss_spike", "the loss of reinforcement learning goes either way"
-    else:
+    if view.command not in ("pretrain", "sft"):
+        yield "loss_spike", "only the loss on text is steady enough"
+    if not samples:
         yield from ((key, "nothing is sampled here: it is for reinforcement learning") for key in OF_ROLLOUTS)
     if samples or view.command not in ("reward", "align"):
         yield "stuck_loss", "nothing is learned from pairs here"

@@ -136,14 +136,18 @@ class Limit:
 
 
 class LossSpike:
-    """A loss far above those before it. Rollouts are left out: their loss is a difference that goes either way."""
+    """A loss on text far above those before it; rows that have it have the loss of each source too.
+
+    Pairs and rollouts are left out: single batches of pairs may well be hard, and PPO's loss goes either way.
+    """
 
     def __init__(self, deviations: float) -> None:
         self.deviations = deviations
         self.last: deque[float] = deque(maxlen=MANY_ROWS)
 
     def __call__(self, step: int, row: Row) -> str | None:
-        if "train/loss" not in row or "align/reward" in row:
+        of_text = any(name.startswith("data/") and name.endswith("/loss") for name in row)
+        if "train/loss" not in row or not of_text:
             return None
         loss, before = row["train/loss"], list(self.last)
         self.last.append(loss)

@@ -19,7 +19,7 @@ class HealthConfig:
     """Warnings in words when the metrics show a known illness; null switches one off. Read by `engine/health.py`."""
 
     loss_spike: float | None = Field(default=6.0, gt=0)
-    """Warn of a loss that lies this many standard deviations above the rows before it."""
+    """Warn of a loss on text that lies this many standard deviations above the rows before it (pretrain, sft)."""
     grad_norm: tuple[float, float] | None = Field(default=(1e-3, 10.0), strict=False)
     """Warn when the gradient's norm, before clipping, stays below the first or above the second number."""
     stuck_loss: float | None = Field(default=0.003, gt=0)
