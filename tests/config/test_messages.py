@@ -141,10 +141,42 @@ BAD = [
     ("pretrain schedule=constant schedule.min_lr_ratio=0.5", "schedule.min_lr_ratio: has no effect"),
     ("pretrain schedule.warmup_steps=400", "400 steps of warm-up are longer than the run: train.steps=300"),
     ("pretrain checkpoint.best_metric=eval/loss", "checkpoint.best_metric: has no effect while checkpoint.keep_best=0"),
+    ("pretrain checkpoint.final=best", "checkpoint.best_metric: needs a value: what checkpoint.final=best is best by"),
+    (
+        "pretrain checkpoint.final=best checkpoint.best_metric=eval/loss eval.every_steps=null",
+        "checkpoint.best_metric: has no effect: nothing is measured on the way; set eval.every_steps",
+    ),
+    (
+        "pretrain checkpoint.final=best checkpoint.best_metric=eval/loss",
+        "checkpoint.final: best has nothing to choose from; set checkpoint.every_steps, to eval.every_steps=100 say",
+    ),
+    (
+        "pretrain checkpoint.final=best checkpoint.best_metric=eval/loss checkpoint.every_steps=150",
+        "checkpoint.every_steps: 150 is no multiple of eval.every_steps=100: checkpoint.final=best wants all measured",
+    ),
     ("pretrain checkpoint.keep_best=2", "checkpoint.keep_best: has no effect: checkpoint.best_metric is not set"),
     (
         "pretrain checkpoint.best_metric=eval/loss checkpoint.keep_best=1 eval.every_steps=null",
         "checkpoint.best_metric: has no effect: nothing is measured on the way; set eval.every_steps",
+    ),
+    # warnings
+    ("sft health.kl=5", "health.kl: has no effect: nothing is sampled here: it is for reinforcement learning"),
+    ("align health.held_out_metric=eval/x", "health.held_out_metric: has no effect: nothing is sampled here"),
+    (
+        "align method=ppo health.loss_spike=null",
+        "health.loss_spike: has no effect: only the loss on text is steady enough",
+    ),
+    ("pretrain health.stuck_loss=0.01", "health.stuck_loss: has no effect: nothing is learned from pairs here"),
+    (
+        "align method=ppo health.overoptimised=null health.held_out_metric=eval/x",
+        "health.held_out_metric: has no effect: health.overoptimised is switched off",
+    ),
+    ("sft health.grad_norm=[10,0.1]", "health.grad_norm: [10, 0.1] is no range: the lower limit comes first"),
+    ("sft health.stop_on=[loss_spke]", "health.stop_on.0: 'loss_spke' it takes loss_spike did you mean loss_spike?"),
+    ("sft health.stop_on=[kl]", "health.stop_on: kl has no effect: nothing is sampled here"),
+    (
+        "sft health.stop_on=[loss_spike] health.loss_spike=null",
+        "health.stop_on: loss_spike is switched off: health.loss_spike=null",
     ),
     ("reward eval.problems=embedded:arithmetic", "eval.problems: has no effect: a reward model answers no problems"),
     ("pretrain eval.max_problems=3", "eval.max_problems: has no effect: eval.problems is not set"),

@@ -120,6 +120,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
 
 
+def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:
+    def best(mode: str, newest: int = 9) -> int | None:
+        found = checkpoints.best_good(tmp_path, ALONE, print, metric="eval/loss", mode=mode, newest=newest)
+        return found and found.step
+
+    assert best("min") is None
+    write(tmp_path, 1)
+    assert best("min") is None
+    for step, loss in enumerate([3.0, 1.0, math.nan, 1.0, 3.0], start=2):
+        write(tmp_path, step, **{"eval/loss": loss})
+    assert (best("min"), best("max"), best("min", newest=2)) == (3, 2, 2)
+
+
 def test_a_checkpoint_that_was_passed_over_evicts_no_good_one(tmp_path: Path) -> None:
     write(tmp_path, 2)
     next(write(tmp_path, 9).folder.glob("state/*")).write_bytes(b"torn")

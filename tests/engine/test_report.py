@@ -143,6 +143,32 @@ def test_missing_parts_are_left_out(tmp_path: Path, missing: str) -> None:
     assert [heading for heading in headings.values() if heading not in text] == [headings[missing]]
 
 
+def test_warnings_are_shown_in_words(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x")
+    assert "Warnings" not in Page(write_report(folder)).text
+    row = {"step": 40, "rule": "kl", "text": f"far from its reference {NASTY}"}
+    (folder / "warnings.jsonl").write_text(json.dumps(row) + "\n")
+    page = Page(write_report(folder))
+    assert f"40 health.kl far from its reference {NASTY}" in re.sub(r"\s+", " ", page.text)
+    assert "<script" not in page.source
+
+
+def test_a_model_that_is_not_the_last_one_is_shown_with_its_own_numbers(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[600] |= {"eval/accuracy": 0.9}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lineage = json.loads((folder / "lineage.json").read_text())
+    (folder / "lineage.json").write_text(json.dumps(lineage | {"step": 600}))
+    text = re.sub(r"\s+", " ", Page(write_report(folder)).text)
+    assert "accuracy 0 → 0.9 " in text
+    assert "1000 steps · model of step 600" in text
+    (folder / "lineage.json").write_text(json.dumps(lineage | {"step": 1000}))
+    text = re.sub(r"\s+", " ", Page(write_report(folder)).text)
+    assert "accuracy 0 → 0.875 " in text
+    assert "model of step" not in text
+
+
 def test_an_empty_folder_still_gets_a_page(tmp_path: Path) -> None:
     assert Page(write_report(tmp_path)).text.strip().startswith(tmp_path.name)
 

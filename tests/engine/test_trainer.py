@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import CheckpointConfig, EvalConfig, TrackerConfig
+from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine import trainer as trainer_module
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.health import read_warnings
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
@@ -239,3 +240,125 @@ def test_a_finished_run_is_not_trained_further(build: Callable[..., Trainer]) ->
     again = build()
     again.fit()
     assert again.batches.asked == []
+
+
+# --- the best checkpoint ---
+
+
+def bests(build: Callable[..., Trainer], losses: list[float], **checkpoint: Any) -> tuple[Trainer, int]:
+    """A run whose evaluations are `losses`, and the step that it ends with."""
+    told = iter(losses)
+    keep = {"every_steps": 1, "keep_last": 1, "final": "best", "best_metric": "eval/loss"} | checkpoint
+    trainer = build(steps=5, eval_every=1, checkpoint=keep, evaluators=[lambda: {"eval/loss": next(told)}])
+    return trainer, trainer.fit()
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 3), ("max", 2)])
+def test_a_run_ends_with_the_weights_that_measured_best(
+    build: Callable[..., Trainer], tmp_path: Path, mode: str, best: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, step = bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 1.0], best_mode=mode)
+    assert step == best
+    assert saved(tmp_path) == [best, 5]
+    kept = checkpoints.read_model(tmp_path / "checkpoints" / f"step-{best:08d}")
+    last = checkpoints.read_model(tmp_path / "checkpoints" / "step-00000005")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, kept[name])
+        assert not torch.equal(value, last[name])
+    assert f"best by eval/loss: step {best}" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_after_its_last_step_ends_with_the_best_weights_too(
+    build: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer, _ = bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 4.0])
+    again, step = bests(build, [])
+    assert step == 3
+    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named_and_the_next_one_taken(
+    build: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 4.0], keep_best=2)
+    path = next((tmp_path / "checkpoints" / "step-00000003" / "state").iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert bests(build, [], keep_best=2)[1] == 4
+    assert "step-00000003 is passed over" in capsys.readouterr().err
+
+
+def test_by_default_a_run_ends_with_its_last_weights(build: Callable[..., Trainer]) -> None:
+    assert bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 4.0], final="last")[1] == 5
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"checkpoint": {"best_metric": "eval/los", "keep_best": 1}}, {"health": HealthConfig(held_out_metric="eval/los")}],
+)
+def test_a_metric_that_is_not_measured_is_told_at_the_start(
+    build: Callable[..., Trainer], parts: dict[str, Any]
+) -> None:
+    trainer = build(eval_every=2, evaluators=[lambda: {"eval/loss": 1.0, "eval/exact_match": 0.5}], **parts)
+    with pytest.raises(UserError, match=r"=eval/los is not measured in this run; it measures eval/exact_match, eval/l"):
+        trainer.fit()
+    assert trainer.batches.asked == []
+
+
+# --- warnings ---
+
+
+class Truncating(Line):
+    """A rollout whose answers are cut off from step `begin` on."""
+
+    def __init__(self, begin: int = 0, end: int = 99) -> None:
+        super().__init__()
+        self.begin, self.end = begin, end
+
+    def __call__(self, step: int) -> Points:
+        assert step < self.end, "killed"
+        share = 1.0 if step >= self.begin else 0.0
+        points = super().__call__(step)
+        return Cut(points.x, points.y, points.counts, points.repeats, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut(Points):
+    share: float = 0.0
+
+    def metrics(self) -> Metrics:
+        return {"align/unfinished": (torch.tensor(self.share), torch.ones(()))}
+
+
+def test_a_warning_is_said_once_and_kept(
+    build: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(steps=12, batches=Truncating()).fit()
+    errors = capsys.readouterr().err
+    assert errors.count("warning at step 5 (health.truncated): 100% of the answers are cut off") == 1
+    assert errors.count("warning") == 1
+    assert [(each.step, each.rule) for each in read_warnings(tmp_path)] == [(5, "truncated")]
+
+
+def test_a_killed_run_is_not_warned_again(
+    build: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for end in (4, 7):  # before and after the warning
+        with pytest.raises(AssertionError, match="killed"):
+            build(steps=12, batches=Truncating(end=end), checkpoint={"every_steps": 3}).fit()
+    assert capsys.readouterr().err.count("warning at step 5") == 1
+    build(steps=12, batches=Truncating(), checkpoint={"every_steps": 3}).fit()
+    assert "warning" not in capsys.readouterr().err
+    assert [(each.step, each.rule) for each in read_warnings(tmp_path)] == [(5, "truncated")]
+
+
+def test_a_run_stops_for_a_warning_that_stop_on_names(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    stopping = {"steps": 12, "health": HealthConfig(stop_on=["kl", "truncated"])}
+    message = r"stopped after step 6 of 12.*noticed at step 6: .*cut off.*without truncated in health.stop_on goes on"
+    with pytest.raises(UserError, match=message):
+        build(batches=Truncating(begin=1), **stopping).fit()
+    assert saved(tmp_path) == [6]
+    with pytest.raises(UserError, match="stopped after step 6 of 12"):
+        build(batches=Truncating(begin=1), **stopping).fit()
+    going_on = build(batches=Truncating(begin=1), steps=12)
+    going_on.fit()
+    assert going_on.batches.asked == list(range(6, 12))

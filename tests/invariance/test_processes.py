@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
+
+from llmtrain.stages import assembly
 
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
@@ -75,6 +78,37 @@ def test_every_stage_runs_on_two_processes(stage: str, layout: list[str], parent
     together = parents / f"{layout[1]}-{stage}".replace("engine.sharding=", "")
     finish([*command, f"run={together.name}", *layout])
     assert_same_run(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "layout"),
+    [
+        # the worst, so that it is not the last
+        pytest.param("pretrain", "eval/prose/bits_per_byte", ALONE, id="pretrain alone"),
+        pytest.param("pretrain", "eval/prose/bits_per_byte", DDP, id="pretrain ddp", marks=pytest.mark.slow),
+        pytest.param("reward", "eval/loss", FSDP, id="reward fsdp", marks=pytest.mark.slow),
+        pytest.param("ppo", "eval/exact_match", FSDP, id="ppo fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_the_best_checkpoint_is_handed_on(
+    stage: str, metric: str, layout: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before = [] if stage == "pretrain" else starting_from(request.getfixturevalue("parents"), stage)
+    best = ["checkpoint.final=best", f"checkpoint.best_metric={metric}", "checkpoint.best_mode=max"]
+    often = ["train.steps=6", "schedule.warmup_steps=1", "checkpoint.every_steps=2", "eval.every_steps=2"]
+    said = finish([*COMMANDS[stage], *before, *best, *often, *layout, f"runs_dir={tmp_path}", "run=a"])
+    run = tmp_path / "a"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row[metric] for row in rows if row["step"] and metric in row}
+    expected = min(step for step, value in measured.items() if value == max(measured.values()))
+    assert expected < 6
+    assert f"best by {metric}: step {expected}" in said
+    assert json.loads((run / "lineage.json").read_text())["step"] == expected
+    load = assembly.load_reward_model if stage == "reward" else assembly.load_policy
+    kept = load(str(run / "checkpoints" / f"step-{expected:08d}")).state_dict()
+    for name, value in load(str(run)).state_dict().items():
+        if not name.startswith("score_"):  # measured when the weights were chosen
+            assert torch.equal(value, kept[name]), name
 
 
 @pytest.mark.slow

@@ -12,12 +12,18 @@ import pytest
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
 WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
+# the worst, so that it is not the last
+BEST = [
+    "checkpoint.final=best", "checkpoint.best_metric=eval/prose/bits_per_byte", "checkpoint.best_mode=max",
+    "eval.every_steps=3",
+]  # fmt: skip
 CASES = COMMANDS | {
     "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
+    "best": [*COMMANDS["pretrain"], *BEST],
 }
-INDEPENDENT = ("pretrain", "dropout", "length-warmup")
+INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best")
 FAST = ("dropout",)
 
 

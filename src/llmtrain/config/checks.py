@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.fields import fields_of
+from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
@@ -213,13 +214,17 @@ def length_warmup(view: View) -> Iterator[Finding]:
 
 
 def best_checkpoint(view: View) -> Iterator[Finding]:
-    """Keeping the best needs a metric and its measurements."""
-    best, kept = view["checkpoint.best_metric"], view["checkpoint.keep_best"]
+    """Keeping the best, or ending with it, needs a metric and its measurements."""
+    best, kept, final = view["checkpoint.best_metric"], view["checkpoint.keep_best"], view["checkpoint.final"]
     if best is not None and view["eval.every_steps"] is None:
         yield finding("has no effect: nothing is measured on the way; set eval.every_steps", "checkpoint.best_metric")
-    if best is not None and kept == 0:
-        yield finding("has no effect while checkpoint.keep_best=0", "checkpoint.best_metric", "checkpoint.keep_best")
-    if best is None:
+    if best is not None and kept == 0 and final == "last":
+        problem = "has no effect while checkpoint.keep_best=0 and checkpoint.final=last"
+        yield finding(problem, "checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.final")
+    if best is None and final == "best":
+        problem = "needs a value: what checkpoint.final=best is best by, such as eval/loss"
+        yield finding(problem, "checkpoint.best_metric", "checkpoint.final")
+    elif best is None:
         why = "checkpoint.best_metric is not set"
         yield from no_effect(view, "checkpoint.keep_best", why)
         yield from no_effect(view, "checkpoint.best_mode", why)
@@ -324,6 +329,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     warmup,
     length_warmup,
     best_checkpoint,
+    *HEALTH_CHECKS,
     problems,
     tracker,
     tokenizer,

@@ -74,4 +74,9 @@ COMMANDS = {
         "print what a stage's model will really see: texts, tokens, loss mask",
         ("llmtrain show data=pile", "llmtrain show stage=sft rows=5"),
     ),
+    "doctor": Command(
+        "DoctorConfig",
+        "check on this machine that the numbers come out right",
+        ("llmtrain doctor", "llmtrain doctor device=cpu"),
+    ),
 }

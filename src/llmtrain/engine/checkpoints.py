@@ -12,6 +12,7 @@ nothing is pickled in or out. A folder without a manifest that matches is not a 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -178,16 +179,37 @@ def prune(root: Path, *, newest: int, keep_last: int, keep_best: int, best_metri
     saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
     until_now = [checkpoint for checkpoint in saved if checkpoint.step <= newest]
     keep = {checkpoint.step for checkpoint in until_now[-keep_last:]}
-    if best_metric and keep_best:
-        ranked = [checkpoint for checkpoint in until_now if best_metric in checkpoint.metrics]
-        ranked.sort(key=lambda checkpoint: checkpoint.metrics[best_metric], reverse=best_mode == "max")
-        keep |= {checkpoint.step for checkpoint in ranked[:keep_best]}
+    if best_metric:
+        keep |= {checkpoint.step for checkpoint in _ranked(until_now, best_metric, best_mode)[:keep_best]}
     for checkpoint in saved:
         if checkpoint.step not in keep:
             # first out of sight, so that a kill in the middle leaves no half checkpoint under its name
             doomed = root / f".{checkpoint.folder.name}.partial"
             os.replace(checkpoint.folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best_good(root: Path, layout: Layout, say: Say, *, metric: str, mode: str, newest: int) -> Checkpoint | None:
+    """The checkpoint best by `metric`, up to the step `newest`; of equal ones the earliest.
+
+    Those that are damaged are named and passed over. None where no checkpoint was saved with the metric.
+    """
+    found = None
+    if layout.is_main:
+        saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
+        for checkpoint in _ranked([each for each in saved if each.step <= newest], metric, mode):
+            fault = inspect(checkpoint.folder)
+            if fault is None:
+                found = checkpoint
+                break
+            say(f"checkpoint {checkpoint.folder} is passed over: {fault}")
+    return agree(found, layout)
+
+
+def _ranked(saved: list[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
+    """Those that were measured, the best first; of equal ones the earliest."""
+    measured = [checkpoint for checkpoint in saved if math.isfinite(checkpoint.metrics.get(metric, math.nan))]
+    return sorted(measured, key=lambda checkpoint: checkpoint.metrics[metric], reverse=mode == "max")
 
 
 def _readable(folder: Path) -> Checkpoint | None:

@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from llmtrain.engine.charts import Points, line_chart
 from llmtrain.engine.display import clock, compact
-from llmtrain.engine.tracking import flatten, read_metrics
+from llmtrain.engine.health import HealthWarning, read_warnings
+from llmtrain.engine.tracking import flatten, read_metrics, until_step
 
 Rows = list[dict[str, Any]]
 
@@ -76,6 +77,7 @@ class RunView:
     subtitle: str
     headline: list[Measured]
     facts: list[tuple[str, str]]
+    warnings: list[HealthWarning]
     charts: list[Markup]
     mixture: list[Share]
     measures: list[str]
@@ -98,8 +100,9 @@ def _view(folder: Path, name: str) -> RunView:
     return RunView(
         name=name,
         subtitle=" · ".join(_subtitle(folder, lineage, rows)),
-        headline=_headline(rows),
+        headline=_headline(until_step(rows, lineage.get("step"))),
         facts=list(_facts(rows, lineage)),
+        warnings=read_warnings(folder),
         charts=list(_charts(rows)),
         mixture=mixture,
         measures=measures,
@@ -118,6 +121,8 @@ def _subtitle(folder: Path, lineage: Mapping[str, Any], rows: Rows) -> Iterator[
     yield str(folder)
     if rows:
         yield f"{rows[-1]['step']} steps"
+        if lineage.get("step") not in (None, rows[-1]["step"]):
+            yield f"model of step {lineage['step']}"
 
 
 def _series(rows: Rows, name: str) -> list[tuple[float, float]]:

@@ -12,8 +12,12 @@ COMPILE_PAYS_FLOPS = {"cpu": 6e13, "cuda": 3e16}
 
 def compile_pays(total_flops: float, device: torch.device) -> bool:
     """Whether to compile a run of this size, where a compiler is present; depends on the config, not on the clock."""
-    has_compiler = device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
-    return has_compiler and total_flops >= COMPILE_PAYS_FLOPS.get(device.type, float("inf"))
+    return has_compiler(device) and total_flops >= COMPILE_PAYS_FLOPS.get(device.type, float("inf"))
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: Triton comes with torch for GPUs, for CPUs it calls a C++ compiler."""
+    return device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def has_bfloat16(device: torch.device) -> bool:

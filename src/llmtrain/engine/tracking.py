@@ -114,9 +114,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def until_step(rows: list[dict[str, Any]], step: int | None) -> list[dict[str, Any]]:
+    """The rows up to the step whose weights a run has ended with (null: the last); later ones are of other weights."""
+    return rows if step is None else [row for row in rows if row["step"] <= step]
+
+
 def _keep_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`, which are about to be written again; step 0 measures anew, so it drops all."""
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= step] if step else []
+    rows = until_step(read_metrics(path.parent), step) if step else []
     aside = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text("".join(_row(row.pop("step"), row) for row in rows), encoding="utf-8")

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import CheckpointConfig, EvalConfig, TrackerConfig
+from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout, agree, gradient_sync, total
+from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 
@@ -97,9 +98,20 @@ class Trainer:
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     speed: Speed
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
-    def fit(self) -> None:
-        """Train from the checkpoint, or from the start, to the last step."""
+    def __post_init__(self) -> None:
+        keep = self.checkpoint
+        self.monitor = Health(
+            self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
+            is_main=self.layout.is_main,
+        )  # fmt: skip
+
+    def fit(self) -> int:
+        """Train from the checkpoint, or from the start, to the last step; the step whose weights the model ends with.
+
+        Raises UserError when the loss is no number any more, and for a warning that `health.stop_on` names.
+        """
         step = self._resume()
         loss_of: LossFunction = self.objective
         if self.compile:
@@ -120,9 +132,12 @@ class Trainer:
                 values = self._values(metrics, step) | {"train/learning_rate": learning_rate}
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
-            if self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
+            ill = self._ill()
+            if ill or self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
                 self._save(step, measured)
                 last_saved = time.monotonic()
+            self._stop_if(ill, step)
+        return self._take_best() if self.checkpoint.final == "best" else step
 
     def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
@@ -172,12 +187,33 @@ class Trainer:
             for evaluator in self.evaluators:
                 values |= evaluator()
         self.model.train()
+        wanted = {
+            "checkpoint.best_metric": self.checkpoint.best_metric,
+            "health.held_out_metric": self.health.held_out_metric,
+        }
+        for key, name in wanted.items():
+            if name is not None and name not in values:
+                raise UserError(f"{key}={name} is not measured in this run; it measures {', '.join(sorted(values))}")
         return values
 
     def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
         row = values | measured
         if row:
             self.tracker.log(step, row | (self.speed.values() if values else {}))
+            for warning in self.monitor.row(step, row):
+                self.tracker.say(f"warning at step {step} (health.{warning.rule}): {warning.text}")
+
+    def _ill(self) -> HealthWarning | None:
+        """The warning that the run is to stop for, on every process."""
+        return agree(self.monitor.reason_to_stop(), self.layout) if self.health.stop_on else None
+
+    def _stop_if(self, ill: HealthWarning | None, step: int) -> None:
+        if ill:
+            raise UserError(
+                f"stopped after step {step} of {self.steps}, as health.stop_on says, for what was noticed at step "
+                f"{ill.step}: {ill.text} The checkpoint of step {step} is complete; the same command without "
+                f"{ill.rule} in health.stop_on goes on from it."
+            )
 
     def _is_due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
@@ -192,10 +228,13 @@ class Trainer:
         self.model.train()
         if found is None:
             self.tracker.start(0)
+            self.monitor.start()
             return 0
         checkpoints.load(found, self._state(), self.layout)
         self.tracker.start(found.step)
+        self.monitor.start()
         self.tracker.say(f"resuming {self.folder} at step {found.step} of {self.steps}")
+        self._stop_if(self._ill(), found.step)
         return found.step
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
@@ -210,10 +249,26 @@ class Trainer:
                 root,
                 newest=step,
                 keep_last=keep.keep_last,
-                keep_best=keep.keep_best,
+                keep_best=max(keep.keep_best, int(keep.final == "best")),
                 best_metric=keep.best_metric,
                 best_mode=keep.best_mode,
             )
+
+    def _take_best(self) -> int:
+        """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
+        metric, mode = self.checkpoint.best_metric, self.checkpoint.best_mode
+        assert metric is not None
+        root = self.folder / "checkpoints"
+        best = checkpoints.best_good(root, self.layout, self.tracker.say, metric=metric, mode=mode, newest=self.steps)
+        if best is None:
+            raise UserError(
+                f"checkpoint.final=best: no checkpoint in {root} was saved with {metric}. "
+                "Set checkpoint.final=last to finish with the last weights."
+            )
+        weights = {name: value for name, value in self._state().items() if name.startswith("model.")}
+        checkpoints.load(best, weights, self.layout)
+        self.tracker.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
+        return best.step
 
     def _state(self) -> dict[str, Tensor]:
         return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))

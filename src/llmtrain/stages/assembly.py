@@ -72,6 +72,8 @@ class Run(Generic[Config]):
     folder: Path
     layout: Layout
     started: float
+    step: int | None = None
+    """The step whose weights the model ends with; `fit` sets it."""
 
     @classmethod
     def open(cls, config: Config) -> "Run[Config]":
@@ -129,7 +131,8 @@ class Run(Generic[Config]):
     ) -> None:  # fmt: skip
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few.
 
-        `write_more` adds to each checkpoint.
+        Ends with the last weights in the model, or with the best ones (`checkpoint.final`). `write_more` adds to each
+        checkpoint.
         """
         config, device, steps = self.config, self.layout.device, plan.steps
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
@@ -172,10 +175,10 @@ class Run(Generic[Config]):
             tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak),
+            compile=compile_it, fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health,
         )  # fmt: skip
         try:
-            trainer.fit()
+            self.step = trainer.fit()
         finally:
             tracker.close()
 
@@ -209,7 +212,7 @@ class Run(Generic[Config]):
             seconds = round(time.monotonic() - self.started, 1)
             lineage = handover.read_lineage(self.folder)
             mixture = describe_plan(plan.mixture, plan.steps * plan.batch_rows)
-            said = {"data": data, "mixture": mixture, "finished": time.time(), "seconds": seconds}
+            said = {"data": data, "mixture": mixture, "step": self.step, "finished": time.time(), "seconds": seconds}
             handover.write_lineage(self.folder, lineage | said)
             print(f"finished: model in {final}, report {write_report(self.folder)}", file=sys.stderr)
         distributed.barrier(self.layout)

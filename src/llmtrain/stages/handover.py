@@ -30,7 +30,7 @@ STAGE_BEFORE = {"sft": ("pretrain",), "reward": ("sft", "pretrain"), "align": ("
 MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
-    "tracker.", "checkpoint.", "eval.",
+    "tracker.", "checkpoint.", "eval.", "health.",
 )  # fmt: skip
 
 

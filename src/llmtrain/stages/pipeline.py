@@ -13,7 +13,7 @@ from rich.table import Table
 from llmtrain.config.compose import load_config, stage_overrides
 from llmtrain.config.schema import PipelineConfig
 from llmtrain.engine.report import write_pipeline_report
-from llmtrain.engine.tracking import read_metrics
+from llmtrain.engine.tracking import read_metrics, until_step
 from llmtrain.stages import handover
 
 
@@ -38,10 +38,12 @@ def run(config: PipelineConfig) -> None:
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """A finished run's last measurements by name, the first ones under `before`, and its training time in seconds."""
-    measured = [{key: row[key] for key in row if key.startswith("eval/")} for row in read_metrics(folder)]
+    """What a finished run's model measured, by name, the start under `before`, and its training time in seconds."""
+    lineage = handover.read_lineage(folder)
+    rows = until_step(read_metrics(folder), lineage.get("step"))
+    measured = [{key: row[key] for key in row if key.startswith("eval/")} for row in rows]
     measured = [{key.removeprefix("eval/"): value for key, value in row.items()} for row in measured if row]
-    return measured[-1] | {"before": measured[0], "seconds": handover.read_lineage(folder)["seconds"]}
+    return measured[-1] | {"before": measured[0], "seconds": lineage["seconds"]}
 
 
 def print_table(summary: dict[str, dict[str, Any]]) -> None:

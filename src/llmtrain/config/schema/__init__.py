@@ -7,6 +7,7 @@ Nothing here imports torch, so a wrong config is refused before torch is loaded.
 
 from llmtrain.config.schema.commands import (
     AlignConfig,
+    DoctorConfig,
     GenerateConfig,
     PipelineConfig,
     PipelineStage,
@@ -29,6 +30,7 @@ from llmtrain.config.schema.data import (
     SourceConfig,
     TemplateConfig,
 )
+from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
 from llmtrain.config.schema.reinforcement import PpoConfig
@@ -49,10 +51,12 @@ __all__ = [
     "CleaningConfig",
     "ColumnsConfig",
     "CorpusConfig",
+    "DoctorConfig",
     "DpoConfig",
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
+    "HealthConfig",
     "LengthWarmupConfig",
     "MixedSourceConfig",
     "ModelConfig",

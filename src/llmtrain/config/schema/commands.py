@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
+from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
 from llmtrain.config.schema.reinforcement import PpoConfig
@@ -38,6 +39,7 @@ class StageConfig:
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)
 
 
@@ -140,6 +142,16 @@ class GenerateConfig:
     """Longest answer in tokens."""
     samples: int = Field(default=1, ge=1)
     """Number of answers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DoctorConfig:
+    """`llmtrain doctor`: check on this machine that the numbers come out right."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: cuda if there is one."""
+    compile: bool = True
+    """Check torch.compile as well, which takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

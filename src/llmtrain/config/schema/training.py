@@ -110,6 +110,8 @@ class CheckpointConfig:
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `best_metric` is better."""
+    final: Literal["last", "best"] = "last"
+    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

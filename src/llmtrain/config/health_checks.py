@@ -1,0 +1,60 @@
+"""What a run is warned of, and which weights it hands on: combinations that do not fit, or have no effect."""
+
+from collections.abc import Callable, Iterator
+
+from llmtrain.config.plain import Finding
+from llmtrain.config.view import View, finding, no_effect
+
+# What is read of rollouts alone.
+OF_ROLLOUTS = (
+    "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "flat_groups",
+    "overoptimised", "held_out_metric",
+)  # fmt: skip
+
+
+def final_model(view: View) -> Iterator[Finding]:
+    """Where the best checkpoint is handed on, every one of them is measured."""
+    every, measured = view["checkpoint.every_steps"], view["eval.every_steps"]
+    if view["checkpoint.final"] == "last" or measured is None:
+        return
+    if every is None:
+        problem = f"best has nothing to choose from; set checkpoint.every_steps, to eval.every_steps={measured} say"
+        yield finding(problem, "checkpoint.final", "checkpoint.every_steps")
+    elif every % measured:
+        problem = f"{every} is no multiple of eval.every_steps={measured}: checkpoint.final=best wants all measured"
+        yield finding(problem, "checkpoint.every_steps", "eval.every_steps", "checkpoint.final")
+
+
+def warnings(view: View) -> Iterator[Finding]:
+    """Each warning belongs to some stages; a run stops for those that are on."""
+    without_effect = dict(_without_effect(view))
+    for key, why in without_effect.items():
+        yield from no_effect(view, f"health.{key}", why)
+    for rule in view["health.stop_on"]:
+        if rule in without_effect:
+            yield finding(f"{rule} has no effect: {without_effect[rule]}", "health.stop_on")
+        elif view[f"health.{rule}"] is None:
+            yield finding(f"{rule} is switched off: health.{rule}=null", "health.stop_on", f"health.{rule}")
+
+
+def _without_effect(view: View) -> Iterator[tuple[str, str]]:
+    """The keys that this stage has no use for, and why."""
+    samples = view.command == "align" and "max_new_tokens" in view["method"]
+    if view.command not in ("pretrain", "sft"):
+        yield "loss_spike", "only the loss on text is steady enough"
+    if not samples:
+        yield from ((key, "nothing is sampled here: it is for reinforcement learning") for key in OF_ROLLOUTS)
+    if samples or view.command not in ("reward", "align"):
+        yield "stuck_loss", "nothing is learned from pairs here"
+    if samples and view["health.overoptimised"] is None:
+        yield "held_out_metric", "health.overoptimised is switched off"
+
+
+def gradient_norm(view: View) -> Iterator[Finding]:
+    """A range has its lower end first."""
+    limits = view["health.grad_norm"]
+    if limits is not None and not 0 <= limits[0] < limits[1]:
+        yield finding(f"{list(limits)} is no range: the lower limit comes first, [0.001, 10]", "health.grad_norm")
+
+
+HEALTH_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (final_model, warnings, gradient_norm)

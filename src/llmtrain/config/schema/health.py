@@ -1,0 +1,46 @@
+"""When a run is warned about."""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llmtrain.config.schema.strict import STRICT
+
+# The rules, by the key that sets each one's limit.
+Rule = Literal[
+    "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
+    "truncated", "flat_groups", "overoptimised",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HealthConfig:
+    """Warnings in words when the metrics show a known illness; null switches one off. Read by `engine/health.py`."""
+
+    loss_spike: float | None = Field(default=6.0, gt=0)
+    """Warn of a loss on text that lies this many standard deviations above the rows before it (pretrain, sft)."""
+    grad_norm: tuple[float, float] | None = Field(default=(1e-3, 10.0), strict=False)
+    """Warn when the gradient's norm, before clipping, stays below the first or above the second number."""
+    stuck_loss: float | None = Field(default=0.003, gt=0)
+    """Warn when the loss on pairs stays within this of ln 2, where it starts (reward, preference methods)."""
+    kl: float | None = Field(default=10.0, gt=0)
+    """Warn when the policy is further than this from its reference, in nats per answer."""
+    length_growth: float | None = Field(default=2.0, gt=1)
+    """Warn when the reward rises while answers become this many times as long as at the start."""
+    entropy: float | None = Field(default=0.01, gt=0)
+    """Warn when the policy's entropy is below this, in nats per token."""
+    clip_fraction: float | None = Field(default=0.3, gt=0, lt=1)
+    """Warn when more than this share of the tokens is clipped."""
+    explained_variance: float | None = Field(default=0.0, lt=1)
+    """Warn when the value model explains no more than this share of the returns' variance."""
+    truncated: float | None = Field(default=0.8, gt=0, lt=1)
+    """Warn when more than this share of the answers is cut off before its end token."""
+    flat_groups: float | None = Field(default=0.8, gt=0, lt=1)
+    """Warn when more than this share of the groups has one reward for all its answers, which teaches nothing."""
+    overoptimised: float | None = Field(default=0.02, gt=0, lt=1)
+    """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises."""
+    held_out_metric: str | None = None
+    """Held-out score, higher is better, beside the reward. Null: `checkpoint.best_metric`, else eval/exact_match."""
+    stop_on: list[Rule] = Field(default_factory=list)
+    """Warnings that end the run, after a checkpoint, with exit code 1."""

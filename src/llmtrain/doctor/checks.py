@@ -1,0 +1,20 @@
+"""All checks, in the order in which they are shown."""
+
+from llmtrain.doctor.losses import advantages, cross_entropy, first_dpo_step, first_ppo_update, whitening
+from llmtrain.doctor.measurement import Check
+from llmtrain.doctor.sampling import decoding
+from llmtrain.doctor.training import accumulation, bfloat16, compiling, packing, saving
+
+CHECKS: tuple[Check, ...] = (
+    cross_entropy,
+    packing,
+    accumulation,
+    bfloat16,
+    saving,
+    decoding,
+    whitening,
+    advantages,
+    first_ppo_update,
+    first_dpo_step,
+    compiling,  # the slow one
+)

@@ -1,0 +1,330 @@
+"""Warnings in words when the metrics of a run show a known illness.
+
+Each rule reads some metrics of each row as it is written and speaks at most once in a run. What it says follows from
+the rows alone: a resumed run reads its own rows again and ends with the warnings of one that was not interrupted. They
+stand in `warnings.jsonl`, `{"step": s, "rule": name, "text": words}`, and in the report.
+
+Limits are keys of `HealthConfig`; the windows below say over how many rows a rule looks. Most limits are those of
+Axolotl's page on training stability; they are meant to be silent on runs that are well.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from llmtrain.config.schema import HealthConfig
+from llmtrain.engine.tracking import read_metrics
+
+WARNINGS_FILE = "warnings.jsonl"
+
+# Rows that are looked at together: of what a rollout shows at once, of what is slow, of what is noisy, of a loss that
+# a warm-up of the learning rate may hold where it starts.
+FEW_ROWS, SOME_ROWS, MANY_ROWS, WARMUP_ROWS = 5, 20, 50, 100
+# A spike is also this much above the mean: where the loss hardly varies, many standard deviations are little.
+SPIKE_SHARE = 0.1
+# The share of what a held-out score has gained that it must lose again before the reward model is blamed.
+LOST_GAIN = 0.25
+
+Row = Mapping[str, float]
+
+
+class HealthWarning(NamedTuple):
+    """What was noticed at a step; `rule` is the key of `health.` that set the limit."""
+
+    step: int
+    rule: str
+    text: str
+
+
+class Rule(Protocol):
+    """Reads the rows of a run in turn."""
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        """What is wrong, in words with what to do, or None."""
+
+
+class Health:
+    """The warnings of one run; on any process but the main one it does nothing."""
+
+    def __init__(
+        self, folder: Path, config: HealthConfig, *, best_metric: str | None = None, best_mode: str = "max",
+        is_main: bool = True,
+    ) -> None:  # fmt: skip
+        """`folder` is the run's; `best_metric`: the one that ranks its checkpoints."""
+        self.path, self.config, self.is_main = folder / WARNINGS_FILE, config, is_main
+        self.rules = _rules(config, best_metric, best_mode) if is_main else {}
+        self.found: list[HealthWarning] = []
+
+    def start(self) -> None:
+        """Begin, or go on: read the rows that the run has kept, and keep the warnings that follow from them."""
+        if not self.is_main:
+            return
+        for row in read_metrics(self.path.parent):
+            self._judge(row["step"], row)
+        if self.found:
+            aside = self.path.with_name(f".{self.path.name}.partial")
+            aside.write_text("".join(map(_line, self.found)), encoding="utf-8")
+            os.replace(aside, self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def row(self, step: int, row: Row) -> list[HealthWarning]:
+        """The warnings that the row of `step` gives rise to; each rule gives one in a run."""
+        new = self._judge(step, row)
+        if new:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, new))
+        return new
+
+    def reason_to_stop(self) -> HealthWarning | None:
+        """The first warning that `health.stop_on` names."""
+        return next((each for each in self.found if each.rule in self.config.stop_on), None)
+
+    def _judge(self, step: int, row: Row) -> list[HealthWarning]:
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        said = {name: rule(step, finite) for name, rule in self.rules.items()}
+        new = [HealthWarning(step, name, text) for name, text in said.items() if text]
+        for warning in new:
+            del self.rules[warning.rule]
+        self.found += new
+        return new
+
+
+def read_warnings(folder: Path) -> list[HealthWarning]:
+    """The warnings in a run's folder, in the order of steps; none where there is no file."""
+    path = folder / WARNINGS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [HealthWarning(**json.loads(line)) for line in lines if line.endswith("}")]
+
+
+def _line(warning: HealthWarning) -> str:
+    return json.dumps(warning._asdict(), ensure_ascii=False) + "\n"
+
+
+def _rules(config: HealthConfig, best_metric: str | None, best_mode: str) -> dict[str, Rule]:
+    """The rules that are switched on, by their key."""
+    rules = {name: make(limit) for name, make in RULES.items() if (limit := getattr(config, name)) is not None}
+    if config.overoptimised is not None:
+        held_out = config.held_out_metric or best_metric or "eval/exact_match"
+        lower_is_better = held_out == best_metric and best_mode == "min"
+        rules["overoptimised"] = Overoptimised(config.overoptimised, held_out, -1.0 if lower_is_better else 1.0)
+    return rules
+
+
+class Limit:
+    """A metric whose mean over the last `num_rows` rows that have it is beyond a limit."""
+
+    def __init__(self, metric: str, limit: float, num_rows: int, words: str, *, below: bool = False) -> None:
+        """`words` may name {mean}, {limit} and {rows}; `below`: from the limit downwards is ill, not above it."""
+        self.metric, self.limit, self.words, self.below = metric, limit, words, below
+        self.last: deque[float] = deque(maxlen=num_rows)
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        if self.metric not in row:
+            return None
+        self.last.append(row[self.metric])
+        mean = statistics.fmean(self.last)
+        ill = mean <= self.limit if self.below else mean > self.limit
+        if not ill or not _is_full(self.last):
+            return None
+        return self.words.format(mean=mean, limit=self.limit, rows=len(self.last))
+
+
+class LossSpike:
+    """A loss on text far above those before it; rows that have it have the loss of each source too.
+
+    Pairs and rollouts are left out: single batches of pairs may well be hard, and PPO's loss goes either way.
+    """
+
+    def __init__(self, deviations: float) -> None:
+        self.deviations = deviations
+        self.last: deque[float] = deque(maxlen=MANY_ROWS)
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        of_text = any(name.startswith("data/") and name.endswith("/loss") for name in row)
+        if "train/loss" not in row or not of_text:
+            return None
+        loss, before = row["train/loss"], list(self.last)
+        self.last.append(loss)
+        if len(before) < MANY_ROWS:
+            return None
+        mean, deviation = statistics.fmean(before), statistics.pstdev(before)
+        if loss - mean <= max(self.deviations * deviation, SPIKE_SHARE * abs(mean)):
+            return None
+        return (
+            f"the loss jumped to {loss:.4g}, from {mean:.4g} ± {deviation:.2g} over the {MANY_ROWS} rows before. If it "
+            "does not come back, go on from an earlier checkpoint with a lower optimizer.lr or train.max_grad_norm, or "
+            "look at the rows: llmtrain show run=NAME step=N."
+        )
+
+
+class GradientNorm:
+    """A gradient whose usual size is out of range: the median, since single ones may be large."""
+
+    def __init__(self, limits: Sequence[float]) -> None:
+        self.low, self.high = limits
+        self.last: deque[float] = deque(maxlen=MANY_ROWS)
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        if "train/grad_norm" not in row:
+            return None
+        self.last.append(row["train/grad_norm"])
+        usual = statistics.median(self.last)
+        if not _is_full(self.last) or self.low <= usual <= self.high:
+            return None
+        said = f"the gradient's norm is {usual:.3g} (median of {MANY_ROWS} rows)"
+        if usual < self.low:
+            return f"{said}: hardly anything is learned. Is the loss on any token at all, or is all of it learned?"
+        return f"{said}: training is about to diverge. Lower optimizer.lr or lengthen schedule.warmup_steps."
+
+
+class StuckLoss:
+    """The loss on pairs that stays at ln 2, where a reward model or a policy that prefers neither answer has it."""
+
+    def __init__(self, distance: float) -> None:
+        self.distance = distance
+        self.last: deque[float] = deque(maxlen=WARMUP_ROWS)
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        if "train/margin" not in row or "train/loss" not in row:
+            return None
+        self.last.append(row["train/loss"])
+        mean = statistics.fmean(self.last)
+        if not _is_full(self.last) or abs(mean - math.log(2)) > self.distance:
+            return None
+        return (
+            f"after {WARMUP_ROWS} rows the loss is still ln 2 (mean {mean:.4f}): the two answers of a pair are not "
+            "told apart. Raise optimizer.lr or method.beta; do chosen and rejected differ (llmtrain show stage=reward)?"
+        )
+
+
+class LengthGrowth:
+    """Answers that grow many times longer while the reward rises: the reward model likes length."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.first: list[tuple[float, float]] = []
+        self.last: deque[tuple[float, float]] = deque(maxlen=FEW_ROWS)
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        if "align/answer_tokens" not in row or "align/reward" not in row:
+            return None
+        self.last.append((row["align/answer_tokens"], row["align/reward"]))
+        if len(self.first) < FEW_ROWS:
+            self.first.append(self.last[-1])
+        (length_then, reward_then), (length, reward) = _means(self.first), _means(self.last)
+        if not _is_full(self.last) or length <= self.factor * length_then or reward <= reward_then:
+            return None
+        return (
+            f"answers have grown from {length_then:.3g} to {length:.3g} tokens while the reward rose from "
+            f"{reward_then:.3g} to {reward:.3g}: is it length that is rewarded? Read some samples; train the reward "
+            "model on pairs of equal length, take something off for length, or lower method.max_new_tokens."
+        )
+
+
+class Overoptimised:
+    """A held-out score that falls again while the reward goes on rising (Gao et al. 2022, arXiv 2210.10760).
+
+    It has fallen when it has lost `share` of its best value, so that small ups and downs are passed over, and a quarter
+    of what it has gained, so that a run is warned about long before it is back where it started. The reward has risen
+    when its last rows are above those at the best score by two standard errors.
+    """
+
+    def __init__(self, share: float, metric: str, sign: float) -> None:
+        """`sign` is −1 for a metric of which less is better."""
+        self.share, self.metric, self.sign = share, metric, sign
+        self.rewards: deque[float] = deque(maxlen=FEW_ROWS)
+        self.rewards_at_best: list[float] = []
+        self.start: float | None = None
+        self.best, self.best_step = -math.inf, 0
+
+    def __call__(self, step: int, row: Row) -> str | None:
+        if "align/reward" in row:
+            self.rewards.append(row["align/reward"])
+            if len(self.rewards_at_best) < FEW_ROWS:  # the start is measured before there is a reward
+                self.rewards_at_best.append(row["align/reward"])
+        if self.metric not in row:
+            return None
+        score = self.sign * row[self.metric]
+        if self.start is None:
+            self.start = score
+        if score > self.best:
+            self.best, self.best_step, self.rewards_at_best = score, step, list(self.rewards)
+            return None
+        lost, gained = self.best - score, self.best - self.start
+        if lost <= max(self.share * abs(self.best), LOST_GAIN * gained) or not self._reward_rose():
+            return None
+        then, now = statistics.fmean(self.rewards_at_best), statistics.fmean(self.rewards)
+        return (
+            f"{self.metric} went from {self.sign * self.best:.4g} at step {self.best_step} to {row[self.metric]:.4g} "
+            f"while the reward rose from {then:.3g} to {now:.3g}: the policy exploits what the reward gets wrong. "
+            "Raise method.kl_coefficient, train the reward model on answers of this policy, or finish with the best "
+            "checkpoint (checkpoint.final=best)."
+        )
+
+    def _reward_rose(self) -> bool:
+        if not self.rewards or not self.rewards_at_best:
+            return False
+        error = math.sqrt(_squared_error(self.rewards) + _squared_error(self.rewards_at_best))
+        return statistics.fmean(self.rewards) - statistics.fmean(self.rewards_at_best) > 2 * error
+
+
+def _is_full(rows: deque[Any]) -> bool:
+    return len(rows) == rows.maxlen
+
+
+def _means(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.fmean(row[0] for row in rows), statistics.fmean(row[1] for row in rows)
+
+
+def _squared_error(values: Sequence[float]) -> float:
+    """The squared standard error of a mean; 0 where there is only one value."""
+    return statistics.variance(values) / len(values) if len(values) > 1 else 0.0
+
+
+# By the key of `health.` that holds the limit; null leaves one out. `Overoptimised` needs more than a limit.
+RULES: dict[str, Callable[[Any], Rule]] = {
+    "loss_spike": LossSpike,
+    "grad_norm": GradientNorm,
+    "stuck_loss": StuckLoss,
+    "length_growth": LengthGrowth,
+    "kl": lambda limit: Limit(
+        "align/kl", limit, FEW_ROWS,
+        "the policy is {mean:.3g} nats per answer away from its reference (limit {limit:g}): what it learns now is "
+        "more likely a weakness of the reward than an improvement. Raise method.kl_coefficient, set method.kl_target, "
+        "or lower optimizer.lr.",
+    ),
+    "entropy": lambda limit: Limit(
+        "train/entropy", limit, FEW_ROWS,
+        "the policy's entropy is {mean:.2g} nats per token (limit {limit:g}): it samples the same answers again and "
+        "again. Unless they are as good as they can be, lower optimizer.lr, raise method.kl_coefficient or "
+        "method.temperature, and go on from an earlier checkpoint.",
+        below=True,
+    ),
+    "clip_fraction": lambda limit: Limit(
+        "train/clip_fraction", limit, FEW_ROWS,
+        "{mean:.0%} of the tokens are clipped (limit {limit:.0%}): a rollout's updates take the policy too far. Lower "
+        "optimizer.lr or method.epochs, or sample more answers per step.",
+    ),
+    "explained_variance": lambda limit: Limit(
+        "align/explained_variance", limit, SOME_ROWS,
+        "the value model explains {mean:.2g} of the returns' variance over {rows} rows: it has not learned, and the "
+        "advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
+        below=True,
+    ),
+    "truncated": lambda limit: Limit(
+        "align/unfinished", limit, FEW_ROWS,
+        "{mean:.0%} of the answers are cut off before their end token (limit {limit:.0%}). Raise method.max_new_tokens "
+        "or method.missing_eos_penalty, or start from a model that ends its answers.",
+    ),
+    "flat_groups": lambda limit: Limit(
+        "align/flat_groups", limit, FEW_ROWS,
+        "in {mean:.0%} of the groups all answers have one reward (limit {limit:.0%}): they teach nothing. Choose "
+        "prompts that are neither solved always nor never, or sample more answers per prompt.",
+    ),
+}  # fmt: skip

@@ -1,0 +1,262 @@
+"""Warnings: silent on runs that are well, once and in words on each illness, the same after a resume."""
+
+import json
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from llmtrain.config.schema import HealthConfig
+from llmtrain.config.schema.health import Rule
+from llmtrain.engine.health import RULES, WARNINGS_FILE, Health, HealthWarning, read_warnings
+
+RECORDED = json.loads(Path(__file__).with_name("recorded_ppo.json").read_text())
+Rows = list[dict[str, float]]
+
+
+def warnings(rows: Iterable[dict[str, Any]], folder: Path, **options: Any) -> list[HealthWarning]:
+    """What a run with these rows is warned of."""
+    kept = {name: options.pop(name) for name in ("best_metric", "best_mode") if name in options}
+    health = Health(folder, HealthConfig(**options), **kept)
+    health.start()
+    return [warning for row in rows for warning in health.row(int(row["step"]), row)]
+
+
+def rollouts(count: int, **metrics: Any) -> Rows:
+    """Rows of reinforcement learning that is well, with some metrics as functions of the step or numbers."""
+    usual = {
+        "align/reward": lambda step: 0.5 + 0.01 * step, "align/kl": 1.0, "align/answer_tokens": 20.0,
+        "align/unfinished": 0.1, "align/explained_variance": 0.4, "align/flat_groups": 0.3, "train/entropy": 0.4,
+        "train/clip_fraction": 0.05, "train/loss": 0.1, "train/grad_norm": 0.5,
+    }  # fmt: skip
+    given = usual | {name.replace("__", "/"): value for name, value in metrics.items()}
+    return [
+        {"step": step} | {name: value(step) if callable(value) else value for name, value in given.items()}
+        for step in range(1, count + 1)
+    ]
+
+
+def losses(count: int, **metrics: Any) -> Rows:
+    """Rows of a loss that falls with noise, some metrics replaced."""
+    draw = random.Random(0)
+    rows = []
+    for step in range(1, count + 1):
+        row = {"step": step, "train/loss": 2 + 5 / step + draw.gauss(0, 0.05), "train/grad_norm": 1.0}
+        row["data/web/loss"] = row["train/loss"]
+        changed = {name.replace("__", "/"): value for name, value in metrics.items()}
+        rows.append(row | {name: value(step) if callable(value) else value for name, value in changed.items()})
+    return rows
+
+
+def test_every_key_has_its_rule() -> None:
+    assert {*RULES, "overoptimised"} == set(get_args(Rule))
+    assert set(get_args(Rule)) | {"held_out_metric", "stop_on"} == set(HealthConfig.__dataclass_fields__)
+
+
+def test_runs_that_are_well_are_not_warned(tmp_path: Path) -> None:
+    assert warnings(rollouts(200), tmp_path) == []
+    assert warnings(losses(200), tmp_path) == []
+    pairs = {"train__margin": lambda step: step / 100, "train__loss": lambda step: math.log(2) - 0.002 * step}
+    assert warnings(losses(150, **pairs), tmp_path) == []
+    assert not (tmp_path / WARNINGS_FILE).exists()
+
+
+ILL = {
+    "kl": ({"align__kl": lambda step: 0.5 * step}, 23, "10.5 nats per answer away from its reference (limit 10)"),
+    "entropy": ({"train__entropy": lambda step: 1 / (2 * step)}, 53, "entropy is 0.0098 nats per token"),
+    "clip_fraction": ({"train__clip_fraction": 0.31}, 5, "31% of the tokens are clipped"),
+    "explained_variance": ({"align__explained_variance": -0.1}, 20, "explains -0.1 of the returns' variance over 20"),
+    "truncated": ({"align__unfinished": 0.9}, 5, "90% of the answers are cut off"),
+    "flat_groups": ({"align__flat_groups": 1.0}, 5, "in 100% of the groups all answers have one reward"),
+    "length_growth": ({"align__answer_tokens": lambda step: 10.0 + step}, 19, "from 13 to 27 tokens while the reward"),
+    "grad_norm": ({"train__grad_norm": 11.0}, 50, "the gradient's norm is 11 (median of 50 rows): training is about"),
+}
+
+
+@pytest.mark.parametrize("rule", ILL)
+def test_an_illness_of_rollouts_is_told_once_in_words(rule: str, tmp_path: Path) -> None:
+    metrics, step, words = ILL[rule]
+    found = warnings(rollouts(120, **metrics), tmp_path)
+    assert [(each.rule, each.step) for each in found] == [(rule, step)]
+    assert words in found[0].text
+    assert read_warnings(tmp_path) == found
+    assert warnings(rollouts(120, **metrics), tmp_path / "off", **{rule: None}) == []
+
+
+def test_a_limit_can_be_moved(tmp_path: Path) -> None:
+    rows = rollouts(60, align__kl=4.0)
+    assert warnings(rows, tmp_path) == []
+    assert [each.rule for each in warnings(rows, tmp_path, kl=3.0)] == ["kl"]
+
+
+def test_longer_answers_without_more_reward_are_no_illness(tmp_path: Path) -> None:
+    growing = {"align__answer_tokens": lambda step: 10.0 * step, "align__reward": lambda step: -step}
+    assert warnings(rollouts(60, **growing), tmp_path) == []
+
+
+@pytest.mark.parametrize(("height", "found"), [(2.3, []), (2.7, [("loss_spike", 151)]), (9.0, [("loss_spike", 151)])])
+def test_a_jump_of_the_loss(height: float, found: list[tuple[str, int]], tmp_path: Path) -> None:
+    rows = losses(200)
+    rows[150]["train/loss"] = height
+    assert [(each.rule, each.step) for each in warnings(rows, tmp_path)] == found
+
+
+def test_the_loss_of_pairs_and_rollouts_may_jump(tmp_path: Path) -> None:
+    pairs = [{name: value for name, value in row.items() if name != "data/web/loss"} for row in losses(200)]
+    for rows in (pairs, rollouts(200)):
+        rows[150]["train/loss"] = 50.0
+        assert warnings(rows, tmp_path) == []
+
+
+def test_a_gradient_that_has_gone(tmp_path: Path) -> None:
+    [found] = warnings(losses(120, train__grad_norm=lambda step: 1.0 if step < 60 else 1e-5), tmp_path)
+    assert (found.rule, found.step) == ("grad_norm", 85)  # the median of 50 rows needs 26 of them
+    assert "hardly anything is learned" in found.text
+
+
+@pytest.mark.parametrize(("loss", "rules"), [(0.6931, ["stuck_loss"]), (0.68, []), (0.70, [])])
+def test_a_loss_on_pairs_that_stays_at_its_start(loss: float, rules: list[str], tmp_path: Path) -> None:
+    rows = losses(130, train__loss=lambda step: loss + 0.002 * (-1) ** step, train__margin=1e-4)
+    found = warnings(rows, tmp_path)
+    assert [each.rule for each in found] == rules
+    assert [each.step for each in found] == [100] * len(rules)
+    without_pairs = [{name: value for name, value in row.items() if name != "train/margin"} for row in rows]
+    assert warnings(without_pairs, tmp_path) == []
+
+
+def test_what_is_not_finite_is_passed_over(tmp_path: Path) -> None:
+    rows = rollouts(40, align__kl=lambda step: math.nan if step % 2 else 1.0)
+    assert warnings(rows, tmp_path) == []
+
+
+# --- the over-optimised reward model ---
+
+
+def test_recorded_runs_of_ppo(tmp_path: Path) -> None:
+    """Seed 0's exact match fell from 0.898 to 0.808 (from 0.578 at the start) while its score rose; others rose."""
+    [found] = warnings(RECORDED["seed 0"], tmp_path)
+    assert (found.rule, found.step) == ("overoptimised", 24)
+    assert "eval/exact_match went from 0.898 at step 8 to 0.808 while the reward rose from" in found.text
+    assert "checkpoint.final=best" in found.text
+    assert warnings(RECORDED["seed 1"], tmp_path) == []
+    assert warnings(RECORDED["seed 2"], tmp_path) == []
+
+
+def exploited(
+    *, alpha: float, beta: float, start: float, noise: float, every: int, seed: int, steps: int = 400
+) -> Rows:
+    """A policy that leaves its reference at a steady pace, d = √KL, without a KL penalty.
+
+    Gao et al. 2022 (arXiv 2210.10760), section 3.1: the gold score gains d (α − β ln d), the proxy goes on rising.
+    Evaluated every `every` steps. KL stays within its limit, so that nothing but the scores can tell.
+    """
+    draw = random.Random(seed)
+    rows: Rows = [{"step": 0, "eval/exact_match": start}]
+    for step in range(1, steps + 1):
+        d = 3 * step / steps
+        row = {"step": step, "align/reward": d + draw.gauss(0, 0.05), "align/kl": d * d}
+        if step % every == 0:
+            row["eval/exact_match"] = start + gold_gain(d, alpha, beta) + draw.gauss(0, noise)
+        rows.append(row)
+    return rows
+
+
+def gold_gain(d: float, alpha: float, beta: float) -> float:
+    return d * (alpha - beta * math.log(d))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("every", [5, 20, 40])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.4), (0.1, 0.2), (0.4, 1.5)])
+def test_exploitation_is_noticed_before_the_gold_score_is_back_where_it_started(
+    alpha: float, beta: float, every: int, seed: int, tmp_path: Path
+) -> None:
+    rows = exploited(alpha=alpha, beta=beta, start=0.5, noise=0.005, every=every, seed=seed)
+    back = math.exp(alpha / beta) / 3 * 400  # the step at which the gain is 0 again
+    peak = math.exp(alpha / beta - 1) / 3 * 400
+    [found] = warnings(rows, tmp_path)
+    assert found.rule == "overoptimised"
+    assert peak < found.step < back
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_score_that_rises_or_stays_with_the_reward_is_well(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    rows = exploited(alpha=0.1, beta=0.0, start=0.5, noise=0.005, every=20, seed=seed)
+    assert warnings(rows, tmp_path) == []
+    for row in rows:  # all is learned early; the reward creeps up
+        if "eval/exact_match" in row:
+            row["eval/exact_match"] = 0.97 - 0.4 * math.exp(-row["step"] / 20) + draw.gauss(0, 0.005)
+    assert warnings(rows, tmp_path) == []
+
+
+def test_a_score_that_falls_with_the_reward_is_another_matter(tmp_path: Path) -> None:
+    rows = exploited(alpha=0.3, beta=0.4, start=0.5, noise=0.0, every=20, seed=0)
+    assert warnings([row | {"align/reward": -row["step"]} for row in rows], tmp_path) == []
+
+
+def test_a_score_that_only_falls_is_noticed_at_the_first_loss_that_counts(tmp_path: Path) -> None:
+    rows: Rows = [{"step": 0, "eval/gold": 2.0}]
+    for step in range(1, 41):
+        rows.append({"step": step, "align/reward": 0.1 * step})
+        if step % 10 == 0:
+            rows[-1]["eval/gold"] = 2.0 - 0.003 * step
+    [found] = warnings(rows, tmp_path, held_out_metric="eval/gold")
+    assert found.step == 20  # 1.94: more than 2 % below
+    assert warnings(rows, tmp_path, held_out_metric="eval/gold", overoptimised=0.1) == []
+
+
+def test_the_metric_that_ranks_checkpoints_is_the_held_out_score(tmp_path: Path) -> None:
+    rows = exploited(alpha=0.3, beta=0.4, start=0.5, noise=0.0, every=20, seed=0)
+    for row in rows:
+        if "eval/exact_match" in row:
+            row["eval/error"] = 1 - row.pop("eval/exact_match")
+    assert warnings(rows, tmp_path) == []
+    [found] = warnings(rows, tmp_path, best_metric="eval/error", best_mode="min")
+    assert found.rule == "overoptimised"
+    assert "eval/error went from 0.18" in found.text
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("killed_after", [3, 30, 119])
+def test_a_resumed_run_has_the_warnings_of_one_that_was_not_interrupted(killed_after: int, tmp_path: Path) -> None:
+    rows = rollouts(120, align__kl=lambda step: 0.5 * step, align__unfinished=0.9)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    warnings(rows, whole)
+    assert len(read_warnings(whole)) == 2
+    warnings(rows, killed)  # all of it, and then the rows beyond the checkpoint go
+    lines = [json.dumps(row) + "\n" for row in rows[:killed_after]]
+    (killed / "metrics.jsonl").write_text("".join(lines))
+    again = warnings(rows[killed_after:], killed)
+    assert (killed / WARNINGS_FILE).read_bytes() == (whole / WARNINGS_FILE).read_bytes()
+    assert all(each.step > killed_after for each in again), "told again"
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    health = Health(tmp_path, HealthConfig(), is_main=False)
+    health.start()
+    assert [health.row(int(row["step"]), row) for row in rollouts(60, align__kl=99.0)] == [[]] * 60
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    warnings(rollouts(60, align__kl=99.0), tmp_path)
+    path = tmp_path / WARNINGS_FILE
+    path.write_text(path.read_text() + '{"step": 7, "ru')
+    assert [each.rule for each in read_warnings(tmp_path)] == ["kl"]
+
+
+def test_the_first_warning_that_is_named_is_the_reason_to_stop(tmp_path: Path) -> None:
+    health = Health(tmp_path, HealthConfig(stop_on=["truncated"]))
+    for row in rollouts(60, align__kl=99.0, align__unfinished=0.9):
+        health.row(int(row["step"]), row)
+    found = health.reason_to_stop()
+    assert found is not None
+    assert found.rule == "truncated"
