@@ -135,7 +135,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         method = PREFERENCE[name]
         reference = OnTheFly(language_model(2).eval()) if method.reference else None
         return language_model(1), build_objective(method, reference)
-    return language_model(1), Kto(undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
+    return language_model(1), Kto(beta=0.5, undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
 
 
 def global_batch(name: str) -> Batch:
@@ -186,7 +186,7 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
         objective.reference.model.double()
     if isinstance(batch, AnswerBatch):
         with torch.no_grad():
-            reference = answer_logprobs(language_model(2).double(), *batch.rows()).view(2, -1).T
+            reference = answer_logprobs(language_model(9).double(), *batch.rows()).view(2, -1).T
         batch = dataclasses.replace(batch, reference=reference)
         assert mismatched_ratios(model, batch).mean() > 0, "a baseline that is cut off shows nothing"
     found = []
@@ -252,7 +252,7 @@ def trained_gradients(name: str, layout: Layout, sharding: Any, micro: int | Non
     batches: Any = Fixed(own_rows(global_batch(name), layout))
     if name == "kto":
         batches = Baseline(
-            batches=batches, counts=batches.counts, model=model, reference=language_model(2).eval(), layout=layout,
+            batches=batches, counts=batches.counts, model=model, reference=language_model(9).eval(), layout=layout,
             micro_batch_rows=micro, autocast=no_autocast,
         )  # fmt: skip
     made, optimizer = trainer(model, batches, objective, layout, micro)

@@ -51,13 +51,13 @@ def test_every_method_trains_and_is_measured(
     loaded = []
     original = assembly.load_policy
     monkeypatch.setattr(assembly, "load_policy", lambda *given, **keys: loaded.append(1) or original(*given, **keys))
-    rows = run(parent, tmp_path, method, f"method={method}")
+    rows = run(parent, tmp_path, method, f"method={method}", "train.batch_rows=24")
     assert len(loaded) == (2 if method in (*WITH_REFERENCE, "cdpo") else 1), "models in memory"
     accuracy = "eval/answer_accuracy" if method == "kto" else "eval/pair_accuracy"
     assert {"eval/loss", accuracy, "eval/exact_match"} < rows[0].keys()
     assert ("eval/kl" in rows[0]) == ("train/kl" in rows[1]) == (len(loaded) == 2)
     assert rows[-1]["step"] == 3
-    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"], "every step has all rows"
     assert (tmp_path / method / "model" / "model.safetensors").is_file()
 
 
@@ -79,6 +79,8 @@ def test_a_precomputed_reference_is_that_on_the_fly(
     for row, other in zip(precomputed, on_the_fly, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
+            if "accuracy" in name and row["step"] < 2:
+                continue  # policy and reference are one, and rounding decides the ties
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), f"{name} at step {row['step']}"
 
 
