@@ -2,7 +2,20 @@
 
 The largest differences seen, relative to the loss and to the largest entry of the gradient (float32, one x86 core):
 
-TABLE
+                              loss     gradient
+    dpo                       0        5e-7
+    dpo, label smoothing      0        3e-7
+    dpo, length-normalised    0        6e-7
+    ipo                       7e-8     7e-7
+    hinge                     0        3e-7
+    hinge with an SFT term    0        6e-7
+    robust                    2e-7     3e-7
+    orpo                      8e-8     3e-7
+    simpo                     0        5e-7
+    simpo with an SFT term    0        7e-7
+    cpo                       7e-8     3e-7
+    kto                       1e-7     3e-7
+
 Where trl differs, what is the same is compared: it has no conservative DPO on pairs, but its `aot`, which sorts the
 pairs of a batch, is just that for one pair. Its next-token losses are means over all tokens of a batch, ours over those
 of each pair: equal for chosen answers of one length. ORPO's counts the prompt as well: equal for prompts of one token.
