@@ -30,6 +30,12 @@ COMMANDS = {
     "dpo": ["align", "method=dpo", *TINY["dpo"]],
     "ppo": ["align", "method=ppo", *TINY["ppo"]],
 }
+COMMANDS |= {
+    method: ["align", f"method={method}", *TINY["dpo"]]
+    for method in ("ipo", "hinge", "robust", "orpo", "simpo", "cpo", "kto")
+}
+COMMANDS["precomputed"] = [*COMMANDS["dpo"], "method.reference=precomputed"]
+COMMANDS["kto-precomputed"] = [*COMMANDS["kto"], "method.reference=precomputed"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 

@@ -81,6 +81,15 @@ def test_pairs_show_both_sides(tmp_path: Path, model: str, capsys: pytest.Captur
     assert "«It is that.<|end|>»" in out
 
 
+def test_judged_answers_say_whether_they_are_good(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = only(rows_file(tmp_path))
+    out = shown(capsys, "align", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *rows, "method=kto")
+    assert "good answer, " in out or "bad answer, " in out
+    assert "«It is this.<|end|>»" in out or "«It is that.<|end|>»" in out
+
+
 def test_on_a_terminal_colour_says_what_is_learned(tokenizer: Tokenizer) -> None:
     talk = [{"role": "user", "content": "[bold]"}, {"role": "assistant", "content": "this"}]
     ids, mask = encode_conversation(tokenizer, talk)

@@ -95,7 +95,7 @@ BAD = [
     # words
     ("pretrain engine.precision=bf16", "it takes float32 or bfloat16; did you mean bfloat16?"),
     ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
-    ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ppo; did you mean ppo?"),
+    ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ipo or hinge did you mean"),
     # groups
     (
         "pretrain model=llama_tny",
@@ -181,7 +181,17 @@ BAD = [
     ("reward eval.problems=embedded:arithmetic", "eval.problems: has no effect: a reward model answers no problems"),
     ("pretrain eval.max_problems=3", "eval.max_problems: has no effect: eval.problems is not set"),
     ("pretrain tracker.wandb_project=x", "tracker.wandb_project: has no effect"),
-    ("align reward_model=.", "reward_model: has no effect: method=dpo learns from pairs"),
+    ("align reward_model=.", "reward_model: has no effect: method=dpo learns from answers that are judged"),
+    ("align method=kto data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align"),
+    (
+        "align method=orpo method.sft_weight=1",
+        "method.sft_weight: unknown key; method=orpo has the keys name, odds_ratio_weight",
+    ),
+    (
+        "align method=simpo method.reference=precomputed",
+        "method.reference: unknown key; method=simpo has the keys name, beta, gamma, sft_weight",
+    ),
+    ("align method=robust method.label_smoothing=0", "it takes a number > 0 and < 0.5"),
     ("align method=ppo method.kl_horizon=5", "method.kl_horizon: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),

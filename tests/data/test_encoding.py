@@ -6,7 +6,15 @@ import pytest
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig, RowSourceConfig
-from llmtrain.data.encoding import Loader, TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.encoding import (
+    Loader,
+    TokenRow,
+    load_conversations,
+    load_judged,
+    load_pairs,
+    load_prompts,
+    with_mismatches,
+)
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -156,3 +164,29 @@ def test_rows_that_the_template_refuses_are_counted(
     assert "1 rows left out:\n1 x refused by the chat template; the first: " in caplog.text
     with pytest.raises(DataError, match=r"none of the 1 rows can be used\n1 x refused by the chat template"):
         load_rows(config(tmp_path, refused, SHORT, on_error="skip"), strict, **options)
+
+
+# Judged answers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mismatched_answer_is_another_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    written = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n < 2} for n in range(3)]
+    options = {"split": "train", "max_length": 64, "cache_dir": tmp_path}
+    data = config(tmp_path, *written)
+    rows = with_mismatches(load_judged(data, tokenizer, **options)["a"], 64)
+    said = [[tokenizer.decode(side.tokens.tolist(), skip_special=False) for side in row.sides] for row in rows]
+    assert said == [
+        [f"<|user|>q{n}<|assistant|>a{m}<|end|>" for m in (n, 1 - n)] for n in range(2)
+    ]  # fmt: skip
+    learned = [tokenizer.decode(row.mismatched.tokens[row.mismatched.mask].tolist()) for row in rows]
+    assert learned == ["a1", "a0"]
+    assert all(len(row.mismatched.tokens) == len(row.mismatched.mask) for row in rows)
+
+
+def test_a_mismatched_answer_that_is_too_long_is_cut_and_never_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long, wordy = {"prompt": "q" * 40, "completion": "a"}, {"prompt": "q", "completion": "b" * 40}
+    rows = config(tmp_path, *({**row, "label": True} for row in (long, wordy, wordy)))
+    judged = load_judged(rows, tokenizer, split="train", max_length=44, cache_dir=tmp_path)["a"]
+    first, _ = with_mismatches(judged, 44)
+    assert len(first.mismatched.tokens) == 44
+    assert 0 < first.mismatched.mask.sum() < judged[1].answer.mask.sum()

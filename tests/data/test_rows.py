@@ -9,7 +9,19 @@ from llmtrain.config.errors import DataError
 from llmtrain.config.schema import ColumnsConfig, RowSourceConfig
 from llmtrain.data.arithmetic import final_answer, is_held_out
 from llmtrain.data.records import Faults
-from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_problems, read_rows
+from llmtrain.data.rows import (
+    ANSWERS,
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    Answer,
+    Conversation,
+    Kind,
+    Pair,
+    Prompt,
+    read_problems,
+    read_rows,
+)
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}
@@ -156,6 +168,41 @@ def test_labels_make_pairs_of_the_rows_with_the_same_prompt(tmp_path: Path) -> N
     assert read(PAIRS, tmp_path, *scored) == [Pair([USER], "a", "b")]
     talks = [{"messages": [USER, ASSISTANT], "label": False}, {"messages": [USER, OTHER], "label": True}]
     assert read(PAIRS, tmp_path, *talks) == [Pair([USER], "b", "a")]
+
+
+def test_labelled_answers_need_no_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    talk = {"messages": [USER, OTHER], "label": False}
+    with caplog.at_level(logging.INFO, "llmtrain"):
+        rows = read(ANSWERS, tmp_path, labelled("q", "a", True), talk, labelled("q", "held out", True))
+    assert rows == [Answer([USER], "a", True), Answer([USER], "b", False)]
+    assert rows[1].place is not None
+    assert "read as answers to `prompt`, good where `label` is true" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "c", "label": True},
+        {"prompt": "q", "answers": ["b", "a"], "scores": [1, 2]},
+    ],
+)
+def test_pairs_are_taken_apart_for_kto(tmp_path: Path, row: dict) -> None:
+    assert read(ANSWERS, tmp_path, row) == [Answer([USER], "a", True), Answer([USER], "b", False)]
+
+
+def test_answers_without_a_judgement_are_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="these columns are no judged answers: prompt, completion"):
+        read(ANSWERS, tmp_path, {"prompt": "q", "completion": "a"})
+
+
+def test_generated_answers_are_right_and_wrong_in_turn(tmp_path: Path) -> None:
+    arithmetic = RowSourceConfig(path="embedded:arithmetic", max_rows=6)
+    answers = list(read_rows(ANSWERS, arithmetic, 50, "train", tmp_path, Faults()))
+    pairs = list(read_rows(PAIRS, arithmetic, 50, "train", tmp_path, Faults()))
+    assert [answer.desirable for answer in answers] == [True, False] * 3
+    texts = [pair.chosen if number % 2 == 0 else pair.rejected for number, pair in enumerate(pairs)]
+    assert [answer.text for answer in answers] == texts
 
 
 def test_labels_without_any_pair_are_a_fault(tmp_path: Path) -> None:

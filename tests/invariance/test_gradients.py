@@ -12,7 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.schema import CheckpointConfig, EvalConfig, ModelConfig, PpoConfig, TrackerConfig
+from llmtrain.config.schema import (
+    CheckpointConfig,
+    CpoConfig,
+    DpoConfig,
+    EvalConfig,
+    HingeConfig,
+    IpoConfig,
+    ModelConfig,
+    OrpoConfig,
+    PpoConfig,
+    RobustConfig,
+    SimpoConfig,
+    TrackerConfig,
+)
 from llmtrain.engine.distributed import Layout, bare, join, launch, leave, spread
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
@@ -20,17 +33,24 @@ from llmtrain.engine.trainer import Trainer
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
 from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.next_token import NextToken, TokenBatch
-from llmtrain.objectives.pairs import PairBatch
+from llmtrain.objectives.pairs import PairBatch, answer_logprobs
 from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, Trajectory, policy_and_values, rows_of_process
-from llmtrain.objectives.preference import Dpo
+from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.reward import BradleyTerry
+from llmtrain.stages.kto import Baseline
+from llmtrain.stages.preference import build_objective
 
 VOCAB, ROWS, WIDTH = 61, 8, 32
 LENGTHS = [32, 3, 17, 2, 5, 31, 4, 9]
 MICRO_BATCHES = (1, 2, 4, None)
 LAYOUTS = ("1", "2 ddp", "2 fsdp")
-OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", "dpo", "ppo")
+PREFERENCE = {
+    "dpo": DpoConfig(sft_weight=0.2), "length_normalised": DpoConfig(length_normalised=True), "ipo": IpoConfig(),
+    "hinge": HingeConfig(), "robust": RobustConfig(), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "cpo": CpoConfig(),
+}  # fmt: skip
+OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", *PREFERENCE, "kto", "ppo")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
@@ -111,8 +131,11 @@ def build(name: str) -> tuple[nn.Module, Any]:
         return actor_critic(), Ppo()
     if name == "bradley_terry":
         return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), BradleyTerry()
-    objective = Dpo(language_model(2).eval(), sft_weight=0.2) if name == "dpo" else NextToken(z_loss=1e-3)
-    return language_model(1), objective
+    if name in PREFERENCE:
+        method = PREFERENCE[name]
+        reference = OnTheFly(language_model(2).eval()) if method.reference else None
+        return language_model(1), build_objective(method, reference)
+    return language_model(1), Kto(beta=0.5, undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
 
 
 def global_batch(name: str) -> Batch:
@@ -138,6 +161,11 @@ def global_batch(name: str) -> Batch:
             tokens=tokens, response_mask=mask, logprobs=logprobs - 4, values=values, advantages=advantages,
             returns=returns, epochs=2, minibatches=2, first_slot=0, seed=5, step=3,
         )  # fmt: skip
+    if name == "kto":
+        return AnswerBatch(
+            answers=tokens, mismatched=others, answers_mask=mask, mismatched_mask=mask, desirable=source == 0,
+            source=source,
+        )  # fmt: skip
     return PairBatch(chosen=tokens, rejected=others, chosen_mask=mask, rejected_mask=mask, source=source)
 
 
@@ -153,10 +181,16 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
     """The gradient of each update of the whole batch, by no part of the engine, in double precision."""
     model, objective = build(name)
     model.double()
-    if name == "dpo":
-        objective.reference.double()
+    batch = global_batch(name)
+    if getattr(objective, "reference", None):
+        objective.reference.model.double()
+    if isinstance(batch, AnswerBatch):
+        with torch.no_grad():
+            reference = answer_logprobs(language_model(9).double(), *batch.rows()).view(2, -1).T
+        batch = dataclasses.replace(batch, reference=reference)
+        assert mismatched_ratios(model, batch).mean() > 0, "a baseline that is cut off shows nothing"
     found = []
-    for update in global_batch(name).updates():
+    for update in batch.updates():
         model.zero_grad()
         (objective(model, update)[0] / objective.weight(update)).backward()
         found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
@@ -215,7 +249,13 @@ def trained_gradients(name: str, layout: Layout, sharding: Any, micro: int | Non
     """The gradients that the trainer hands to the optimizer."""
     trained, objective = build(name)
     model = spread(trained, layout, sharding)
-    made, optimizer = trainer(model, Fixed(own_rows(global_batch(name), layout)), objective, layout, micro)
+    batches: Any = Fixed(own_rows(global_batch(name), layout))
+    if name == "kto":
+        batches = Baseline(
+            batches=batches, counts=batches.counts, model=model, reference=language_model(9).eval(), layout=layout,
+            micro_batch_rows=micro, autocast=no_autocast,
+        )  # fmt: skip
+    made, optimizer = trainer(model, batches, objective, layout, micro)
     made._step(0, objective)
     return optimizer.seen
 

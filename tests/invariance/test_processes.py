@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
 from llmtrain.stages import assembly
@@ -68,7 +69,7 @@ def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", "kto", "ppo"])
 def test_every_stage_runs_on_two_processes(stage: str, layout: list[str], parents: Path) -> None:
     short = ["train.steps=4", "schedule.warmup_steps=1", f"runs_dir={parents}"]
     command = [*COMMANDS[stage], *short, *starting_from(parents, stage)]
@@ -109,6 +110,22 @@ def test_the_best_checkpoint_is_handed_on(
     for name, value in load(str(run)).state_dict().items():
         if not name.startswith("score_"):  # measured when the weights were chosen
             assert torch.equal(value, kept[name]), name
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_reference_as_one_does(parents: Path) -> None:
+    command = [*COMMANDS["precomputed"], "train.steps=2", "schedule.warmup_steps=1", f"runs_dir={parents}"]
+    found = []
+    for name, layout in (("alone", ALONE), ("together", DDP)):
+        for path in parents.glob("cache/reference-*"):
+            path.unlink()
+        finish([*command, *starting_from(parents, "dpo"), f"run=reference-{name}", *layout])
+        found.append({path.name: load_file(path)["logprobs"] for path in parents.glob("cache/reference-*")})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 2  # rows to train on, and those held out
+    for name, logprobs in found[0].items():
+        assert (logprobs < 0).all()
+        torch.testing.assert_close(found[1][name], logprobs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -79,3 +79,18 @@ def kit():
         gradients=gradients,
         assert_same_gradients=assert_same_gradients,
     )
+
+
+@pytest.fixture
+def trl():
+    return pytest.importorskip("trl")
+
+
+@pytest.fixture
+def tokenizer():
+    """For trl's trainers: a word is a token."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefg"])}
+    rules = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>")

@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from llmtrain.config.schema import DpoConfig
 from llmtrain.objectives.pairs import PairBatch, answer_scores
-from llmtrain.objectives.preference import Dpo, dpo_loss
+from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
 from llmtrain.objectives.reward import BradleyTerry
+from llmtrain.stages.preference import build_objective
+
+
+def dpo(reference: nn.Module, **keys: float) -> Preference:
+    return build_objective(DpoConfig(**keys), OnTheFly(reference))
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def test_dpo_loss_by_hand():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_dpo_starts_at_log_two(kit, batch, label_smoothing):
     model = kit.language_model(0)
-    loss, metrics = Dpo(copy.deepcopy(model), label_smoothing=label_smoothing)(model, batch)
+    loss, metrics = dpo(copy.deepcopy(model), label_smoothing=label_smoothing)(model, batch)
     assert loss.item() / 8 == pytest.approx(math.log(2), rel=1e-6)
     for name in ("accuracy", "margin", "chosen_reward", "rejected_reward", "kl"):
         assert mean(metrics, name) == 0.0
@@ -73,14 +79,14 @@ def test_dpo_starts_at_log_two(kit, batch, label_smoothing):
 
 def test_dpo_does_not_train_the_reference(kit, batch):
     model, reference = kit.language_model(0), kit.language_model(1)
-    Dpo(reference)(model, batch)[0].backward()
+    dpo(reference)(model, batch)[0].backward()
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
 def test_sft_term_is_the_mean_over_each_chosen_answer(kit, batch):
     model, reference = kit.language_model(0), kit.language_model(1)
-    plain, metrics = Dpo(reference)(model, batch)
-    with_sft, _ = Dpo(reference, sft_weight=0.3)(model, batch)
+    plain, metrics = dpo(reference)(model, batch)
+    with_sft, _ = dpo(reference, sft_weight=0.3)(model, batch)
     logits = model.trunk(batch.chosen) @ model.head.T
     nll = -logits[:, :-1].log_softmax(-1).gather(-1, batch.chosen[:, 1:, None])[..., 0]
     mask = batch.chosen_mask[:, 1:]
@@ -93,7 +99,7 @@ def test_sft_term_is_the_mean_over_each_chosen_answer(kit, batch):
 def test_micro_batches_do_not_change_the_gradient(kit, batch, micro_batch_rows):
     cases = [
         (BradleyTerry(), kit.score_model(0)),
-        (Dpo(kit.language_model(1), beta=0.5, label_smoothing=0.1, sft_weight=0.3), kit.language_model(0)),
+        (dpo(kit.language_model(1), beta=0.5, label_smoothing=0.1, sft_weight=0.3), kit.language_model(0)),
     ]
     for objective, model in cases:
         whole = kit.gradients(objective, model, batch)
@@ -107,20 +113,6 @@ PAIRS = [
     {"prompt": "c", "chosen": " a", "rejected": " b d g e a"},
     {"prompt": "f e d", "chosen": " b b", "rejected": " a g"},
 ]
-
-
-@pytest.fixture
-def trl():
-    return pytest.importorskip("trl")
-
-
-@pytest.fixture
-def tokenizer():
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefg"])}
-    rules = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>")
 
 
 def llama(kind: str, seed: int) -> nn.Module:
@@ -208,7 +200,7 @@ def test_dpo_loss_and_gradient_of_trl(kit, trl, tokenizer, tmp_path, pairs, sft_
     inputs = next(iter(trainer.get_train_dataloader()))
     batch = pair_batch(inputs["input_ids"], inputs["completion_mask"])
     assert batch.chosen_mask.any()
-    compare(kit, Dpo(fixed, beta=0.3, sft_weight=sft_weight), ours, trainer, inputs, batch)
+    compare(kit, dpo(fixed, beta=0.3, sft_weight=sft_weight), ours, trainer, inputs, batch)
 
 
 def test_bradley_terry_loss_and_gradient_of_trl(kit, trl, tokenizer, tmp_path):

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SftConfig
 from llmtrain.data.batches import RowOrder
-from llmtrain.data.encoding import PairRow, PromptRow, TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.encoding import (
+    AnswerRow,
+    PairRow,
+    PromptRow,
+    TokenRow,
+    load_conversations,
+    load_judged,
+    load_pairs,
+    load_prompts,
+    with_mismatches,
+)
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
@@ -104,7 +114,7 @@ class SeenText:
 
 
 class SeenRows:
-    """Conversations, pairs or prompts."""
+    """Conversations, pairs, judged answers or prompts."""
 
     def __init__(self, config: RowStage, ledger: Ledger | None = None) -> None:
         folder = handover.model_folder(assembly.parent(config))
@@ -124,8 +134,10 @@ class SeenRows:
         return self.order.counts(steps, "rows")
 
     def parts(self, name: str, row: int) -> list[Shown]:
-        """The conversation or prompt; both sides of a pair; the conversations of a packed row."""
+        """The conversation or prompt; both sides of a pair; a judged answer; the conversations of a packed row."""
         found = self.rows[name][row]
+        if isinstance(found, AnswerRow):
+            return [Shown("good answer" if found.desirable else "bad answer", *found.answer[:2])]
         if isinstance(found, PairRow):
             return [Shown("chosen", *found.chosen[:2]), Shown("rejected", *found.rejected[:2])]
         if isinstance(found, PromptRow):
@@ -159,6 +171,9 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
         return load_conversations(config.data, tokenizer, **options)
     if isinstance(config, AlignConfig) and config.method.name == "ppo":
         return load_prompts(config.data, tokenizer, **options)
+    if isinstance(config, AlignConfig) and config.method.name == "kto":
+        judged = load_judged(config.data, tokenizer, **options)
+        return {name: with_mismatches(rows, length) for name, rows in judged.items()}
     return load_pairs(config.data, tokenizer, **options)
 
 

@@ -12,7 +12,7 @@ from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import PREFERENCE_METHODS, ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
@@ -254,8 +254,10 @@ def tokenizer(view: View) -> Iterator[Finding]:
 
 def reward_model(view: View) -> Iterator[Finding]:
     """Only PPO asks a reward model."""
-    if view["method.name"] == "dpo":
-        yield from no_effect(view, "reward_model", "method=dpo learns from pairs; method=ppo uses it", "method.name")
+    name = view["method.name"]
+    if name in PREFERENCE_METHODS:
+        why = f"method={name} learns from answers that are judged already; method=ppo uses it"
+        yield from no_effect(view, "reward_model", why, "method.name")
 
 
 def adaptive_kl(view: View) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ COMMANDS = {
         "preference optimisation (DPO) or reinforcement learning (PPO)",
         (
             "llmtrain align method=dpo model.init_from=runs/sft",
+            "llmtrain align method=kto data=files data.sources.files.path=thumbs.jsonl",
             "llmtrain align method=ppo model.init_from=runs/sft reward_model=runs/reward",
         ),
     ),

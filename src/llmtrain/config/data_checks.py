@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from llmtrain.config.faults import suggestion
 from llmtrain.config.fields import fields_of
 from llmtrain.config.plain import Finding
-from llmtrain.config.schema import CleaningConfig
+from llmtrain.config.schema import PAIR_METHODS, PREFERENCE_METHODS, CleaningConfig
 from llmtrain.config.token_paths import PACKED_SUFFIXES, file_kinds, names_token_files
 from llmtrain.config.view import View, finding, no_effect
 
@@ -18,8 +18,9 @@ CLEANING = {
 
 def sampled_pairs(view: View) -> Iterator[Finding]:
     """Pairs are eaten by the reward model and by DPO."""
-    if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
-        yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
+    if view.command == "sft" or (view.command == "align" and view["method.name"] not in PAIR_METHODS):
+        why = f"only reward and align method={', '.join(PAIR_METHODS)} train on pairs"
+        yield from no_effect(view, "data.sampled_pairs", why)
 
 
 def packing(view: View) -> Iterator[Finding]:
@@ -141,7 +142,8 @@ def conversations_only(view: View) -> Iterator[Finding]:
 
 def row_sources(view: View) -> Iterator[Finding]:
     """Columns, roles and templates are for rows that are read, and templates word all that the stage needs."""
-    trains_on_pairs = view.command == "reward" or (view.command == "align" and view["method.name"] == "dpo")
+    compares = view.command == "align" and view["method.name"] in PREFERENCE_METHODS
+    trains_on_pairs = view.command == "reward" or compares
     needed = ("completion",) if view.command == "sft" else ("chosen", "rejected") if trains_on_pairs else ()
     view["data.too_long"]  # rows, not text
     for name, source in view["data.sources"].items():

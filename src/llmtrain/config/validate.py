@@ -123,6 +123,8 @@ def _nearest_key(schema: type, path: Path, values: Any) -> str:
     close = nearest(leaf, siblings)
     if not above and "overrides" in siblings and leaf in {*fields_of(PretrainConfig), *fields_of(AlignConfig)}:
         return f", a stage's: overrides=[{leaf}...=VALUE]; the keys here are {', '.join(siblings)}"
+    if ".".join(path) in keys:  # a key of another member of the union
+        return f"; {'.'.join(above)}={tag_of(choose(block, _at(values, above)))} has the keys {', '.join(siblings)}"
     if SYNONYMS.get(leaf) in keys:
         return f"; did you mean {SYNONYMS[leaf]}?"
     if elsewhere:

@@ -7,6 +7,7 @@ batches are the same however many processes there are. Shapes: B rows of one pro
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrain.config.seeds import derive_seed
-from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
+from llmtrain.data.encoding import AnswerRow, PairRow, PromptRow, TokenRow
 from llmtrain.data.mixture import Integers, PhasedMixture, sample_of, shuffled
 from llmtrain.data.sequences import TextRow, TextRows
+from llmtrain.objectives.kto import AnswerBatch
 from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.pairs import PairBatch
+
+TwoSided = TypeVar("TwoSided", PairRow, AnswerRow)
 
 WIDTH_MULTIPLE = 8  # matrix products are faster when a row's length is a multiple of this
 
@@ -164,26 +168,44 @@ class LengthWarmup:
         return self.start_length << min(step * self.doublings // self.steps, self.doublings)
 
 
-class PairBatches:
-    """Reward model and DPO: pairs, padded on the right to one S, the longest of the global batch, rounded up."""
+class TwoSidedBatches(Generic[TwoSided]):
+    """Rows of two sides, padded on the right to one S, the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[PairRow]], order: RowOrder, *, max_length: int, pad_id: int,
+        self, rows: Mapping[str, Sequence[TwoSided]], order: RowOrder, *, max_length: int, pad_id: int,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.order, self.rows = order, rows
         self.share, self.pad_id, self.max_length = share(order.batch_rows, rank, world), pad_id, max_length
 
-    def __call__(self, step: int) -> PairBatch:
-        """This process's pairs of the step."""
+    def of_step(self, step: int) -> tuple[list[TwoSided], Integers, int]:
+        """This process's rows of the step, the source number of each, and S."""
         source, number = self.order(step)
-        rows = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
-        width = batch_width([side for pair in rows for side in (pair.chosen, pair.rejected)], self.max_length)
-        return collate_pairs(rows[self.share], source[self.share], self.pad_id, width)
+        rows: list[TwoSided] = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
+        width = batch_width([side for row in rows for side in row.sides], self.max_length)
+        return rows[self.share], source[self.share], width
 
     def counts(self, steps: int) -> dict[str, float]:
-        """Pairs and epochs of each source that `steps` steps have used."""
+        """Rows and epochs of each source that `steps` steps have used."""
         return self.order.counts(steps, "rows")
+
+
+class PairBatches(TwoSidedBatches[PairRow]):
+    """Reward model and DPO: pairs."""
+
+    def __call__(self, step: int) -> PairBatch:
+        """This process's pairs of the step."""
+        rows, source, width = self.of_step(step)
+        return collate_pairs(rows, source, self.pad_id, width)
+
+
+class AnswerBatches(TwoSidedBatches[AnswerRow]):
+    """KTO: judged answers, each beside a mismatched one."""
+
+    def __call__(self, step: int) -> AnswerBatch:
+        """This process's answers of the step."""
+        rows, source, width = self.of_step(step)
+        return collate_answers(rows, source, self.pad_id, width)
 
 
 class PromptBatches:
@@ -291,8 +313,26 @@ def collate_pairs(rows: Sequence[PairRow], source: Sequence[int] | Integers, pad
     rejected, rejected_mask = _padded([pair.rejected for pair in rows], pad_id, width)
     return PairBatch(
         chosen=chosen, rejected=rejected, chosen_mask=chosen_mask, rejected_mask=rejected_mask,
-        source=torch.as_tensor(source),
+        source=torch.as_tensor(source), reference=_reference(rows),
     )  # fmt: skip
+
+
+def collate_answers(
+    rows: Sequence[AnswerRow], source: Sequence[int] | Integers, pad_id: int, width: int
+) -> AnswerBatch:
+    """Judged answers as a batch, padded to `width` tokens."""
+    answers, answers_mask = _padded([row.answer for row in rows], pad_id, width)
+    mismatched, mismatched_mask = _padded([row.mismatched for row in rows], pad_id, width)
+    return AnswerBatch(
+        answers=answers, mismatched=mismatched, answers_mask=answers_mask, mismatched_mask=mismatched_mask,
+        desirable=torch.tensor([row.desirable for row in rows]), source=torch.as_tensor(source),
+        reference=_reference(rows),
+    )  # fmt: skip
+
+
+def _reference(rows: Sequence[TwoSided]) -> Tensor | None:
+    known = [row.reference for row in rows if row.reference is not None]
+    return torch.tensor(known) if known else None
 
 
 def _padded(rows: Sequence[TokenRow], pad_id: int, width: int) -> tuple[Tensor, Tensor]:

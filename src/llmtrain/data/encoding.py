@@ -1,11 +1,11 @@
-"""Rows → ids: the conversations, pairs and prompts of a mixture, encoded and brought to length.
+"""Rows → ids: the conversations, pairs, judged answers and prompts of a mixture, encoded and brought to length.
 
 They are few and short next to pretraining text, so they are held in memory.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -18,12 +18,23 @@ from llmtrain.config.schema import RowsConfig
 from llmtrain.data.conversations import Row, divide, encode_conversation, encode_pair, encode_prompt, with_flags
 from llmtrain.data.pieces import Place
 from llmtrain.data.records import Faults, RowError, Split
-from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Pair, Prompt, read_rows
+from llmtrain.data.rows import (
+    ANSWERS,
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    Answer,
+    Conversation,
+    Kind,
+    Pair,
+    Prompt,
+    read_rows,
+)
 from llmtrain.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Raw = TypeVar("Raw", Conversation, Pair, Prompt)
+Raw = TypeVar("Raw", Conversation, Pair, Answer, Prompt)
 TooLong = Literal["drop", "cut", "split"]
 
 
@@ -34,13 +45,50 @@ class TokenRow(NamedTuple):
     mask: NDArray[np.bool_]
     place: Place | str | None = None
 
+    @property
+    def sides(self) -> "tuple[TokenRow, ...]":
+        """Itself: a row has one side, a pair two."""
+        return (self,)
+
 
 class PairRow(NamedTuple):
-    """The preferred and the other continuation of one prompt."""
+    """The preferred and the other continuation of one prompt.
+
+    `reference` are the reference's log-probabilities of both answers, where they are known before training.
+    """
 
     chosen: TokenRow
     rejected: TokenRow
     place: Place | str | None = None
+    reference: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> tuple[TokenRow, TokenRow]:
+        """Both continuations."""
+        return self.chosen, self.rejected
+
+
+class JudgedRow(NamedTuple):
+    """A continuation of a prompt, and whether it is good."""
+
+    answer: TokenRow
+    desirable: bool
+    place: Place | str | None = None
+
+
+class AnswerRow(NamedTuple):
+    """A judged continuation of a prompt, and one that answers another; `reference` as in `PairRow`."""
+
+    answer: TokenRow
+    mismatched: TokenRow
+    desirable: bool
+    place: Place | str | None = None
+    reference: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> tuple[TokenRow, TokenRow]:
+        """Both continuations."""
+        return self.answer, self.mismatched
 
 
 class PromptRow(NamedTuple):
@@ -51,8 +99,13 @@ class PromptRow(NamedTuple):
     answer: str | None
     place: Place | str | None = None
 
+    @property
+    def sides(self) -> "tuple[PromptRow, ...]":
+        """Itself."""
+        return (self,)
 
-Encoded = TypeVar("Encoded", TokenRow, PairRow, PromptRow)
+
+Encoded = TypeVar("Encoded", TokenRow, PairRow, JudgedRow, PromptRow)
 
 
 @dataclasses.dataclass
@@ -200,6 +253,37 @@ def _fitting_pair(tokenizer: Tokenizer, pair: Pair, tally: Tally, too_long: TooL
     return PairRow(chosen, rejected) if chosen and rejected else None
 
 
+def _fitting_answer(tokenizer: Tokenizer, answer: Answer, tally: Tally, too_long: TooLong) -> JudgedRow | None:
+    messages = [*answer.prompt, {"role": "assistant", "content": answer.text}]
+    ids, mask = encode_conversation(tokenizer, messages, "last")
+    if not any(mask[1:]):
+        raise RowError("nothing to learn", "the chat template leaves nothing of the answer to learn")
+    fitting = _fitting((ids, mask), tally.max_length, too_long)
+    tally.count(len(ids), fitting is not None)
+    return JudgedRow(fitting, answer.desirable) if fitting else None
+
+
+def with_mismatches(rows: Sequence[JudgedRow], max_length: int) -> list[AnswerRow]:
+    """Each answer beside another prompt's: that of the row half the source away, which no row is for two others.
+
+    So the mismatched answers of a source are its answers. One that is too long with its prompt is cut.
+    """
+    half = len(rows) // 2
+    others = [*rows[half:], *rows[:half]]
+    return [
+        AnswerRow(row.answer, _joined(row.answer, other.answer, max_length), row.desirable, row.place)
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
+def _joined(prompt_of: TokenRow, answer_of: TokenRow, max_length: int) -> TokenRow:
+    """The prompt of one row with the answer of another."""
+    prompt, answer = (int(row.mask.argmax()) for row in (prompt_of, answer_of))
+    tokens = np.concatenate([prompt_of.tokens[:prompt], answer_of.tokens[answer:]])
+    mask = np.concatenate([prompt_of.mask[:prompt], answer_of.mask[answer:]])
+    return TokenRow(tokens[:max_length], mask[:max_length])
+
+
 def _fitting_prompt(tokenizer: Tokenizer, prompt: Prompt, tally: Tally, too_long: TooLong) -> PromptRow | None:
     ids = encode_prompt(tokenizer, prompt.messages)
     fits = len(ids) <= tally.max_length or too_long == "cut"
@@ -226,4 +310,5 @@ def _listed(
 
 load_conversations = Loader(CONVERSATIONS, _conversation)
 load_pairs = Loader(PAIRS, _listed(_fitting_pair))  # the longer one of the two counts
+load_judged = Loader(ANSWERS, _listed(_fitting_answer))
 load_prompts = Loader(PROMPTS, _listed(_fitting_prompt))

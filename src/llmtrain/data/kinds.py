@@ -32,6 +32,16 @@ class Prompt:
     place: Place | None = dataclasses.field(default=None, compare=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One way in which the assistant goes on, and whether it is good."""
+
+    prompt: Messages
+    text: str
+    desirable: bool
+    place: Place | str | None = dataclasses.field(default=None, compare=False)
+
+
 class LeftOut(RowError):
     """A row that is not used by rule; no fault of the row."""
 
@@ -99,14 +109,10 @@ def _conversation(fields: Fields) -> list[Conversation]:
 
 
 def _pair_layout(fields: Fields) -> Layout | None:
-    asked = fields.named("prompt") or fields.named("messages")
-    to = f"answers to {_asking(fields)}" if asked else ""
-    if fields.named("chosen", "rejected"):
-        return Layout(f"pairs of {to}" if to else "pairs of whole conversations in `chosen` and `rejected`", _pair)
-    if asked and are_ranked(fields):
-        return Layout(f"ranked {to} in {fields.called('answers')}: all pairs", _ranked)
-    if not asked or not (fields.named("completion") or fields.named("messages")):
-        return None
+    compared = _compared_layout(fields)
+    if compared or not _has_one_answer(fields):
+        return compared
+    to = f"answers to {_asking(fields)}"
     if _is_labelled(fields):
         said = f"{to} with {fields.called('label')}: pairs of true and false ones to the same prompt"
         return Layout(said, lambda each: _judged(each, float(yes_or_no(each["label"], each.names["label"]))))
@@ -114,6 +120,21 @@ def _pair_layout(fields: Fields) -> Layout | None:
         said = f"{to} with {fields.called('score')}: pairs of different ones to the same prompt"
         return Layout(said, lambda each: _judged(each, number(each["score"], each.called("score"))))
     return None
+
+
+def _compared_layout(fields: Fields) -> Layout | None:
+    """Rows that hold several answers and say which is better."""
+    asked = fields.named("prompt") or fields.named("messages")
+    to = f"answers to {_asking(fields)}" if asked else ""
+    if fields.named("chosen", "rejected"):
+        return Layout(f"pairs of {to}" if to else "pairs of whole conversations in `chosen` and `rejected`", _pair)
+    if asked and are_ranked(fields):
+        return Layout(f"ranked {to} in {fields.called('answers')}: all pairs", _ranked)
+    return None
+
+
+def _has_one_answer(fields: Fields) -> bool:
+    return fields.named("messages") or fields.named("prompt", "completion")
 
 
 def _pair(fields: Fields) -> list[Pair]:
@@ -147,6 +168,31 @@ def _judged(fields: Fields, score: float) -> list[Judged]:
     if last["role"] != "assistant" or not prompt:
         raise DataError("expected a prompt, and then one turn of the assistant")
     return [Judged(prompt, last["content"], score, fields.place)]
+
+
+# Judged answers ---------------------------------------------------------------------------------------------------
+
+
+def _answer_layout(fields: Fields) -> Layout | None:
+    compared = _compared_layout(fields)
+    if compared:
+        return Layout(f"{compared.said}, taken apart", lambda each: _taken_apart(compared.read(each)))
+    if _has_one_answer(fields) and _is_labelled(fields):
+        return Layout(f"answers to {_asking(fields)}, good where {fields.called('label')} is true", _labelled)
+    return None
+
+
+def _taken_apart(pairs: list[Pair]) -> list[Answer]:
+    return [
+        Answer(pair.prompt, text, desirable, pair.place)
+        for pair in pairs
+        for text, desirable in ((pair.chosen, True), (pair.rejected, False))
+    ]
+
+
+def _labelled(fields: Fields) -> list[Answer]:
+    good = yes_or_no(fields["label"], fields.names["label"])
+    return [Answer(each.prompt, each.text, good, each.place) for each in _judged(fields, float(good))]
 
 
 # Prompts ----------------------------------------------------------------------------------------------------------
@@ -237,6 +283,12 @@ def _worked(problem: arithmetic.Problem, number: int) -> Conversation:
     return Conversation([*_question(problem), answer])
 
 
+def _one_way(problem: arithmetic.Problem, number: int) -> Answer:
+    """The right answer of every other problem, a wrong one of those between."""
+    right = number % 2 == 0
+    return Answer(_question(problem), problem.answer if right else arithmetic.wrong_answer(problem), right)
+
+
 def _two_ways(problem: arithmetic.Problem, number: int) -> Pair:
     return Pair(_question(problem), problem.answer, arithmetic.wrong_answer(problem), str(problem.final))
 
@@ -251,6 +303,12 @@ PAIRS = Kind(
     "`prompt`, `chosen` and `rejected`; whole conversations in `chosen` and `rejected`; `prompt`, `answers` and "
     "`scores` or `ranks`; or `prompt`, `completion` and `label` (true or false) or `score`",
     _pair_layout, _two_ways, paired,
+)  # fmt: skip
+ANSWERS = Kind(
+    "judged answers",
+    "`prompt`, `completion` and `label` (true or false); or pairs, which are taken apart: `prompt`, `chosen` and "
+    "`rejected`; or `prompt`, `answers` and `scores` or `ranks`",
+    _answer_layout, _one_way,
 )  # fmt: skip
 PROMPTS = Kind(
     "prompts", "`prompt` (or `messages`, of which the last answer is left out), and `answer` where it can be checked",

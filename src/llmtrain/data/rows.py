@@ -1,4 +1,4 @@
-"""Sources of conversations, preference pairs and prompts → rows.
+"""Sources of conversations, preference pairs, judged answers and prompts → rows.
 
 Every record of a source gives rows, or is counted with the reason why not (`Faults`): none is lost in silence.
 """
@@ -14,14 +14,37 @@ from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data import arithmetic
 from llmtrain.data.columns import Columns
 from llmtrain.data.embedded import PREFIX
-from llmtrain.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Layout, LeftOut, Prompt
+from llmtrain.data.kinds import (
+    ANSWERS,
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    Answer,
+    Conversation,
+    Kind,
+    Layout,
+    LeftOut,
+    Prompt,
+)
 from llmtrain.data.messages import short
 from llmtrain.data.pieces import Place
 from llmtrain.data.ranked import Pair, leave_out
 from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
 from llmtrain.data.wordings import Wordings
 
-__all__ = ["CONVERSATIONS", "PAIRS", "PROMPTS", "Conversation", "Kind", "Pair", "Prompt", "read_problems", "read_rows"]
+__all__ = [
+    "ANSWERS",
+    "CONVERSATIONS",
+    "PAIRS",
+    "PROMPTS",
+    "Answer",
+    "Conversation",
+    "Kind",
+    "Pair",
+    "Prompt",
+    "read_problems",
+    "read_rows",
+]
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,8 @@ class PairBatch(Batch):
     """[B, S] bool."""
     source: Tensor
     """[B] int64: number of the source that the pair comes from."""
+    reference: Tensor | None = None
+    """[B, 2] float32: the reference's log-probabilities of the chosen and the rejected answer, if known beforehand."""
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Tokens and answer mask of all rows, [2·B, S] each: first the chosen, then the rejected."""
@@ -38,6 +40,11 @@ def answer_scores(scores: Tensor, mask: Tensor) -> Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, 0).amax(dim=1, keepdim=True)
     return scores.gather(1, last)[:, 0]
+
+
+def answer_lengths(mask: Tensor) -> Tensor:
+    """Tokens [B] of each row's answer that a model predicts, from the answer mask [B, S]; at least 1."""
+    return mask[:, 1:].sum(dim=1).clamp(min=1)
 
 
 def answer_logprobs(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.batch import Batch
 
+Collated = TypeVar("Collated", bound=Batch)
 Values = dict[str, float]
 
 
@@ -44,17 +45,14 @@ def evaluate_objective(
 
 
 def held_out_batches(
-    rows: Mapping[str, Sequence[Any]], collate: Callable[..., Batch], pad_id: int, batch_rows: int = 64
-) -> list[Batch]:
+    rows: Mapping[str, Sequence[Any]], collate: Callable[..., Collated], pad_id: int, batch_rows: int = 64
+) -> list[Collated]:
     """Held-out rows of all sources in batches, each padded to its longest row."""
     batches = []
     for number, each in enumerate(rows.values()):
         for start in range(0, len(each), batch_rows):
             portion = each[start : start + batch_rows]
-            sides = [
-                side for row in portion for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))
-            ]
-            width = max(len(side.tokens) for side in sides)
+            width = max(len(side.tokens) for row in portion for side in row.sides)
             batches.append(collate(portion, [number] * len(portion), pad_id, width))
     return batches
 

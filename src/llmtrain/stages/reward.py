@@ -13,7 +13,6 @@ from llmtrain.data.batches import PairBatches, collate_pairs
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.models.heads import ScalarModel
-from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.pairs import PairBatch, answer_scores
 from llmtrain.objectives.reward import BradleyTerry
 from llmtrain.stages import assembly, handover
@@ -67,12 +66,11 @@ def stage(config: RewardConfig) -> None:
 
 
 @torch.no_grad()
-def store_statistics(trained: ScalarModel, model: nn.Module, batches: list[Batch], device: torch.device) -> None:
+def store_statistics(trained: ScalarModel, model: nn.Module, batches: list[PairBatch], device: torch.device) -> None:
     """Set `score_mean` and `score_std` to those of the raw scores of both answers of some pairs."""
     model.eval()
     scores = []
     for batch in batches:
-        assert isinstance(batch, PairBatch)
         tokens, mask = batch.to(device).rows()
         scores.append(answer_scores(model(tokens), mask).double())
     every = torch.cat(scores)

@@ -32,7 +32,20 @@ from llmtrain.config.schema.data import (
 )
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
-from llmtrain.config.schema.preference import DpoConfig
+from llmtrain.config.schema.preference import (
+    PAIR_METHODS,
+    PREFERENCE_METHODS,
+    CpoConfig,
+    DpoConfig,
+    HingeConfig,
+    IpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    PairMethod,
+    PreferenceMethod,
+    RobustConfig,
+    SimpoConfig,
+)
 from llmtrain.config.schema.reinforcement import PpoConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -46,35 +59,46 @@ from llmtrain.config.schema.training import (
 )
 
 __all__ = [
+    "PAIR_METHODS",
+    "PREFERENCE_METHODS",
     "AlignConfig",
     "CheckpointConfig",
     "CleaningConfig",
     "ColumnsConfig",
     "CorpusConfig",
+    "CpoConfig",
     "DoctorConfig",
     "DpoConfig",
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
     "HealthConfig",
+    "HingeConfig",
+    "IpoConfig",
+    "KtoConfig",
     "LengthWarmupConfig",
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
     "OptimizerConfig",
+    "OrpoConfig",
+    "PairMethod",
     "PhaseConfig",
     "PipelineConfig",
     "PipelineStage",
     "PpoConfig",
+    "PreferenceMethod",
     "PrepareConfig",
     "PretrainConfig",
     "RewardConfig",
+    "RobustConfig",
     "RowSourceConfig",
     "RowsConfig",
     "SampledPairsConfig",
     "ScheduleConfig",
     "SftConfig",
     "ShowConfig",
+    "SimpoConfig",
     "SourceConfig",
     "StageConfig",
     "TemplateConfig",

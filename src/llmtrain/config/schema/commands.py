@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
-from llmtrain.config.schema.preference import DpoConfig
+from llmtrain.config.schema.preference import PreferenceMethod
 from llmtrain.config.schema.reinforcement import PpoConfig
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.training import (
@@ -68,10 +68,10 @@ class RewardConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AlignConfig(StageConfig):
-    """`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo)."""
+    """`llmtrain align`: preference optimisation (method=dpo and kin) or reinforcement learning (method=ppo)."""
 
     data: RowsConfig
-    method: DpoConfig | PpoConfig = Field(discriminator="name")
+    method: PreferenceMethod | PpoConfig = Field(discriminator="name")
     reward_model: str | None = None
     """Folder of the reward model (method=ppo)."""
 
