@@ -59,10 +59,8 @@ def _call_of(target: Callable[..., Any]) -> Callable[..., Any] | None:
     """What is called with the answers: the function, or the `__call__` of a class's instances, if they have one."""
     if not isinstance(target, type):
         return target
-    found: Callable[..., Any] | None = next(
-        (vars(c)["__call__"] for c in target.__mro__ if "__call__" in vars(c)), None
-    )
-    return found
+    own: dict[str, Any] = next((dict(vars(each)) for each in target.__mro__ if "__call__" in vars(each)), {})
+    return own.get("__call__")
 
 
 POSITIONAL = (
