@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SftConfig
 from llmtrain.data.batches import RowOrder
-from llmtrain.data.encoding import PairRow, PromptRow, TokenRow, load_conversations, load_pairs, load_prompts
+from llmtrain.data.encoding import (
+    PairRow,
+    PromptRow,
+    RankingRow,
+    TokenRow,
+    load_conversations,
+    load_pairs,
+    load_prompts,
+)
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
@@ -21,6 +29,7 @@ from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
+from llmtrain.stages.pairs import read_rankings
 from llmtrain.stages.planning import make_plan, row_digests
 
 RowStage = SftConfig | RewardConfig | AlignConfig
@@ -124,8 +133,10 @@ class SeenRows:
         return self.order.counts(steps, "rows")
 
     def parts(self, name: str, row: int) -> list[Shown]:
-        """The conversation or prompt; both sides of a pair; the conversations of a packed row."""
+        """The conversation or prompt; both sides of a pair; all of a ranking; the conversations of a packed row."""
         found = self.rows[name][row]
+        if isinstance(found, RankingRow):
+            return _ranked_answers(found)
         if isinstance(found, PairRow):
             return [Shown("chosen", *found.chosen[:2]), Shown("rejected", *found.rejected[:2])]
         if isinstance(found, PromptRow):
@@ -146,6 +157,17 @@ class SeenRows:
         return [row for row in range(len(self.rows[name])) if any(_is(p, wanted) for p in self.places(name, row))]
 
 
+def _ranked_answers(row: RankingRow) -> list[Shown]:
+    """Each answer under what is known of it."""
+    if row.better == ((0, 1),):
+        return [Shown("chosen", *row.answers[0][:2]), Shown("rejected", *row.answers[1][:2])]
+    shown = []
+    for number, answer in enumerate(row.answers):
+        worse = ", ".join(f"{other + 1}" for best, other in row.better if best == number)
+        shown.append(Shown(f"answer {number + 1}" + (f", better than {worse}" if worse else ""), *answer[:2]))
+    return shown
+
+
 Seen = SeenText | SeenRows
 
 
@@ -159,6 +181,8 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
         return load_conversations(config.data, tokenizer, **options)
     if isinstance(config, AlignConfig) and config.method.name == "ppo":
         return load_prompts(config.data, tokenizer, **options)
+    if isinstance(config, RewardConfig):
+        return read_rankings(config, tokenizer, "train", length, options["cache_dir"])
     return load_pairs(config.data, tokenizer, **options)
 
 

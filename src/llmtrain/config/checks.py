@@ -270,6 +270,13 @@ def reward(view: View) -> Iterator[Finding]:
         yield finding("all weights are 0: nothing is rewarded", *keys)
 
 
+def margins(view: View) -> Iterator[Finding]:
+    """Pairs against sampled mistakes have no margin."""
+    if view["objective.margin_weight"] and view["data.sampled_pairs"] is not None:
+        problem = "every pair needs a margin, and those against sampled answers have none; set it to 0"
+        yield finding(problem, "objective.margin_weight", "data.sampled_pairs")
+
+
 def adaptive_kl(view: View) -> Iterator[Finding]:
     """The horizon belongs to the adaptive coefficient."""
     if view["method.kl_target"] is None:
@@ -345,6 +352,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     tracker,
     tokenizer,
     reward,
+    margins,
     adaptive_kl,
     *DATA_CHECKS,
     greedy,

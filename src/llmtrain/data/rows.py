@@ -14,14 +14,36 @@ from llmtrain.config.schema import RowSourceConfig
 from llmtrain.data import arithmetic
 from llmtrain.data.columns import Columns
 from llmtrain.data.embedded import PREFIX
-from llmtrain.data.kinds import CONVERSATIONS, PAIRS, PROMPTS, Conversation, Kind, Layout, LeftOut, Prompt
+from llmtrain.data.kinds import (
+    CONVERSATIONS,
+    PAIRS,
+    PROMPTS,
+    RANKINGS,
+    Conversation,
+    Kind,
+    Layout,
+    LeftOut,
+    Prompt,
+)
 from llmtrain.data.messages import short
 from llmtrain.data.pieces import Place
-from llmtrain.data.ranked import Pair, leave_out
+from llmtrain.data.ranked import Pair, Ranking, leave_out
 from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
 from llmtrain.data.wordings import Wordings
 
-__all__ = ["CONVERSATIONS", "PAIRS", "PROMPTS", "Conversation", "Kind", "Pair", "Prompt", "read_problems", "read_rows"]
+__all__ = [
+    "CONVERSATIONS",
+    "PAIRS",
+    "PROMPTS",
+    "RANKINGS",
+    "Conversation",
+    "Kind",
+    "Pair",
+    "Prompt",
+    "Ranking",
+    "read_problems",
+    "read_rows",
+]
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ Every process measures the same rows, so that the numbers do not depend on how m
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
-from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.rewards.rules import is_right
 
 Values = dict[str, float]
@@ -32,15 +32,20 @@ def evaluate_objective(
     """An evaluator of some of the objective's metrics on held-out rows, as `eval/<metric>` or what `names` calls it."""
 
     def measure() -> Values:
-        sums = {name: [0.0, 0.0] for name in metrics}
-        for batch in batches:
-            found = objective(model, batch.to(device))[1]
-            for name, total in sums.items():
-                total[0] += float(found[name][0])
-                total[1] += float(found[name][1])
-        return {f"eval/{names.get(name, name)}": value / weight for name, (value, weight) in sums.items() if weight}
+        means = means_of((objective(model, batch.to(device))[1] for batch in batches), metrics)
+        return {f"eval/{names.get(name, name)}": value for name, value in means.items()}
 
     return measure
+
+
+def means_of(found: Iterable[Metrics], metrics: Sequence[str]) -> Values:
+    """The means of some metrics over batches."""
+    sums = {name: [0.0, 0.0] for name in metrics}
+    for batch in found:
+        for name, total in sums.items():
+            total[0] += float(batch[name][0])
+            total[1] += float(batch[name][1])
+    return {name: value / weight for name, (value, weight) in sums.items() if weight}
 
 
 def held_out_batches(
@@ -51,10 +56,7 @@ def held_out_batches(
     for number, each in enumerate(rows.values()):
         for start in range(0, len(each), batch_rows):
             portion = each[start : start + batch_rows]
-            sides = [
-                side for row in portion for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))
-            ]
-            width = max(len(side.tokens) for side in sides)
+            width = max(len(side.tokens) for row in portion for side in row.sides)
             batches.append(collate(portion, [number] * len(portion), pad_id, width))
     return batches
 

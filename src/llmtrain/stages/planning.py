@@ -9,6 +9,7 @@ import numpy as np
 
 from llmtrain.config.schema import CorpusConfig, RowsConfig, TrainConfig
 from llmtrain.data.batches import RowOrder
+from llmtrain.data.encoding import RankingRow
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import PhasedMixture
 from llmtrain.data.plans import plan_mixture, steps_left
@@ -66,8 +67,11 @@ def row_digests(data: RowsConfig, rows: Mapping[str, Sequence[Any]]) -> dict[str
 def _digest(rows: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        for side in (row.chosen, row.rejected) if hasattr(row, "chosen") else (row,):
+        for side in row.sides:
             digest.update(np.asarray(side.tokens, dtype=np.int64).tobytes())
+        # the order of the answers, unless they are just the better and the worse one
+        if isinstance(row, RankingRow) and row[1:3] != (((0, 1),), (None,)):
+            digest.update(repr(row[1:3]).encode())
     return digest.hexdigest()
 
 

@@ -32,7 +32,7 @@ from llmtrain.config.schema.data import (
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
 from llmtrain.config.schema.reinforcement import PpoConfig, SamplingMethod
-from llmtrain.config.schema.rewards import RewardFunctionConfig
+from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "PretrainConfig",
     "RewardConfig",
     "RewardFunctionConfig",
+    "RewardModelConfig",
     "RowSourceConfig",
     "RowsConfig",
     "SampledPairsConfig",

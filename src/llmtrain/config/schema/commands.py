@@ -9,7 +9,7 @@ from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
 from llmtrain.config.schema.reinforcement import SamplingMethod
-from llmtrain.config.schema.rewards import RewardFunctionConfig
+from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -60,9 +60,10 @@ class SftConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardConfig(StageConfig):
-    """`llmtrain reward`: a Bradley-Terry reward model from preference pairs."""
+    """`llmtrain reward`: a Bradley-Terry reward model from preference pairs and rankings."""
 
     data: RowsConfig
+    objective: RewardModelConfig = Field(default_factory=RewardModelConfig)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
