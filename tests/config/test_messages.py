@@ -162,6 +162,12 @@ BAD = [
     ("align method=ppo rewards={reward_model:{_target_:x.y}}", "'reward_model' is what the learned reward is called"),
     ("align method=ppo rewards=regex reward_model_weight=2", "reward_model_weight: has no effect: no reward_model"),
     ("align method=ppo rewards=regex rewards.regex.weight=0", "rewards.regex.weight: all weights are 0"),
+    (
+        "reward objective.margin_weight=1 data.sampled_pairs.share=0.5",
+        "objective.margin_weight: every pair needs a margin, and those against sampled answers have none",
+    ),
+    ("reward objective.rankings=apart", "objective.rankings: 'apart' is not allowed; it takes whole or pairs"),
+    ("reward center_rewards_coefficient=0.01", "unknown key; did you mean objective.centring_weight?"),
     ("align method=ppo reward_model_weight=0", "reward_model_weight: all weights are 0: nothing is rewarded"),
     ("align method=ppo method.kl_horizon=5", "method.kl_horizon: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),

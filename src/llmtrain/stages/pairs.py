@@ -25,7 +25,7 @@ from llmtrain.stages.assembly import Run
 
 Rows = dict[str, list[PairRow]]
 Rankings = dict[str, list[RankingRow]]
-Row = TypeVar("Row", PairRow, RankingRow)
+Row = TypeVar("Row")
 
 
 def build_pairs(
