@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_packed_conversations_are_shown_row_by_row(
 def test_conversations_show_what_is_learned(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, "sft", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *only(rows_file(tmp_path)))
     assert out.count("<|user|>What is it?<|assistant|>«It is this.<|end|>»") == 2
+
+
+def test_rankings_show_all_answers(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "What is it?", "answers": ["this", "that", "also"], "scores": [2, 0, 1]}
+    (tmp_path / "ranked.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    where = (f"model.init_from={model}", f"runs_dir={tmp_path}/runs", *only(f"{tmp_path}/ranked.jsonl"))
+    out = shown(capsys, "reward", *where)
+    assert "files, answer 1, better than 2, 3, " in out
+    assert re.search(r"files, answer 2, \d+ tokens", out)  # better than none
+    assert "files, answer 3, better than 2, " in out
+    apart = shown(capsys, "reward", *where, "objective.rankings=pairs")
+    assert "files, chosen, " in apart
+    assert "better than" not in apart
 
 
 @pytest.mark.parametrize("stage", ["reward", "align"])

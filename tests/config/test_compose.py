@@ -133,6 +133,28 @@ def test_stage_overrides_feed_the_earlier_stage() -> None:
         load_config("align", texts)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [("exact_answer", ["exact_answer"]), ("[exact_answer,format]", ["exact_answer", "format"]), ("null", [])],
+)
+def test_rewards_are_chosen_from_their_group_one_or_several(chosen: str, names: list[str]) -> None:
+    assert list(load_config("align", ["method=ppo", f"rewards={chosen}"]).rewards) == names
+
+
+def test_a_reward_of_a_group_is_changed_by_its_name() -> None:
+    texts = ["rewards=[length,exact_answer]", "rewards.length.weight=0.1", "rewards.length.options.maximum=100"]
+    rewards = load_config("align", ["method=ppo", *texts, "+rewards.mine={_target_:my.own,weight:2}"]).rewards
+    assert {name: each.weight for name, each in rewards.items()} == {"length": 0.1, "exact_answer": 1.0, "mine": 2.0}
+    assert rewards["length"].options == {"maximum": 100, "buffer": 16}
+    assert rewards["mine"].target == "my.own"
+
+
+def test_a_pipeline_needs_a_reward_model_or_rewards() -> None:
+    load_config("pipeline", ["stages.ppo.reward_model=null", "stages.ppo.overrides=[method=ppo,rewards=exact_answer]"])
+    with pytest.raises(ConfigError, match=r"stages.ppo.reward_model: needs a value: .*or rewards=\.\.\."):
+        load_config("pipeline", ["stages.ppo.reward_model=null"])
+
+
 def test_faults_of_all_stages_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(

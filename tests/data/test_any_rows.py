@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig, RowSourceConfig, TemplateConfig
 from llmtrain.data.columns import KNOWN
-from llmtrain.data.encoding import Loader, load_conversations, load_pairs, load_prompts
+from llmtrain.data.encoding import Loader, load_conversations, load_pairs, load_prompts, load_rankings
 from llmtrain.data.records import Faults, read_records
 from llmtrain.data.rows import CONVERSATIONS, PAIRS, PROMPTS, Kind, read_rows
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -123,7 +123,7 @@ def test_the_first_bad_line_is_named(kind: Kind[Any], folder: Path, content: byt
         check(error, rf"any\.jsonl(, line \d|: {NOTHING})")
 
 
-@pytest.mark.parametrize("load", [load_conversations, load_pairs, load_prompts])
+@pytest.mark.parametrize("load", [load_conversations, load_pairs, load_rankings, load_prompts])
 @pytest.mark.parametrize("too_long", ["drop", "cut", "split"])
 @MANY
 @given(content=FILE, loss_on=st.sampled_from(["all", "last", "flagged"]))
@@ -138,13 +138,9 @@ def test_rows_are_encoded_or_counted(
     except DataError as error:
         check(error, rf"{NOTHING}|all \d+ rows are longer")
         return
-    assert all(len(each.tokens) <= 12 for each in sides(rows))
-    if load is not load_pairs:  # a line may give several pairs, and two lines one
+    assert all(len(side.tokens) <= 12 for row in rows for side in row.sides)
+    if load not in (load_pairs, load_rankings):  # a line may give several pairs, and two lines one
         assert count_lines(folder) == len(rows) + left_out(logged.said)
-
-
-def sides(rows: list[Any]) -> list[Any]:
-    return [side for row in rows for side in ((row.chosen, row.rejected) if hasattr(row, "chosen") else (row,))]
 
 
 def left_out(said: list[str]) -> int:

@@ -18,10 +18,11 @@ from llmtrain.data.batches import (
     held_out_text,
     share,
 )
-from llmtrain.data.encoding import PairRow, PromptRow, TokenRow
+from llmtrain.data.encoding import PairRow, PromptRow, RankingRow, TokenRow
 from llmtrain.data.mixture import Phase, PhasedMixture
 from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
+from llmtrain.data.rankings import RankingBatches
 from llmtrain.data.sequences import Blocks
 from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -139,6 +140,28 @@ def test_pairs_share_one_width() -> None:
     assert sorted((batch.chosen != 99).sum(1).tolist()) == [3, 4]
     assert int(batch.rejected_mask.sum()) == 3 + 9
     assert source.counts(3) == {"data/a/rows": 6, "data/a/epochs": 3.0}
+
+
+def test_rankings_share_one_width_and_know_what_is_better() -> None:
+    rows = {
+        "a": [
+            RankingRow((row(3), row(6)), ((0, 1),), (None,)),
+            RankingRow((row(4), row(17), row(5)), ((1, 0), (1, 2)), (0.5, 2.0)),
+        ]
+    }
+    options = {"max_length": 64, "pad_id": 99}
+    source = RankingBatches(rows, order({"a": 1.0}, {"a": 2}, 2), **options)
+    batch = source(0)
+    two, three = (int((batch.mask.any(2).sum(1) == count).nonzero()) for count in (2, 3))
+    assert batch.tokens.shape == batch.mask.shape == (2, 3, 24)
+    assert (batch.tokens != 99).sum(2)[[two, three]].tolist() == [[3, 6, 0], [4, 17, 5]]
+    assert batch.better[[two, three]].nonzero().tolist() == [[0, 0, 1], [1, 1, 0], [1, 1, 2]]
+    assert batch.margins[three].tolist() == [[0, 0, 0], [0.5, 0, 2.0], [0, 0, 0]]
+    assert batch.num_tokens() == 5 * 24
+    assert source.counts(3) == {"data/a/rows": 6, "data/a/epochs": 3.0}
+    parts = [RankingBatches(rows, order({"a": 1.0}, {"a": 2}, 2), rank=rank, world=2, **options)(0) for rank in (0, 1)]
+    assert [part.tokens.shape[2] for part in parts] == [24, 24]
+    assert sorted(part.tokens.shape[1] for part in parts) == [2, 3]
 
 
 def test_prompts_are_those_of_the_whole_batch() -> None:

@@ -13,6 +13,7 @@ from llmtrain.data.encoding import (
     load_judged,
     load_pairs,
     load_prompts,
+    load_rankings,
     with_mismatches,
 )
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -63,6 +64,33 @@ def test_the_limit_counts_rows_that_fit(tmp_path: Path, tokenizer: Tokenizer) ->
     rows = config(tmp_path, LONG, LONG, SHORT, SHORT, SHORT)
     options = {"split": "train", "max_length": 20, "cache_dir": tmp_path}
     assert len(load_pairs(rows, tokenizer, **options, limit=1)["a"]) == 1
+
+
+def test_long_answers_are_taken_out_of_their_ranking(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranked = {"prompt": "q", "answers": ["no", "x" * 60, "maybe", "yes"], "scores": [0, 9, 1, 2]}
+    alone = {"prompt": "q", "answers": ["no", "x" * 60], "scores": [0, 9]}
+    rows = config(tmp_path, ranked, alone, SHORT)
+    with caplog.at_level(logging.WARNING, "llmtrain"):
+        [row] = load_rankings(rows, tokenizer, split="train", max_length=20, cache_dir=tmp_path)["a"]
+    answers = [tokenizer.decode(each.tokens[each.mask].tolist()) for each in row.answers]
+    assert answers == ["no", "maybe", "yes"]
+    assert row.better == ((1, 0), (2, 0), (2, 1))
+    assert row.margins == (1.0, 2.0, 1.0)
+    assert "2 of 2 rows are longer than 20 tokens: 1 left out, 1 without their long answers" in caplog.text
+    pairs = [(each.answers, each.better, each.margins) for each in row.pairs()]
+    no, maybe, yes = row.answers
+    one = ((0, 1),)
+    assert pairs == [((maybe, no), one, (1.0,)), ((yes, no), one, (2.0,)), ((yes, maybe), one, (1.0,))]
+
+
+def test_a_pair_is_the_same_row_as_a_ranking_of_two(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows, options = config(tmp_path, SHORT), {"split": "train", "max_length": 20, "cache_dir": tmp_path}
+    [pair], [ranking] = load_pairs(rows, tokenizer, **options)["a"], load_rankings(rows, tokenizer, **options)["a"]
+    for one, other in zip(pair.sides, ranking.sides, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.mask.tolist() == other.mask.tolist()
 
 
 # Which turns are learned ------------------------------------------------------------------------------------------

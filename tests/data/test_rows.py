@@ -14,11 +14,13 @@ from llmtrain.data.rows import (
     CONVERSATIONS,
     PAIRS,
     PROMPTS,
+    RANKINGS,
     Answer,
     Conversation,
     Kind,
     Pair,
     Prompt,
+    Ranking,
     read_problems,
     read_rows,
 )
@@ -118,6 +120,33 @@ def test_several_ranked_answers_give_all_pairs_of_different_rank(tmp_path: Path)
     row = {"question": "q", "answers": ["a", "b", "c", "d", "a"], "ranks": [2, 1, 2, 3, 3]}
     pairs = [(pair.chosen, pair.rejected) for pair in read(PAIRS, tmp_path, row)]
     assert pairs == [("b", "a"), ("a", "d"), ("b", "c"), ("b", "d"), ("b", "a"), ("c", "d"), ("c", "a")]
+
+
+def test_a_ranking_is_all_pairs_of_a_row(tmp_path: Path) -> None:
+    row = {"question": "q", "answers": ["a", "b", "c", "b"], "scores": [2, 0.5, 2, 0.5]}
+    [ranking] = read(RANKINGS, tmp_path, row)
+    assert ranking == Ranking([USER], ("a", "b", "c"), ((0, 1), (2, 1)), (1.5, 1.5))
+    assert str(ranking.place).endswith("line 1")
+    [pair] = read(RANKINGS, tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    assert pair == Ranking([USER], ("a", "b"), ((0, 1),), (None,))
+
+
+def test_a_ranking_is_all_rows_with_the_same_prompt(tmp_path: Path) -> None:
+    said = {"a": 1.0, "b": 3.0, "c": 1.0}
+    rows = [{"prompt": "q", "completion": text, "score": score} for text, score in said.items()]
+    [ranking] = read(RANKINGS, tmp_path, *rows)
+    assert ranking == Ranking([USER], ("b", "a", "c"), ((0, 1), (0, 2)), (2.0, 2.0))
+    assert [part.rpartition(", ")[2] for part in str(ranking.place).split(" and ")] == ["line 2", "line 1", "line 3"]
+
+
+def test_margins_of_pairs(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [{**row, "margin": 0.5}, {**row, "margin": "large"}, row, {**row, "margin": float("nan")}, row]
+    assert [pair.margin for pair in read(PAIRS, tmp_path, *rows)] == [0.5, None, None, None]  # the last is held out
+    columns = ColumnsConfig(prompt="prompt", chosen="chosen", rejected="rejected", margin="by")
+    assert [pair.margin for pair in read(PAIRS, tmp_path, {**row, "by": 2}, columns=columns)] == [2.0]
+    ranks = {"prompt": "q", "answers": ["a", "b", "c"], "ranks": [1, 2, 4]}
+    assert [pair.margin for pair in read(PAIRS, tmp_path, ranks)] == [1.0, 3.0, 2.0]
 
 
 def test_pairs_of_one_row_are_held_out_together(tmp_path: Path) -> None:

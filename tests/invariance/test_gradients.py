@@ -38,6 +38,7 @@ from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.pairs import PairBatch, answer_logprobs
 from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, Trajectory, policy_and_values, rows_of_process
 from llmtrain.objectives.preference import OnTheFly
+from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
 from llmtrain.stages.kto import Baseline
 from llmtrain.stages.preference import build_objective
@@ -50,7 +51,7 @@ PREFERENCE = {
     "dpo": DpoConfig(sft_weight=0.2), "length_normalised": DpoConfig(length_normalised=True), "ipo": IpoConfig(),
     "hinge": HingeConfig(), "robust": RobustConfig(), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "cpo": CpoConfig(),
 }  # fmt: skip
-OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", *PREFERENCE, "kto", "ppo")
+OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
@@ -129,8 +130,9 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """A model and its objective."""
     if name == "ppo":
         return actor_critic(), Ppo()
-    if name == "bradley_terry":
-        return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), BradleyTerry()
+    if name in ("bradley_terry", "rankings"):
+        objective = BradleyTerry(margin_weight=0.5, centring_weight=0.1) if name == "rankings" else BradleyTerry()
+        return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), objective
     if name in PREFERENCE:
         method = PREFERENCE[name]
         reference = OnTheFly(language_model(2).eval()) if method.reference else None
@@ -166,7 +168,26 @@ def global_batch(name: str) -> Batch:
             answers=tokens, mismatched=others, answers_mask=mask, mismatched_mask=mask, desirable=source == 0,
             source=source,
         )  # fmt: skip
+    if name == "bradley_terry":
+        return ranking_batch([tokens, others], [mask, mask], [2] * ROWS, source)
+    if name == "rankings":  # of two to four answers
+        return ranking_batch(
+            [tokens, others, tokens.flip(0), others.flip(0)],
+            [mask, mask, *[mask.flip(0)] * 2],
+            [2, 4, 3, 2, 4, 2, 3, 4],
+            source,
+        )
     return PairBatch(chosen=tokens, rejected=others, chosen_mask=mask, rejected_mask=mask, source=source)
+
+
+def ranking_batch(answers: list[Tensor], masks: list[Tensor], counts: list[int], source: Tensor) -> RankingBatch:
+    """Rankings of the first `counts` of these answers [B, S], each better than the next."""
+    tokens, mask = torch.stack(answers, dim=1), torch.stack(masks, dim=1)
+    size = len(answers)
+    there = torch.arange(size) < torch.tensor(counts)[:, None]
+    better = torch.ones(size, size, dtype=torch.bool).triu(1) & there[:, :, None] & there[:, None, :]
+    margins = torch.arange(1.0, ROWS + 1)[:, None, None] * better
+    return RankingBatch(tokens=tokens, mask=mask & there[:, :, None], better=better, margins=margins, source=source)
 
 
 def own_rows(batch: Batch, layout: Layout) -> Batch:

@@ -22,6 +22,15 @@ CASES = COMMANDS | {
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
     "best": [*COMMANDS["pretrain"], *BEST],
+    "rankings": [
+        "reward",
+        "data=files",
+        "data.sources.files.path=rankings.jsonl",
+        "objective.margin_weight=0.1",
+        "objective.centring_weight=0.01",
+        "train.batch_rows=8",
+        "train.micro_batch_rows=3",
+    ],
 }
 INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best")
 FAST = ("dropout",)
@@ -29,8 +38,14 @@ FAST = ("dropout",)
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of finished tiny runs for the later stages to start from."""
-    return make_parents(tmp_path_factory.mktemp("parents"))
+    """A folder of finished tiny runs for the later stages to start from, and a file of rankings."""
+    folder = tmp_path_factory.mktemp("parents")
+    rows = [
+        {"prompt": f"What is {n}?", "answers": list("abcde"[: 2 + n % 4]), "scores": [3, 1, 4, 2, 0][: 2 + n % 4]}
+        for n in range(40)
+    ]
+    (folder / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_parents(folder)
 
 
 @pytest.fixture
@@ -44,7 +59,8 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> None:
-    command = [*CASES[case], "checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
+    command = [text.replace("rankings.jsonl", str(runs / "rankings.jsonl")) for text in CASES[case]]
+    command += ["checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
     command += [] if case in INDEPENDENT else starting_from(runs, case)
     calm, killed = runs / f"calm-{case}", runs / f"killed-{case}"
     finish([*command, f"run={calm.name}"])

@@ -10,7 +10,6 @@ from torch import nn
 from llmtrain.config.schema import DpoConfig
 from llmtrain.objectives.pairs import PairBatch, answer_scores
 from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
-from llmtrain.objectives.reward import BradleyTerry
 from llmtrain.stages.preference import build_objective
 
 
@@ -34,29 +33,6 @@ def test_score_is_read_at_the_last_answer_token():
     scores = torch.arange(12.0).view(3, 4)
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1], [0, 1, 0, 0]], dtype=torch.bool)
     assert answer_scores(scores, mask).tolist() == [2.0, 7.0, 9.0]
-
-
-def test_bradley_terry_of_equal_scores_is_log_two(kit, batch):
-    model = kit.score_model(0)
-    model.score.data.zero_()
-    loss, metrics = BradleyTerry()(model, batch)
-    assert loss.item() / 8 == pytest.approx(math.log(2), rel=1e-6)
-    assert mean(metrics, "accuracy") == 0.0  # ties are wrong
-    assert mean(metrics, "margin") == 0.0
-
-
-def test_bradley_terry_of_known_scores():
-    class Ramp(nn.Module):
-        def forward(self, tokens):
-            return tokens.float()
-
-    tokens = torch.tensor([[1, 3, 0], [1, 2, 0]])
-    mask = torch.tensor([[False, True, False]] * 2)
-    batch = PairBatch(tokens, tokens.flip(0), mask, mask, torch.zeros(2, dtype=torch.int64))
-    loss, metrics = BradleyTerry()(Ramp(), batch)
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-1)) + math.log1p(math.exp(1)))
-    assert mean(metrics, "accuracy") == 0.5
-    assert mean(metrics, "chosen_score") == 2.5
 
 
 def test_dpo_loss_by_hand():
@@ -98,7 +74,6 @@ def test_sft_term_is_the_mean_over_each_chosen_answer(kit, batch):
 @pytest.mark.parametrize("micro_batch_rows", [1, 2, 4])
 def test_micro_batches_do_not_change_the_gradient(kit, batch, micro_batch_rows):
     cases = [
-        (BradleyTerry(), kit.score_model(0)),
         (dpo(kit.language_model(1), beta=0.5, label_smoothing=0.1, sft_weight=0.3), kit.language_model(0)),
     ]
     for objective, model in cases:
@@ -138,15 +113,6 @@ class Readable(nn.Module):
 
     def forward(self, tokens, *, read):
         return read(self.model.model(tokens).last_hidden_state, self.model.lm_head.weight)
-
-
-class Scoring(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model)
-
-    def forward(self, tokens):
-        return self.model.score(self.model.model(tokens).last_hidden_state)[..., 0]
 
 
 def pair_batch(input_ids, mask) -> PairBatch:
@@ -201,18 +167,3 @@ def test_dpo_loss_and_gradient_of_trl(kit, trl, tokenizer, tmp_path, pairs, sft_
     batch = pair_batch(inputs["input_ids"], inputs["completion_mask"])
     assert batch.chosen_mask.any()
     compare(kit, dpo(fixed, beta=0.3, sft_weight=sft_weight), ours, trainer, inputs, batch)
-
-
-def test_bradley_terry_loss_and_gradient_of_trl(kit, trl, tokenizer, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    model = llama("LlamaForSequenceClassification", 0)
-    ours = Scoring(model)
-    trainer = trl.RewardTrainer(
-        model=model,
-        args=trl.RewardConfig(**arguments(tmp_path, len(PAIRS))),
-        train_dataset=datasets.Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    inputs = next(iter(trainer.get_train_dataloader()))
-    batch = pair_batch(inputs["input_ids"], inputs["attention_mask"])
-    compare(kit, BradleyTerry(), ours, trainer, dict(inputs), batch)

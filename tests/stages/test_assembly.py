@@ -122,6 +122,12 @@ def test_parents_are_named_by_role(tmp_path: Path) -> None:
     assert handover.parents(changed)["reward_model"]["sha256"] != handover.parents(config)["reward_model"]["sha256"]
 
 
+def test_no_reward_model_is_looked_for_where_rewards_are_named(tmp_path: Path) -> None:
+    finished_run(tmp_path, "sft", "sft", 1.0), finished_run(tmp_path, "r", "reward", 2.0)
+    texts = ["method=ppo", f"runs_dir={tmp_path}", "run=s", "rewards=exact_answer"]
+    assert handover.resolve_parents(load_config("align", texts)).reward_model is None
+
+
 def test_a_model_that_does_not_fit_on_the_disk_is_told_and_the_run_stays_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

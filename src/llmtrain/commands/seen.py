@@ -16,6 +16,7 @@ from llmtrain.data.encoding import (
     AnswerRow,
     PairRow,
     PromptRow,
+    RankingRow,
     TokenRow,
     load_conversations,
     load_judged,
@@ -31,6 +32,7 @@ from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
+from llmtrain.stages.pairs import read_rankings
 from llmtrain.stages.planning import make_plan, row_digests
 
 RowStage = SftConfig | RewardConfig | AlignConfig
@@ -134,10 +136,12 @@ class SeenRows:
         return self.order.counts(steps, "rows")
 
     def parts(self, name: str, row: int) -> list[Shown]:
-        """The conversation or prompt; both sides of a pair; a judged answer; the conversations of a packed row."""
+        """The conversation or prompt; a pair's sides; a ranking's answers; a judged answer; what a packed row holds."""
         found = self.rows[name][row]
         if isinstance(found, AnswerRow):
             return [Shown("good answer" if found.desirable else "bad answer", *found.answer[:2])]
+        if isinstance(found, RankingRow):
+            return _ranked_answers(found)
         if isinstance(found, PairRow):
             return [Shown("chosen", *found.chosen[:2]), Shown("rejected", *found.rejected[:2])]
         if isinstance(found, PromptRow):
@@ -158,6 +162,17 @@ class SeenRows:
         return [row for row in range(len(self.rows[name])) if any(_is(p, wanted) for p in self.places(name, row))]
 
 
+def _ranked_answers(row: RankingRow) -> list[Shown]:
+    """Each answer under what is known of it."""
+    if row.better == ((0, 1),):
+        return [Shown("chosen", *row.answers[0][:2]), Shown("rejected", *row.answers[1][:2])]
+    shown = []
+    for number, answer in enumerate(row.answers):
+        worse = ", ".join(f"{other + 1}" for best, other in row.better if best == number)
+        shown.append(Shown(f"answer {number + 1}" + (f", better than {worse}" if worse else ""), *answer[:2]))
+    return shown
+
+
 Seen = SeenText | SeenRows
 
 
@@ -174,6 +189,8 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
     if isinstance(config, AlignConfig) and config.method.name == "kto":
         judged = load_judged(config.data, tokenizer, **options)
         return {name: with_mismatches(rows, length) for name, rows in judged.items()}
+    if isinstance(config, RewardConfig):
+        return read_rankings(config, tokenizer, "train", length, options["cache_dir"])
     return load_pairs(config.data, tokenizer, **options)
 
 

@@ -34,6 +34,7 @@ SYNONYMS = {
     "gradient_clipping": "train.max_grad_norm",
     "num_processes": "engine.processes",
     "dtype": "engine.precision",
+    "center_rewards_coefficient": "objective.centring_weight",
 }
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrain.config.seeds import derive_seed
-from llmtrain.data.encoding import AnswerRow, PairRow, PromptRow, TokenRow
+from llmtrain.data.encoding import AnswerRow, PairRow, PromptRow, RankingRow, TokenRow
 from llmtrain.data.mixture import Integers, PhasedMixture, sample_of, shuffled
 from llmtrain.data.sequences import TextRow, TextRows
 from llmtrain.objectives.kto import AnswerBatch
@@ -23,6 +23,7 @@ from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.pairs import PairBatch
 
 TwoSided = TypeVar("TwoSided", PairRow, AnswerRow)
+Sided = TypeVar("Sided", PairRow, AnswerRow, RankingRow)
 
 WIDTH_MULTIPLE = 8  # matrix products are faster when a row's length is a multiple of this
 
@@ -168,20 +169,21 @@ class LengthWarmup:
         return self.start_length << min(step * self.doublings // self.steps, self.doublings)
 
 
-class TwoSidedBatches(Generic[TwoSided]):
-    """Rows of two sides, padded on the right to one S, the longest of the global batch, rounded up."""
+class SidedBatches(Generic[Sided]):
+    """Rows of several continuations, padded on the right to one S, the longest of the global batch, rounded up."""
 
     def __init__(
-        self, rows: Mapping[str, Sequence[TwoSided]], order: RowOrder, *, max_length: int, pad_id: int,
+        self, rows: Mapping[str, Sequence[Sided]], order: RowOrder, *, max_length: int, pad_id: int,
         rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.order, self.rows = order, rows
+        self.order = order
+        self.rows: Mapping[str, Sequence[Sided]] = rows
         self.share, self.pad_id, self.max_length = share(order.batch_rows, rank, world), pad_id, max_length
 
-    def of_step(self, step: int) -> tuple[list[TwoSided], Integers, int]:
+    def of_step(self, step: int) -> tuple[list[Sided], Integers, int]:
         """This process's rows of the step, the source number of each, and S."""
         source, number = self.order(step)
-        rows: list[TwoSided] = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
+        rows: list[Sided] = [self.rows[self.order.names[i]][j] for i, j in zip(source, number, strict=True)]
         width = batch_width([side for row in rows for side in row.sides], self.max_length)
         return rows[self.share], source[self.share], width
 
@@ -190,8 +192,8 @@ class TwoSidedBatches(Generic[TwoSided]):
         return self.order.counts(steps, "rows")
 
 
-class PairBatches(TwoSidedBatches[PairRow]):
-    """Reward model and DPO: pairs."""
+class PairBatches(SidedBatches[PairRow]):
+    """DPO and kin: pairs."""
 
     def __call__(self, step: int) -> PairBatch:
         """This process's pairs of the step."""
@@ -199,7 +201,7 @@ class PairBatches(TwoSidedBatches[PairRow]):
         return collate_pairs(rows, source, self.pad_id, width)
 
 
-class AnswerBatches(TwoSidedBatches[AnswerRow]):
+class AnswerBatches(SidedBatches[AnswerRow]):
     """KTO: judged answers, each beside a mismatched one."""
 
     def __call__(self, step: int) -> AnswerBatch:

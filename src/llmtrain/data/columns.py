@@ -26,6 +26,7 @@ KNOWN = {
     "scores": ("scores", "rewards", "ratings"),
     "ranks": ("ranks", "ranking", "rank"),
     "answer": ("answer",),
+    "margin": ("margin",),
 }
 MESSAGE_KEYS = ("role", "content", "train")
 

@@ -23,18 +23,20 @@ from llmtrain.data.rows import (
     CONVERSATIONS,
     PAIRS,
     PROMPTS,
+    RANKINGS,
     Answer,
     Conversation,
     Kind,
     Pair,
     Prompt,
+    Ranking,
     read_rows,
 )
 from llmtrain.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Raw = TypeVar("Raw", Conversation, Pair, Answer, Prompt)
+Raw = TypeVar("Raw", Conversation, Pair, Ranking, Answer, Prompt)
 TooLong = Literal["drop", "cut", "split"]
 
 
@@ -91,6 +93,27 @@ class AnswerRow(NamedTuple):
         return self.answer, self.mismatched
 
 
+class RankingRow(NamedTuple):
+    """Several continuations of one prompt, and which is better than which; see `Ranking`."""
+
+    answers: tuple[TokenRow, ...]
+    better: tuple[tuple[int, int], ...]
+    margins: tuple[float | None, ...]
+    place: Place | str | None = None
+
+    @property
+    def sides(self) -> tuple[TokenRow, ...]:
+        """All continuations."""
+        return self.answers
+
+    def pairs(self) -> "list[RankingRow]":
+        """Each of its pairs as a row of its own."""
+        return [
+            RankingRow((self.answers[best], self.answers[worse]), ((0, 1),), (margin,), self.place)
+            for (best, worse), margin in zip(self.better, self.margins, strict=True)
+        ]
+
+
 class PromptRow(NamedTuple):
     """Ids of a prompt, its last user message, and the right answer where there is one."""
 
@@ -105,7 +128,7 @@ class PromptRow(NamedTuple):
         return (self,)
 
 
-Encoded = TypeVar("Encoded", TokenRow, PairRow, JudgedRow, PromptRow)
+Encoded = TypeVar("Encoded", TokenRow, PairRow, RankingRow, JudgedRow, PromptRow)
 
 
 @dataclasses.dataclass
@@ -119,6 +142,7 @@ class Tally:
     parts: int = 0
     lost_parts: int = 0
     dropped: int = 0
+    shortened: int = 0
     flagged: int = 0
 
     def count(self, length: int, fits: bool) -> None:
@@ -132,8 +156,9 @@ class Tally:
         lost = f" ({self.lost_parts} more parts left out)" if self.lost_parts else ""
         said = [f"{self.dropped} left out"] if self.dropped else []
         said += [f"{self.cut} cut"] if self.cut else []
+        said += [f"{self.shortened} without their long answers"] if self.shortened else []
         said += [f"{self.divided} divided into {self.parts}{lost}"] if self.divided else []
-        long = self.dropped + self.cut + self.divided
+        long = self.dropped + self.cut + self.divided + self.shortened
         return f"{long} of {self.rows} rows are longer than {self.max_length} tokens: {', '.join(said)}" if long else ""
 
 
@@ -284,6 +309,25 @@ def _joined(prompt_of: TokenRow, answer_of: TokenRow, max_length: int) -> TokenR
     return TokenRow(tokens[:max_length], mask[:max_length])
 
 
+def _fitting_ranking(tokenizer: Tokenizer, ranking: Ranking, tally: Tally, too_long: TooLong) -> RankingRow | None:
+    """The answers that fit, as far as there is a better or a worse one that fits."""
+    turns = [{"role": "assistant", "content": answer} for answer in ranking.answers]
+    rows = [encode_conversation(tokenizer, [*ranking.prompt, turn], "last") for turn in turns]
+    if not all(any(mask[1:]) for _, mask in rows):
+        raise RowError("nothing to learn", "the chat template leaves nothing of an answer to learn")
+    fitting = {number: fits for number, row in enumerate(rows) if (fits := _fitting(row, tally.max_length, too_long))}
+    pairs = {
+        pair: margin for pair, margin in zip(ranking.better, ranking.margins, strict=True) if fitting.keys() >= {*pair}
+    }
+    if pairs and len(fitting) < len(rows):
+        tally.shortened += 1
+    else:
+        tally.count(max(len(ids) for ids, _ in rows), bool(pairs))
+    kept = {old: new for new, old in enumerate(sorted({number for pair in pairs for number in pair}))}
+    better = tuple((kept[best], kept[worse]) for best, worse in pairs)
+    return RankingRow(tuple(fitting[old] for old in kept), better, tuple(pairs.values())) if pairs else None
+
+
 def _fitting_prompt(tokenizer: Tokenizer, prompt: Prompt, tally: Tally, too_long: TooLong) -> PromptRow | None:
     ids = encode_prompt(tokenizer, prompt.messages)
     fits = len(ids) <= tally.max_length or too_long == "cut"
@@ -311,4 +355,5 @@ def _listed(
 load_conversations = Loader(CONVERSATIONS, _conversation)
 load_pairs = Loader(PAIRS, _listed(_fitting_pair))  # the longer one of the two counts
 load_judged = Loader(ANSWERS, _listed(_fitting_answer))
+load_rankings = Loader(RANKINGS, _listed(_fitting_ranking))
 load_prompts = Loader(PROMPTS, _listed(_fitting_prompt))

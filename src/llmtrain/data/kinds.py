@@ -9,7 +9,17 @@ from llmtrain.data import arithmetic
 from llmtrain.data.columns import Fields
 from llmtrain.data.messages import Messages, read_messages, short, yes_or_no
 from llmtrain.data.pieces import Place
-from llmtrain.data.ranked import Judged, Pair, are_ranked, number, paired, ranked_pairs
+from llmtrain.data.ranked import (
+    Judged,
+    Pair,
+    Ranking,
+    are_ranked,
+    finite,
+    number,
+    paired,
+    ranked,
+    ranked_pairs,
+)
 from llmtrain.data.records import Faults, RowError
 
 Row = TypeVar("Row", covariant=True)
@@ -148,7 +158,8 @@ def _pair(fields: Fields) -> list[Pair]:
         raise DataError("`chosen` and `rejected` must differ in the assistant's last turn only")
     if not prompt:
         raise DataError("there is no prompt, neither in a column of its own nor at the beginning of `chosen`")
-    return [Pair(prompt, chosen[0]["content"], rejected[0]["content"], _answer(fields), fields.place)]
+    margin = finite(fields.get("margin"))
+    return [Pair(prompt, chosen[0]["content"], rejected[0]["content"], _answer(fields), fields.place, margin)]
 
 
 def _ranked(fields: Fields) -> list[Pair]:
@@ -310,6 +321,13 @@ ANSWERS = Kind(
     "`rejected`; or `prompt`, `answers` and `scores` or `ranks`",
     _answer_layout, _one_way,
 )  # fmt: skip
+RANKINGS = Kind(
+    PAIRS.name,
+    PAIRS.expected,
+    _pair_layout,
+    lambda problem, number: Ranking.of([_two_ways(problem, number)]),
+    ranked,
+)
 PROMPTS = Kind(
     "prompts", "`prompt` (or `messages`, of which the last answer is left out), and `answer` where it can be checked",
     _prompt_layout, lambda problem, number: Prompt(_question(problem), str(problem.final)),

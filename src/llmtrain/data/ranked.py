@@ -1,4 +1,4 @@
-"""Several answers to one prompt, and which is better → pairs of a better and a worse one.
+"""Several answers to one prompt, and which is better → pairs of a better and a worse one, alone or kept together.
 
 The order comes from ranks, from scores, or from labels (good or not), in one row or in rows with the same prompt. All
 pairs of different rank are made, in the order of the answers, as for InstructGPT's reward model
@@ -26,13 +26,41 @@ RANKS = ("rank",)
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two ways in which the assistant goes on; `answer` is what a right one ends in, where that can be checked."""
+    """Two ways in which the assistant goes on; `answer` is what a right one ends in, where that can be checked.
+
+    `margin` says how much better the chosen one is, in the data's own unit: its column, or the difference of scores.
+    """
 
     prompt: Messages
     chosen: str
     rejected: str
     answer: str | None = None
     place: Place | str | None = dataclasses.field(default=None, compare=False)
+    margin: float | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Different ways in which the assistant goes on, and which is better than which: all that is known of a prompt."""
+
+    prompt: Messages
+    answers: tuple[str, ...]
+    better: tuple[tuple[int, int], ...]
+    """Pairs of a better and a worse answer, by number."""
+    margins: tuple[float | None, ...]
+    """How much better, for each pair."""
+    place: Place | str | None = dataclasses.field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, pairs: list[Pair]) -> "Ranking":
+        """The ranking that all these pairs of one prompt are taken from; a pair that comes twice counts once."""
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        margins = {(number[pair.chosen], number[pair.rejected]): pair.margin for pair in reversed(pairs)}
+        better = dict.fromkeys((number[pair.chosen], number[pair.rejected]) for pair in pairs)
+        return cls(
+            pairs[0].prompt, tuple(number), tuple(better), tuple(margins[each] for each in better), _places(pairs)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +126,12 @@ def paired(rows: Iterable[list[Pair | Judged]], path: str, faults: Faults) -> It
         )
 
 
+def ranked(rows: Iterable[list[Pair | Judged]], path: str, faults: Faults) -> Iterator[list[Ranking]]:
+    """`paired`, with the pairs of a row or a prompt as one ranking."""
+    for pairs in paired(rows, path, faults):
+        yield [Ranking.of(pairs)]
+
+
 def leave_out(faults: Faults, fault: RowError) -> None:
     """Count a row that is not used by rule rather than for a fault of its own; it never stops the run."""
     faults.counts[fault.reason] += 1
@@ -112,7 +146,14 @@ def _ordered(answers: list[Judged]) -> list[tuple[Judged, Judged]]:
 
 def _pair(better: Judged, worse: Judged, answer: str | None = None) -> Pair:
     place = better.place if better.place == worse.place else f"{better.place} and {worse.place}"
-    return Pair(better.prompt, better.text, worse.text, answer, place)
+    return Pair(better.prompt, better.text, worse.text, answer, place, better.score - worse.score)
+
+
+def _places(pairs: list[Pair]) -> Place | str | None:
+    places = dict.fromkeys(pair.place for pair in pairs)
+    if len(places) == 1:
+        return pairs[0].place
+    return " and ".join(dict.fromkeys(part for place in places for part in str(place).split(" and ")))
 
 
 def _text(answer: Any, fields: Fields) -> str:
@@ -152,13 +193,17 @@ def _own_key(answer: Any, names: tuple[str, ...]) -> str | None:
 
 def number(value: Any, name: str) -> float:
     """A score or rank. Raises DataError for what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+    found = finite(value)
+    if found is None:
         raise DataError(f"{name} must be a number, found {short(value)}")
-    return float(value)
+    return found
 
 
-def _finite(value: float) -> bool:
+def finite(value: Any) -> float | None:
+    """A finite number; None for all else, also for an integer beyond all floating-point numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
     try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floating-point numbers
-        return False
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

@@ -19,6 +19,7 @@ from llmtrain.data.kinds import (
     CONVERSATIONS,
     PAIRS,
     PROMPTS,
+    RANKINGS,
     Answer,
     Conversation,
     Kind,
@@ -28,7 +29,7 @@ from llmtrain.data.kinds import (
 )
 from llmtrain.data.messages import short
 from llmtrain.data.pieces import Place
-from llmtrain.data.ranked import Pair, leave_out
+from llmtrain.data.ranked import Pair, Ranking, leave_out
 from llmtrain.data.records import Faults, Record, RowError, Split, hold_out, read_records
 from llmtrain.data.wordings import Wordings
 
@@ -37,11 +38,13 @@ __all__ = [
     "CONVERSATIONS",
     "PAIRS",
     "PROMPTS",
+    "RANKINGS",
     "Answer",
     "Conversation",
     "Kind",
     "Pair",
     "Prompt",
+    "Ranking",
     "read_problems",
     "read_rows",
 ]

@@ -1,6 +1,7 @@
 """Losses and estimators: against published numbers, plain float64 and what must hold at a first step."""
 
 import copy
+import functools
 import math
 
 import torch
@@ -17,13 +18,13 @@ from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.logprobs import cross_entropy_sum
 from llmtrain.objectives.pairs import PairBatch
 from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, gae, policy_and_values, whiten
-from llmtrain.objectives.preference import Dpo
+from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
 
 # Of openai/lm-human-preferences (tests of `whiten`), as printed in the "N implementation details of RLHF with PPO":
 # mean kept, biased variance, four decimals.
 REWARDS = [[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]]
 WHITENED = [[0.0508, 0.4381, 0.8254], [1.2127, 1.6000, 1.9873], [2.3746, 2.7619, 3.1492]]
-GAMMA, LAMBDA = 0.97, 0.9
+GAMMA, LAMBDA, BETA = 0.97, 0.9, 0.1
 
 
 def whitening(device: torch.device) -> list[Measurement]:
@@ -114,7 +115,8 @@ def first_dpo_step(device: torch.device) -> list[Measurement]:
     policy = language_model(device)
     (chosen, chosen_mask), (rejected, rejected_mask) = (ragged_rows(8, 20, seed=seed) for seed in (6, 7))
     batch = PairBatch(chosen, rejected, chosen_mask, rejected_mask, torch.zeros(8, dtype=torch.int64)).to(device)
-    metrics = means(Dpo(copy.deepcopy(policy))(policy, batch)[1])
+    objective = Preference(functools.partial(dpo_loss, beta=BETA), OnTheFly(copy.deepcopy(policy)), beta=BETA)
+    metrics = means(objective(policy, batch)[1])
     return [
         Measurement("DPO, first step: loss (ln 2)", math.log(2), metrics["loss"], 1e-6),
         Measurement("DPO, first step: margin", 0.0, metrics["margin"]),

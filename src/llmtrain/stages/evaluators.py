@@ -4,7 +4,7 @@ Every process measures the same rows, so that the numbers do not depend on how m
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import AlignConfig, SftConfig
-from llmtrain.data.arithmetic import final_answer
 from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
-from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.batch import Batch, Metrics
+from llmtrain.rewards.rules import is_right
 
 Collated = TypeVar("Collated", bound=Batch)
 Values = dict[str, float]
@@ -33,15 +33,20 @@ def evaluate_objective(
     """An evaluator of some of the objective's metrics on held-out rows, as `eval/<metric>` or what `names` calls it."""
 
     def measure() -> Values:
-        sums = {name: [0.0, 0.0] for name in metrics}
-        for batch in batches:
-            found = objective(model, batch.to(device))[1]
-            for name, total in sums.items():
-                total[0] += float(found[name][0])
-                total[1] += float(found[name][1])
-        return {f"eval/{names.get(name, name)}": value / weight for name, (value, weight) in sums.items() if weight}
+        means = means_of((objective(model, batch.to(device))[1] for batch in batches), metrics)
+        return {f"eval/{names.get(name, name)}": value for name, value in means.items()}
 
     return measure
+
+
+def means_of(found: Iterable[Metrics], metrics: Sequence[str]) -> Values:
+    """The means of some metrics over batches."""
+    sums = {name: [0.0, 0.0] for name in metrics}
+    for batch in found:
+        for name, total in sums.items():
+            total[0] += float(batch[name][0])
+            total[1] += float(batch[name][1])
+    return {name: value / weight for name, (value, weight) in sums.items() if weight}
 
 
 def held_out_batches(
@@ -138,9 +143,3 @@ class Problems:
             self()
         rows = list(zip(self.problems, self.given, strict=True))[:count]
         return [{"prompt": each.text, "answer": given, "expected": each.answer or ""} for each, given in rows]
-
-
-def is_right(given: str, answer: str) -> bool:
-    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text."""
-    expected = final_answer(f"Answer: {answer}")
-    return final_answer(given) == expected if expected is not None else given.strip() == answer.strip()

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmtrain.config.schema import CorpusConfig, RowsConfig, TrainConfig
 from llmtrain.data.batches import RowOrder
-from llmtrain.data.encoding import AnswerRow
+from llmtrain.data.encoding import AnswerRow, RankingRow
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import PhasedMixture
 from llmtrain.data.plans import plan_mixture, steps_left
@@ -71,6 +71,9 @@ def _digest(rows: Sequence[Any]) -> str:
             digest.update(np.asarray(side.tokens, dtype=np.int64).tobytes())
         if isinstance(row, AnswerRow):
             digest.update(bytes([row.desirable]))
+        # the order of the answers, unless they are just the better and the worse one
+        if isinstance(row, RankingRow) and row[1:3] != (((0, 1),), (None,)):
+            digest.update(repr(row[1:3]).encode())
     return digest.hexdigest()
 
 

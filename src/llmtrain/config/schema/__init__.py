@@ -46,7 +46,8 @@ from llmtrain.config.schema.preference import (
     RobustConfig,
     SimpoConfig,
 )
-from llmtrain.config.schema.reinforcement import PpoConfig
+from llmtrain.config.schema.reinforcement import PpoConfig, SamplingMethod
+from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -91,10 +92,13 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "RewardConfig",
+    "RewardFunctionConfig",
+    "RewardModelConfig",
     "RobustConfig",
     "RowSourceConfig",
     "RowsConfig",
     "SampledPairsConfig",
+    "SamplingMethod",
     "ScheduleConfig",
     "SftConfig",
     "ShowConfig",

@@ -159,6 +159,8 @@ class ColumnsConfig:
     """Their ranks, in the same order: 1 is the best, equal ranks are ties."""
     answer: str | None = None
     """The right answer that a model's own answer is checked against."""
+    margin: str | None = None
+    """How much better the preferred answer is: a number (`objective.margin_weight` of reward)."""
     role: str | None = None
     """Key of a message that says who speaks. Null: `role` or `from`."""
     content: str | None = None
