@@ -8,16 +8,17 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.data_checks import DATA_CHECKS
-from llmtrain.config.fields import fields_of
+from llmtrain.config.fields import alternatives, fields_of, tag_of
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ModelConfig, SamplingMethod
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
+SAMPLING = [tag_of(member) for member in alternatives(SamplingMethod)]
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
@@ -247,10 +248,26 @@ def tokenizer(view: View) -> Iterator[Finding]:
             yield from no_effect(view, key, "the tokenizer of tokenizer.path is trained already", "tokenizer.path")
 
 
-def reward_model(view: View) -> Iterator[Finding]:
-    """Only PPO asks a reward model."""
-    if view["method.name"] == "dpo":
-        yield from no_effect(view, "reward_model", "method=dpo learns from pairs; method=ppo uses it", "method.name")
+def reward(view: View) -> Iterator[Finding]:
+    """Answers are judged where they are sampled; what judges them has a name and counts for something."""
+    method = view["method.name"]
+    if method not in SAMPLING:
+        why = f"method={method} learns from pairs; method=ppo has answers judged"
+        for key in ("reward_model", "reward_model_weight", "rewards"):
+            yield from no_effect(view, key, why, "method.name")
+        return
+    functions, model = view["rewards"], view["reward_model"]
+    if functions and model is None:
+        why = "no reward_model is named, and beside rewards none is looked for"
+        yield from no_effect(view, "reward_model_weight", why, "rewards")
+    for name in functions:
+        if not NAME.fullmatch(name) or name == "reward_model":
+            taken = "is what the learned reward is called" if name == "reward_model" else "is not a name"
+            yield finding(f"{name!r} {taken}; use letters, digits and . _ - =", f"rewards.{name}")
+    weights = [each["weight"] for each in functions.values()]
+    if not any(weights) and (view["reward_model_weight"] == 0 if model or not functions else functions):
+        keys = [f"rewards.{name}.weight" for name in functions] or ["reward_model_weight"]
+        yield finding("all weights are 0: nothing is rewarded", *keys)
 
 
 def adaptive_kl(view: View) -> Iterator[Finding]:
@@ -327,7 +344,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     problems,
     tracker,
     tokenizer,
-    reward_model,
+    reward,
     adaptive_kl,
     *DATA_CHECKS,
     greedy,

@@ -23,7 +23,7 @@ from llmtrain.config.fields import Path, parts
 from llmtrain.config.folders import user_folders
 from llmtrain.config.overrides import Overrides, for_hydra, read
 from llmtrain.config.plain import Finding, apply, plain
-from llmtrain.config.schema import PipelineConfig
+from llmtrain.config.schema import PipelineConfig, SamplingMethod
 from llmtrain.config.sources import Layers, hydra_session
 from llmtrain.config.validate import filled, validate
 from llmtrain.config.view import View
@@ -82,9 +82,10 @@ def _stage_faults(loader: ConfigLoader, pipeline: PipelineConfig) -> list[Fault]
         later = ("model.init_from", "reward_model")
         loaded = _load(loader, stage.command, stage_overrides(pipeline, name), stage.command, later)
         found += [Fault(f"{name}: {fault.key}", fault.problem, fault.origin) for fault in loaded.faults]
-        judged = getattr(getattr(loaded.config, "method", None), "name", None) == "ppo"
-        if judged and stage.reward_model is None:
-            found.append(Fault(f"stages.{name}.reward_model", "needs a value: the earlier stage that trains it"))
+        samples = isinstance(getattr(loaded.config, "method", None), SamplingMethod)
+        if samples and stage.reward_model is None and not loaded.config.rewards:
+            problem = "needs a value: the earlier stage that trains it, or rewards=... among the overrides"
+            found.append(Fault(f"stages.{name}.reward_model", problem))
     return found
 
 

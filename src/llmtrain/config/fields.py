@@ -54,6 +54,12 @@ def is_block(annotation: Any) -> bool:
     return all(hasattr(member, "__pydantic_fields__") for member in alternatives(annotation))
 
 
+def blocks_of(annotation: Any) -> list[type]:
+    """The blocks below a key, also those that the user names (`data.sources.<name>`); none for a plain value."""
+    members = [get_args(annotation)[1]] if get_origin(annotation) is dict else alternatives(annotation)
+    return [member for member in members if member is not Any and is_block(member)]
+
+
 def tag_of(schema: type) -> str:
     """The `name` that selects this class among the members of a union (method: dpo, ppo)."""
     return str(fields_of(schema)["name"].default)
@@ -95,10 +101,8 @@ def entries(schema: type, prefix: Path = ()) -> Iterator[Entry]:
     """All keys of a schema, depth first; `<name>` stands for the keys that the user names."""
     for key, field in fields_of(schema).items():
         path = (*prefix, key)
-        inner = [member for member in alternatives(field.annotation) if is_block(member)]
-        named = get_args(field.annotation)[1] if get_origin(field.annotation) is dict else None
-        if named is not None and named is not Any and is_block(named):
-            path, inner = (*path, "<name>"), [named]
+        inner = blocks_of(field.annotation)
+        path = (*path, "<name>") if inner and get_origin(field.annotation) is dict else path
         yield Entry(path, field, bool(inner))
         for member in inner:
             yield from entries(member, path)

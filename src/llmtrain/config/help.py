@@ -4,7 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from llmtrain.config import schema
 from llmtrain.config.commands import COMMANDS
-from llmtrain.config.fields import accepted, alternatives, default, fields_of, is_block, meaning, tag_of
+from llmtrain.config.fields import accepted, blocks_of, default, fields_of, meaning, tag_of
 from llmtrain.config.folders import options, packaged_configs, user_folders
 
 FLAGS = """\
@@ -64,24 +64,18 @@ def _groups(root: Mapping[str, Any], folders: Sequence[str]) -> Iterator[str]:
 def _keys(kind: type, values: Any, prefix: str) -> Iterator[str]:
     """The plain keys of a block first, then its blocks with a heading each."""
     values = values if isinstance(values, Mapping) else {}
-    blocks = {key: field for key, field in fields_of(kind).items() if _inner(field.annotation)}
+    blocks = {key: field for key, field in fields_of(kind).items() if blocks_of(field.annotation)}
     for key, field in fields_of(kind).items():
         if key not in blocks:
             yield from _key(f"{prefix}{key}", field, values.get(key, PydanticUndefined), meaning(kind, key))
     for key, field in blocks.items():
-        members, inner = _inner(field.annotation), values.get(key)
+        members, inner = blocks_of(field.annotation), values.get(key)
         name = f"{prefix}{key}" + (".<name>" if get_origin(field.annotation) is dict else "")
         for member in members:
             chosen = len(members) == 1 or (isinstance(inner, Mapping) and inner.get("name") == tag_of(member))
             title = name if len(members) == 1 else f"{name}={tag_of(member)}"
             yield from ("", f"{title}: {meaning(kind, key) or inspect.getdoc(member)}")
             yield from _keys(member, inner if chosen else None, f"{name}.")
-
-
-def _inner(annotation: Any) -> list[type]:
-    """The blocks below a key; none for a plain value."""
-    members = [get_args(annotation)[1]] if get_origin(annotation) is dict else alternatives(annotation)
-    return [member for member in members if member is not Any and is_block(member)]
 
 
 def _key(key: str, field: FieldInfo, value: Any, text: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ from llmtrain.config.compose import COMMANDS, check_jobs, load_config, not_compo
 from llmtrain.config.faults import Fault
 from llmtrain.config.fields import fields_of
 from llmtrain.config.folders import packaged_configs, user_folders
-from llmtrain.config.overrides import KeyOverride, Overrides, for_hydra, is_group, read
+from llmtrain.config.overrides import KeyOverride, Overrides, for_hydra, is_group, read, wrong_option
 from llmtrain.config.sources import hydra_session, search_in
 
 # Jobs of a sweep that are checked before the first one starts: about 0.1 s each.
@@ -100,10 +100,8 @@ def _arguments(
     for sweep in overrides.sweeps:
         group = is_group(sweep.key_or_group, kind, loader)
         if group:
-            options = loader.get_group_options(sweep.key_or_group)
-            wrong = [str(option) for option in sweep.sweep_iterator() if str(option) not in options]
-            for option in wrong:
-                problem = f"no option {option}{faults.choices(option, options)}"
+            wrong = (wrong_option(sweep.key_or_group, option, loader) for option in sweep.sweep_iterator())
+            for problem in filter(None, wrong):
                 overrides.faults.append(Fault(sweep.key_or_group, problem, f"the override {sweep.input_line}"))
         keys.append(str(sweep.input_line) if group else f"++{str(sweep.input_line).lstrip('+')}")
     return [*for_hydra(overrides, command, kind, loader, config_name), *keys], own

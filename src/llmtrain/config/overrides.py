@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 
 from llmtrain.config.faults import Fault, choices
-from llmtrain.config.fields import Path, alternatives, fields_of, find, is_block, parts
+from llmtrain.config.fields import Path, alternatives, blocks_of, fields_of, find, parts
 from llmtrain.config.schema import ShowConfig
 
 BROKEN = "not of the form key=value; quote text that holds any of , : [ ] { } ( ) ' \" like key=\"'a, b'\""
@@ -89,7 +89,8 @@ def parse(text: str, schema: type, sweep: bool) -> Override | KeyOverride | Faul
 def is_group(name: str, schema: type, loader: ConfigLoader) -> bool:
     """Whether `name=` chooses a group's option: a folder of that name is there, and the key is not a plain value."""
     field_here = fields_of(schema).get(name)
-    return (field_here is None or is_block(field_here.annotation)) and bool(loader.get_group_options(name))
+    plain = field_here is not None and not blocks_of(field_here.annotation)
+    return not plain and bool(loader.get_group_options(name))
 
 
 def read(texts: Sequence[str], schema: type, loader: ConfigLoader, sweep: bool = False) -> Overrides:

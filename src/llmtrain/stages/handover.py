@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from llmtrain import __version__
 from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import AlignConfig, PretrainConfig, StageConfig
+from llmtrain.config.schema import AlignConfig, PretrainConfig, SamplingMethod, StageConfig
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -84,7 +84,8 @@ def stage_of(folder: str | Path) -> str | None:
 
 
 def resolve_parents(config: Config) -> Config:
-    """The config with `model.init_from` (and `reward_model` for PPO) filled in.
+    """The config with `model.init_from` (and `reward_model`, where answers are sampled and no `rewards` judge them)
+    filled in.
 
     A run that has begun keeps the parents it started with; else the newest finished run of the stage before is taken.
     Raises ConfigError when there is none.
@@ -95,7 +96,10 @@ def resolve_parents(config: Config) -> Config:
             config, STAGE_BEFORE[stage_name(config)], "model.init_from"
         )
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=str(folder)))
-    if isinstance(config, AlignConfig) and config.method.name == "ppo" and config.reward_model is None:
+    if (
+        isinstance(config, AlignConfig) and isinstance(config.method, SamplingMethod)
+        and config.reward_model is None and not config.rewards
+    ):  # fmt: skip
         folder = before.get("reward_model") or _newest(config, ("reward",), "reward_model")
         config = dataclasses.replace(config, reward_model=str(folder))
     return config

@@ -31,7 +31,8 @@ from llmtrain.config.schema.data import (
 )
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
-from llmtrain.config.schema.reinforcement import PpoConfig
+from llmtrain.config.schema.reinforcement import PpoConfig, SamplingMethod
+from llmtrain.config.schema.rewards import RewardFunctionConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -65,9 +66,11 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "RewardConfig",
+    "RewardFunctionConfig",
     "RowSourceConfig",
     "RowsConfig",
     "SampledPairsConfig",
+    "SamplingMethod",
     "ScheduleConfig",
     "SftConfig",
     "ShowConfig",

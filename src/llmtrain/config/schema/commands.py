@@ -8,7 +8,8 @@ from pydantic.dataclasses import dataclass
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
-from llmtrain.config.schema.reinforcement import PpoConfig
+from llmtrain.config.schema.reinforcement import SamplingMethod
+from llmtrain.config.schema.rewards import RewardFunctionConfig
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -69,9 +70,13 @@ class AlignConfig(StageConfig):
     """`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo)."""
 
     data: RowsConfig
-    method: DpoConfig | PpoConfig = Field(discriminator="name")
+    method: DpoConfig | SamplingMethod = Field(discriminator="name")
     reward_model: str | None = None
-    """Folder of the reward model (method=ppo)."""
+    """Folder of the reward model, for methods that sample. Null: the newest one, or none where `rewards` are given."""
+    reward_model_weight: float = 1.0
+    """Weight of the reward model's normalised score beside `rewards`."""
+    rewards: dict[str, RewardFunctionConfig] = Field(default_factory=dict)
+    """Reward functions by name, summed by weight; the names appear in metrics as `align/reward/<name>`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

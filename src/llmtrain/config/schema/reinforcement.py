@@ -46,3 +46,7 @@ class PpoConfig:
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Taken from the score of an answer that was cut off before its end token."""
+
+
+# The methods that sample answers and have them judged.
+SamplingMethod = PpoConfig
