@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.config.schema import CorpusConfig, RowsConfig, TrainConfig
+from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig, TrainConfig
 from llmtrain.data.batches import RowOrder
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.mixture import PhasedMixture
@@ -69,6 +69,14 @@ def _digest(rows: Sequence[Any]) -> str:
         for side in (row.chosen, row.rejected) if hasattr(row, "chosen") else (row,):
             digest.update(np.asarray(side.tokens, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def drawn(config: StageConfig) -> TrainConfig:
+    """`train` as it concerns the data: with the prompts of a step as its rows, where each has several answers."""
+    samples = getattr(getattr(config, "method", None), "samples_per_prompt", 1)
+    if config.train.batch_rows is None or samples == 1:
+        return config.train
+    return dataclasses.replace(config.train, batch_rows=config.train.batch_rows // samples)
 
 
 def rows_per_step(train: TrainConfig) -> int:

@@ -31,7 +31,16 @@ from llmtrain.config.schema.data import (
 )
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import DpoConfig
-from llmtrain.config.schema.reinforcement import PpoConfig, SamplingMethod
+from llmtrain.config.schema.reinforcement import (
+    GrpoConfig,
+    OnlineDpoConfig,
+    PpoConfig,
+    ReinforceConfig,
+    RejectionSamplingConfig,
+    RlooConfig,
+    SampledAnswersConfig,
+    SamplingMethod,
+)
 from llmtrain.config.schema.rewards import RewardFunctionConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -54,10 +63,12 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
+    "GrpoConfig",
     "LengthWarmupConfig",
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "OnlineDpoConfig",
     "OptimizerConfig",
     "PhaseConfig",
     "PipelineConfig",
@@ -65,10 +76,14 @@ __all__ = [
     "PpoConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "ReinforceConfig",
+    "RejectionSamplingConfig",
     "RewardConfig",
     "RewardFunctionConfig",
+    "RlooConfig",
     "RowSourceConfig",
     "RowsConfig",
+    "SampledAnswersConfig",
     "SampledPairsConfig",
     "SamplingMethod",
     "ScheduleConfig",
