@@ -5,13 +5,14 @@ A target is imported when it is asked for, so nothing here loads torch by itself
 
 import importlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.faults import suggestion
 
 Kind = TypeVar("Kind")
+KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def resolve_target(path: str, kind: type[Kind], key: str) -> type[Kind]:
@@ -25,6 +26,23 @@ def resolve_target(path: str, kind: type[Kind], key: str) -> type[Kind]:
     Raises:
         ConfigError: if there is no such module or name, or it is something else.
     """
+    target = _imported(path, key, lambda value: isinstance(value, type) and issubclass(value, kind))
+    if not (isinstance(target, type) and issubclass(target, kind)):
+        raise ConfigError(f"{key}={path!r}: expected a class derived from {kind.__module__}.{kind.__qualname__}")
+    return target
+
+
+def resolve_callable(path: str, key: str) -> Callable[..., Any]:
+    """The class or function at the import path; arguments and errors as `resolve_target`."""
+    target = _imported(path, key, _is_class_or_function)
+    if not _is_class_or_function(target):
+        raise ConfigError(f"{key}={path!r}: expected a class or a function")
+    found: Callable[..., Any] = target
+    return found
+
+
+def _imported(path: str, key: str, fits: Callable[[Any], bool]) -> Any:
+    """What stands at the import path; names of the module that fit are suggested where it does not."""
     module_name, _, name = path.rpartition(".")
     if not module_name or not name:
         raise ConfigError(f"{key}={path!r}: expected an import path such as package.module.Name")
@@ -34,20 +52,23 @@ def resolve_target(path: str, kind: type[Kind], key: str) -> type[Kind]:
         raise ConfigError(
             f"{key}={path!r}: cannot import {module_name!r} ({problem}); install it or add its folder to PYTHONPATH"
         ) from problem
-    names = [name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)]
+    names = [name for name, value in vars(module).items() if fits(value)]
     if not hasattr(module, name):
         raise ConfigError(f"{key}={path!r}: {module_name} has no {name!r}{suggestion(name, names)}")
-    target = getattr(module, name)
-    if not (isinstance(target, type) and issubclass(target, kind)):
-        raise ConfigError(f"{key}={path!r}: expected a class derived from {kind.__module__}.{kind.__qualname__}")
-    return target
+    return getattr(module, name)
 
 
-def check_options(target: type, options: Mapping[str, Any], key: str, reserved: Collection[str] = ()) -> None:
+def _is_class_or_function(value: Any) -> bool:
+    return inspect.isclass(value) or inspect.isfunction(value)
+
+
+def check_options(
+    target: Callable[..., Any], options: Mapping[str, Any], key: str, reserved: Collection[str] = ()
+) -> None:
     """Refuses options that the target's signature does not know.
 
     Args:
-        target: a class, as from `resolve_target`.
+        target: a class or function, as from `resolve_target` or `resolve_callable`.
         options: keyword arguments that the user gave.
         key: the config key that holds them, for messages.
         reserved: arguments that are set elsewhere in the config or by the program.
@@ -67,9 +88,16 @@ def check_options(target: type, options: Mapping[str, Any], key: str, reserved: 
             )
 
 
-def accepted_options(target: type) -> set[str] | None:
-    """Names of the keyword arguments that a class takes; None if it takes any (`**kwargs`)."""
+def accepted_options(target: Callable[..., Any]) -> set[str] | None:
+    """Names of the keyword arguments that a class or function takes; None if it takes any (`**kwargs`)."""
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
+    return {parameter.name for parameter in parameters if parameter.kind in KEYWORD}
+
+
+def missing_options(target: Callable[..., Any], options: Collection[str], reserved: Collection[str] = ()) -> list[str]:
+    """Keyword arguments without a default that `options` do not give, and that are not `reserved`."""
+    parameters = inspect.signature(target).parameters.values()
+    needed = [each.name for each in parameters if each.kind in KEYWORD and each.default is inspect.Parameter.empty]
+    return [name for name in needed if name not in {*options, *reserved}]

@@ -2,12 +2,14 @@
 
 from llmtrain.config.schema import AlignConfig, DpoConfig
 from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.rewards.functions import check_functions
 from llmtrain.stages import assembly, handover, preference, reinforcement
 from llmtrain.stages.assembly import Run
 
 
 def run(config: AlignConfig) -> None:
     """Train, or go on training."""
+    check_functions(config.rewards)
     assembly.start(stage, config)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import AlignConfig, SftConfig
-from llmtrain.data.arithmetic import final_answer
 from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
@@ -21,6 +20,7 @@ from llmtrain.engine.trainer import Objective
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.batch import Batch
+from llmtrain.rewards.rules import is_right
 
 Values = dict[str, float]
 
@@ -140,9 +140,3 @@ class Problems:
             self()
         rows = list(zip(self.problems, self.given, strict=True))[:count]
         return [{"prompt": each.text, "answer": given, "expected": each.answer or ""} for each, given in rows]
-
-
-def is_right(given: str, answer: str) -> bool:
-    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text."""
-    expected = final_answer(f"Answer: {answer}")
-    return final_answer(given) == expected if expected is not None else given.strip() == answer.strip()

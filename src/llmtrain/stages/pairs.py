@@ -18,8 +18,8 @@ from llmtrain.data.rows import PAIRS, Pair, read_rows
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
+from llmtrain.rewards.rules import is_right
 from llmtrain.stages.assembly import Run
-from llmtrain.stages.evaluators import is_right
 
 Rows = dict[str, list[PairRow]]
 
