@@ -50,9 +50,7 @@ class PpoEstimator:
         measured = self._measured(batch, reference, returns)
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=self._reduce)
-        return dataclasses.replace(
-            batch, advantages=advantages, returns=returns, measured=answers.measured | measured
-        )
+        return dataclasses.replace(batch, advantages=advantages, returns=returns, measured=answers.measured | measured)
 
     def _read(self, answers: SampledAnswers) -> tuple[Trajectory, Tensor]:
         """The answers with the policy's log-probabilities and values, and the reference's log-probabilities."""
@@ -135,7 +133,7 @@ class AnswerEstimator:
     def _read(self, answers: SampledAnswers) -> tuple[JudgedAnswers, Tensor | None]:
         """The answers with the policy's log-probabilities, and the reference's [B, T]."""
         logprobs = answers.tokens.new_zeros(answers.tokens[:, 1:].shape, dtype=torch.float32)
-        reference = None if self.reference is None else torch.zeros_like(logprobs)
+        reference = torch.zeros_like(logprobs)
         batch = JudgedAnswers(
             **rows_and_key(answers), logprobs=logprobs, advantages=answers.rewards,
             epochs=self.epochs, minibatches=self.minibatches, kl_stop=self.kl_stop,
@@ -144,9 +142,9 @@ class AnswerEstimator:
             for rows in first_portions(batch, self.micro_batch_rows):
                 tokens, mask = batch.tokens[rows], batch.response_mask[rows]
                 logprobs[rows] = policy_logprobs(self.model, tokens, mask, self.temperature)[0]
-                if reference is not None:
+                if self.reference is not None:
                     reference[rows] = answer_token_logprobs(self.reference, tokens, mask, self.temperature)
-        return batch, reference
+        return batch, reference if self.reference is not None else None
 
 
 def rows_and_key(answers: SampledAnswers) -> dict[str, Any]:

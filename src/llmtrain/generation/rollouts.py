@@ -73,6 +73,32 @@ class SampledAnswers(Batch):
     """Scores, lengths, how many were cut off, how many groups have nothing to tell."""
 
 
+def answer(
+    policy: LanguageModel, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
+    stop_tokens: frozenset[int], decode: Callable[[Sequence[int]], str], seeds: Sequence[int],
+) -> list[Answer]:  # fmt: skip
+    """An answer to each prompt, drawn with its seed, as a reward sees it."""
+    sampled = generate(
+        policy, [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens,
+        stop_tokens=set(stop_tokens), temperature=settings.temperature, seeds=seeds,
+    )  # fmt: skip
+    return [
+        Answer(
+            prompt_tokens=prompt.tokens, tokens=tokens, prompt=prompt.text, text=decode(tokens),
+            expected=prompt.answer, finished=tokens[-1] in stop_tokens,
+        )
+        for prompt, tokens in zip(prompts, sampled, strict=True)
+    ]  # fmt: skip
+
+
+def final_rewards(scores: Sequence[float], answers: Sequence[Answer], settings: SampledAnswersConfig) -> Tensor:
+    """Scores, clipped, less the penalty for a missing end token: [B] float32."""
+    clip = settings.reward_clip
+    found = torch.tensor(scores, dtype=torch.float32)
+    found = found if clip is None else found.clamp(-clip, clip)
+    return found - settings.missing_eos_penalty * torch.tensor([float(not each.finished) for each in answers])
+
+
 class Prompts(Protocol):
     """What is asked."""
 
@@ -144,37 +170,23 @@ class Rollouts:
     def _group(self, number: int) -> slice:
         return slice(number * self.group_rows, (number + 1) * self.group_rows)
 
-    def _judged(
-        self, policy: LanguageModel, step: int, asked: Sequence[int], replacement: int = 0
-    ) -> list[_Judged]:
+    def _judged(self, policy: LanguageModel, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
         """Answers to some prompts of the step, given by their numbers; a replacement has draws of its own."""
         everyone, again = self.prompts(step, replacement), (replacement,) if replacement else ()
-        prompts = [everyone[number] for number in asked for _ in range(self.group_rows)]
         rows = [number * self.group_rows + sample for number in asked for sample in range(self.group_rows)]
-        sampled = generate(
-            policy, [prompt.tokens for prompt in prompts], max_new_tokens=self.settings.max_new_tokens,
-            stop_tokens=set(self.stop_tokens), temperature=self.settings.temperature,
-            seeds=[derive_seed(self.seed, "rollout", step, row, *again) for row in rows],
+        answers = answer(
+            policy, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
+            decode=self.decode, seeds=[derive_seed(self.seed, "rollout", step, row, *again) for row in rows],
         )  # fmt: skip
-        answers = [
-            Answer(
-                prompt_tokens=prompt.tokens, tokens=tokens, prompt=prompt.text, text=self.decode(tokens),
-                expected=prompt.answer, finished=tokens[-1] in self.stop_tokens,
-            )
-            for prompt, tokens in zip(prompts, sampled, strict=True)
-        ]  # fmt: skip
         components = self.reward.components(answers)
         parts = [dict(zip(components, values, strict=True)) for values in zip(*components.values(), strict=True)]
         scores = self.reward.total(components)
         return [_Judged(*each, replacement) for each in zip(answers, scores, parts, strict=True)]
 
     def _rewards(self, judged: Sequence[_Judged]) -> Tensor:
-        """Scores, clipped, less the penalty for a missing end token: [B] float32."""
-        device, clip = self.layout.device, self.settings.reward_clip
-        scores = torch.tensor([each.score for each in judged], dtype=torch.float32, device=device)
-        scores = scores if clip is None else scores.clamp(-clip, clip)
-        cut_off = torch.tensor([float(not each.answer.finished) for each in judged], device=device)
-        return scores - self.settings.missing_eos_penalty * cut_off
+        return final_rewards(
+            [each.score for each in judged], [each.answer for each in judged], self.settings
+        ).to(self.layout.device)  # fmt: skip
 
     def _packed(self, judged: Sequence[_Judged], step: int) -> SampledAnswers:
         """Prompts and answers side by side, right-padded."""

@@ -60,9 +60,7 @@ def ratio_of(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, logprobs - old_logprobs, 0.0).exp()
 
 
-def ratio_metrics(
-    ratio: Tensor, mask: Tensor, *, clip_range: float, clip_range_high: float | None = None
-) -> Metrics:
+def ratio_metrics(ratio: Tensor, mask: Tensor, *, clip_range: float, clip_range_high: float | None = None) -> Metrics:
     """ratio (1 at a rollout's first update), ratio_max, ratio_min and clip_fraction over the masked choices."""
     ratio = ratio.detach()
     high = clip_range if clip_range_high is None else clip_range_high

@@ -1,4 +1,4 @@
-"""`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo)."""
+"""`llmtrain align`: preference optimisation (method=dpo) or reinforcement learning (method=ppo and kin)."""
 
 from llmtrain.config.schema import AlignConfig, DpoConfig
 from llmtrain.data.tokenizers import load_tokenizer
@@ -14,14 +14,13 @@ def run(config: AlignConfig) -> None:
 
 
 def stage(config: AlignConfig) -> None:
-    """Build the policy and its reference, then what the method needs."""
+    """Build the policy, then what the method needs beside it."""
     run = Run.open(config)
     folder = assembly.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     # dropout off in everything: the ratio of policy and reference is to be 1 at the start
-    policy, reference = (assembly.load_policy(folder, dropout=0.0) for _ in range(2))
-    reference.to(run.layout.device).eval().requires_grad_(False)
+    policy = assembly.load_policy(folder, dropout=0.0)
     if isinstance(config.method, DpoConfig):
-        preference.dpo(run, config.method, policy, reference, tokenizer)
+        preference.dpo(run, config.method, policy, assembly.load_reference(run), tokenizer)
     else:
-        reinforcement.ppo(run, config.method, policy, reference, tokenizer)
+        reinforcement.align(run, policy, tokenizer)

@@ -267,14 +267,15 @@ def load_policy(folder: str, dropout: float | None = None) -> LanguageModel:
     return load_language_model(handover.model_folder(folder), state=_checkpoint_state(folder), dropout=dropout)
 
 
+def load_reference(run: Run[Config]) -> LanguageModel:
+    """The model that the run starts from, frozen, on its device."""
+    reference = load_policy(parent(run.config), dropout=0.0)
+    return reference.to(run.layout.device).eval().requires_grad_(False)
+
+
 def load_reward_model(folder: str) -> ScalarModel:
     """The reward model in a run, a checkpoint or a Transformers folder, without dropout."""
     return load_scalar_model(handover.model_folder(folder), state=_checkpoint_state(folder), dropout=0.0)
-
-
-def load_reference(folder: str, device: torch.device) -> LanguageModel:
-    """The model that a run starts from, as it stays: without dropout or gradients."""
-    return load_policy(folder, dropout=0.0).to(device).eval().requires_grad_(False)
 
 
 def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:

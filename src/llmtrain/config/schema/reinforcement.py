@@ -85,7 +85,7 @@ class GrpoConfig(SampledAnswersConfig):
     clip_range_high: float | None = Field(default=None, gt=0)
     """Clip above 1 (DAPO: 0.28). Null: `clip_range`."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What rewards less the mean of their group are divided by: the group's standard deviation, the batch's, nothing."""
+    """Standard deviation that rewards less the mean of their group are divided by: the group's, the batch's, none."""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
     """Average losses of tokens over each answer, then over answers; over all tokens; or over `max_new_tokens`."""
     kl_coefficient: float = Field(default=0.04, ge=0)
@@ -164,6 +164,4 @@ class RejectionSamplingConfig(SampledAnswersConfig):
 
 
 # The methods of `align` that sample answers and have them judged.
-SamplingMethod = (
-    PpoConfig | GrpoConfig | RlooConfig | ReinforceConfig | OnlineDpoConfig | RejectionSamplingConfig
-)
+SamplingMethod = PpoConfig | GrpoConfig | RlooConfig | ReinforceConfig | OnlineDpoConfig | RejectionSamplingConfig

@@ -126,6 +126,9 @@ class EvalConfig:
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
+    best_of: int | None = Field(default=None, ge=2)
+    """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
+    that sample): a baseline, best-of-n."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
