@@ -180,18 +180,20 @@ def compare(kit, trainer, objective, model, batch: JudgedAnswers, **known) -> No
     kit.assert_same_gradients(kit.gradients(objective, ours, batch), references)
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
+@pytest.mark.parametrize(("kl_coefficient", "unbiased_kl"), [(0.0, True), (0.3, False), (0.3, True)])
 @pytest.mark.parametrize("high", [None, 0.28])
 @pytest.mark.parametrize(
     ("average", "loss_type"), [("sequence", "grpo"), ("token", "dapo"), ("token", "bnpo"), ("constant", "dr_grpo")]
 )
-def test_grpo_loss_and_gradient_of_trl(kit, trainers, llamas, average, loss_type, high, kl_coefficient):
+def test_grpo_loss_and_gradient_of_trl(kit, trainers, llamas, average, loss_type, high, kl_coefficient, unbiased_kl):
     policy, sampler, reference = llamas
     trainer = trainers["GRPO"]
     trainer.loss_type, trainer.beta, trainer.epsilon_low = loss_type, kl_coefficient, 0.1
-    trainer.epsilon_high = high or 0.1
+    trainer.epsilon_high, trainer.args.use_bias_correction_kl = high or 0.1, unbiased_kl
     batch = judged(kit, Readable(sampler), Readable(reference) if kl_coefficient else None)
-    objective = Grpo(0.1, high, kl_coefficient, average, max_new_tokens=20, temperature=TEMPERATURE)
+    objective = Grpo(
+        0.1, high, kl_coefficient, average, max_new_tokens=20, temperature=TEMPERATURE, unbiased_kl=unbiased_kl
+    )
     known = {"old_per_token_logps": batch.logprobs[:, PROMPT - 1 :]}
     if kl_coefficient:
         known["ref_per_token_logps"] = batch.reference_logprobs[:, PROMPT - 1 :]

@@ -37,8 +37,9 @@ def groups(view: View) -> Iterator[Finding]:
 def kl_penalty(view: View) -> Iterator[Finding]:
     """Without a coefficient there is no penalty; the horizon belongs to the adaptive one."""
     if view["method.kl_coefficient"] == 0:
-        for key in ("method.kl_estimator", "method.kl_target", "method.kl_horizon"):
-            yield from no_effect(view, key, "there is no KL in the reward", "method.kl_coefficient")
+        for key in ("kl_estimator", "kl_target", "kl_horizon", "unbiased_kl"):
+            if key in view["method"]:
+                yield from no_effect(view, f"method.{key}", "the KL counts for nothing", "method.kl_coefficient")
     elif view["method.kl_target"] is None:
         yield from no_effect(view, "method.kl_horizon", "the KL coefficient is fixed; set method.kl_target")
 

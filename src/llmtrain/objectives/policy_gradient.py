@@ -99,15 +99,19 @@ class Grpo:
             of each answer, so that length weighs nothing (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
         max_new_tokens: what `constant` divides by.
         temperature: what the answers were sampled at.
+        unbiased_kl: multiply the KL by the ratio, which is 1 at the first update but has a gradient: only so is its
+            expected gradient that of KL(π ‖ reference) (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
     """
 
     def __init__(
         self, clip_range: float = 0.2, clip_range_high: float | None = None, kl_coefficient: float = 0.04,
-        loss_average: LossAverage = "sequence", max_new_tokens: int = 64, temperature: float = 1.0,
+        loss_average: LossAverage = "sequence", max_new_tokens: int = 64, temperature: float = 1.0, *,
+        unbiased_kl: bool = True,
     ) -> None:  # fmt: skip
         self.clip_range, self.clip_range_high = clip_range, clip_range_high
         self.kl_coefficient, self.temperature = kl_coefficient, temperature
         self.loss_average, self.max_new_tokens = loss_average, max_new_tokens
+        self.unbiased_kl = unbiased_kl
 
     def weight(self, batch: JudgedAnswers) -> Tensor:
         """Number of answers, of tokens, or of answers times the longest they may be."""
@@ -129,14 +133,15 @@ class Grpo:
             logprobs, batch.logprobs, batch.advantages[:, None], mask,
             clip_range=self.clip_range, clip_range_high=self.clip_range_high,
         )  # fmt: skip
+        ratio = ratio_of(logprobs, batch.logprobs, mask)
         measured = {"approx_kl": kl_k3(batch.logprobs, logprobs), "entropy": entropy}
         if batch.reference_logprobs is not None:
-            measured["reference_kl"] = kl_k3(logprobs, batch.reference_logprobs)
-            per_token = per_token + self.kl_coefficient * torch.where(mask, measured["reference_kl"], 0.0)
+            kl = torch.where(mask, kl_k3(logprobs, batch.reference_logprobs), 0.0)
+            measured["reference_kl"] = kl
+            per_token = per_token + self.kl_coefficient * (kl * ratio if self.unbiased_kl else kl)
         if self.loss_average == "sequence":
             per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
         loss = per_token.sum()
-        ratio = ratio_of(logprobs, batch.logprobs, mask)
         metrics = over_mask(mask, **measured) | ratio_metrics(
             ratio, mask, clip_range=self.clip_range, clip_range_high=self.clip_range_high
         )

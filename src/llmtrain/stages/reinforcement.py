@@ -152,7 +152,7 @@ def grpo(run: Run[AlignConfig], method: GrpoConfig, policy: LanguageModel) -> Le
     )  # fmt: skip
     objective = Grpo(
         method.clip_range, method.clip_range_high, method.kl_coefficient, method.loss_average, method.max_new_tokens,
-        method.temperature,
+        method.temperature, unbiased_kl=method.unbiased_kl,
     )  # fmt: skip
     learner = several_updates(
         run, method, policy, advantages, objective, kl_in_loss=True, mask_unfinished=method.mask_unfinished
