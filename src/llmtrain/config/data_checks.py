@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from llmtrain.config.faults import suggestion
 from llmtrain.config.fields import fields_of
+from llmtrain.config.method_checks import SAMPLING
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import CleaningConfig
 from llmtrain.config.token_paths import PACKED_SUFFIXES, file_kinds, names_token_files
@@ -18,7 +19,7 @@ CLEANING = {
 
 def sampled_pairs(view: View) -> Iterator[Finding]:
     """Pairs are eaten by the reward model and by DPO."""
-    if view.command == "sft" or (view.command == "align" and view["method.name"] == "ppo"):
+    if view.command == "sft" or (view.command == "align" and view["method.name"] in SAMPLING):
         yield from no_effect(view, "data.sampled_pairs", "only reward and align method=dpo train on pairs")
 
 

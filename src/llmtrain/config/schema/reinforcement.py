@@ -91,7 +91,7 @@ class GrpoConfig(SampledAnswersConfig):
     kl_coefficient: float = Field(default=0.04, ge=0)
     """Weight of the KL to the reference (k3) in the loss of each token. 0: no reference model is loaded."""
     unbiased_kl: bool = True
-    """Multiply that KL by the ratio, so that its gradient is right on average (DeepSeek-V3.2); GRPO's paper does not."""
+    """Multiply that KL by the ratio, so that its gradient is right on average (DeepSeek-V3.2). GRPO's paper: false."""
     kl_limit: float | None = Field(default=None, gt=0)
     """Leave out the rest of a rollout's updates after one that began with a KL per token above this, in nats, between
     the policy and the one that sampled."""
