@@ -26,7 +26,7 @@ from llmtrain.rewards.answers import Answer
 from llmtrain.rewards.sums import WeightedSum
 
 VOCAB, ROWS, GROUP, STEP = 19, 8, 2, 3
-STOP = frozenset(range(1, 5))
+STOP = frozenset((1, 2))
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 CONFIG = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, max_sequence_length=64)
 

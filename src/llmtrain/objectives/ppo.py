@@ -12,9 +12,10 @@ How the details of PPO that decide whether it works are handled, after openai/lm
     answers are the same and no time is spent beyond the end.
  4. The temperature divides the logits wherever log-probabilities are taken: followed (`Ppo`, the rollouts).
  5. No top-k or top-p in rollouts: followed; there is no switch, because the ratio would be wrong.
- 6. Reward head drawn from N(0, 1 / (H + 1)) without bias: followed. Value model copied from the reward model: followed.
+ 6. Reward head drawn from N(0, 1 / (H + 1)) without bias: followed. Value model copied from the reward model: followed
+    (switch: value_model; copied from the policy or sharing its trunk, its head is zero at first, as in 2019).
  7. Reward normalised: followed; the reward model carries its mean and standard deviation.
- 8. The score at the last token, a KL penalty at every token: followed (`token_rewards`).
+ 8. The score at the last token, a KL penalty at every token: followed (`token_rewards`; switch: kl_estimator).
  9. A fixed score for answers without end token: instead a penalty is taken from their score (switch:
     missing_eos_penalty), so that among unfinished answers the better one is still preferred.
 10. gamma 1, lambda 0.95, clip 0.2, value clip 0.2, value weight 0.1: followed; each a switch.

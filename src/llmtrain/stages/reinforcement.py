@@ -87,7 +87,9 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
         f"to {sum(map(len, rows.values())):,} prompts"
     )
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
-    best_of = [BestOf(problems, reward, method, config.eval.best_of, config.seed)] if config.eval.best_of else []
+    best_of = []
+    if config.eval.best_of and problems.problems:
+        best_of.append(BestOf(problems, reward, method, config.eval.best_of, config.seed))
     run.write_samples("before", problems.samples)
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective,

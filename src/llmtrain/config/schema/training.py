@@ -33,7 +33,7 @@ class TrainConfig:
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per step, over all processes (pretraining); a multiple of `sequence_length`."""
     batch_rows: int | None = Field(default=None, ge=1)
-    """Rows per step, over all processes: conversations, pairs or prompts."""
+    """Rows per step, over all processes: conversations, pairs or sampled answers."""
     sequence_length: int = Field(default=256, ge=2)
     """Tokens the model sees in one row (at most, where rows differ in length)."""
     length_warmup: LengthWarmupConfig | None = None
