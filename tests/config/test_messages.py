@@ -95,7 +95,7 @@ BAD = [
     # words
     ("pretrain engine.precision=bf16", "it takes float32 or bfloat16; did you mean bfloat16?"),
     ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
-    ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ppo or rloo rejection_sampling; did you mean ppo?"),
+    ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ppo or rloo did you mean ppo?"),
     # groups
     (
         "pretrain model=llama_tny",
