@@ -23,12 +23,30 @@ TINY = {
     "dpo": [*ROWS, *PROBLEMS],
     "ppo": [*ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100"],
 }  # fmt: skip
+# A reward that tells short answers from long ones, so that a model which knows nothing gets different ones.
+LENGTH = ["rewards=length", "rewards.length.options.maximum=8", "rewards.length.options.buffer=8"]
+GROUPS = [*ROWS, *PROBLEMS, *LENGTH, "method.max_new_tokens=8", "method.samples_per_prompt=2"]
+TINY |= {
+    "shared-ppo": [
+        *ROWS, *PROBLEMS, *LENGTH, "method.max_new_tokens=8", "method.value_model=shared", "method.kl_limit=1e-5",
+    ],
+    "grpo": [*GROUPS, "method.epochs=2", "method.minibatches=2", "method.dynamic_sampling=2", "eval.best_of=2"],
+    "rloo": [*GROUPS, "method.minibatches=2", "method.kl_limit=1e-5"],
+    "reinforce": [*ROWS, *PROBLEMS, *LENGTH, "method.max_new_tokens=8"],
+    "online_dpo": GROUPS,
+    "rejection_sampling": [*GROUPS, "method.minimum_reward=-1.2"],
+}  # fmt: skip
 COMMANDS = {
     "pretrain": ["pretrain", *TINY["pretrain"]],
     "sft": ["sft", *TINY["sft"]],
     "reward": ["reward", *TINY["reward"]],
     "dpo": ["align", "method=dpo", *TINY["dpo"]],
     "ppo": ["align", "method=ppo", *TINY["ppo"]],
+    "shared-ppo": ["align", "method=ppo", *TINY["shared-ppo"]],
+    **{
+        name: ["align", f"method={name}", *TINY[name]]
+        for name in ("grpo", "rloo", "reinforce", "online_dpo", "rejection_sampling")
+    },
 }
 COMMANDS |= {
     method: ["align", f"method={method}", *TINY["dpo"]]

@@ -135,6 +135,13 @@ BAD = [
     ("sft engine.processes=3", "16 rows cannot be shared evenly by 3 processes"),
     ("align method=ppo method.minibatches=3", "method.minibatches: 3 does not divide train.batch_rows=16"),
     ("align method=ppo method.minibatches=8 engine.processes=4", "minibatches of 2 rows evenly by 4 processes"),
+    ("align method=grpo train.batch_rows=12", "method.samples_per_prompt: 8 does not divide train.batch_rows=12"),
+    (
+        "align method=rloo method.minibatches=3",
+        "method.minibatches: 3 does not divide the 4 prompts of train.batch_rows=16",
+    ),
+    ("align method=online_dpo engine.processes=16", "8 prompts cannot be shared evenly by 16 processes"),
+    ("align method=grpo method.minibatches=2 engine.processes=2", "minibatches of 1 prompts evenly by 2 processes"),
     ("pretrain engine.sharding=fsdp", "engine.sharding: has no effect: fsdp shards over processes and there is one"),
     # options without effect
     ("pretrain schedule.decay_steps=5", "schedule.decay_steps: has no effect: cosine has no final decay"),
@@ -212,6 +219,24 @@ BAD = [
     ("reward center_rewards_coefficient=0.01", "unknown key; did you mean objective.centring_weight?"),
     ("align method=ppo reward_model_weight=0", "reward_model_weight: all weights are 0: nothing is rewarded"),
     ("align method=ppo method.kl_horizon=5", "method.kl_horizon: has no effect"),
+    ("align method=ppo method.kl_coefficient=0 method.kl_target=3", "method.kl_target: has no effect: the KL counts"),
+    ("align method=grpo method.kl_coefficient=0 method.unbiased_kl=false", "method.unbiased_kl: has no effect"),
+    (
+        "align method=grpo method.clip_range_high=0.28",
+        "method.clip_range_high: has no effect: a rollout is used for one",
+    ),
+    ("align method=rloo method.kl_limit=0.1", "method.kl_limit: has no effect: a rollout is used for one update"),
+    (
+        "align method=ppo rewards=length method.value_model=reward_model",
+        "method.value_model: there is no reward model to copy",
+    ),
+    (
+        "align method=ppo method.value_model=shared method.value_warmup_steps=2",
+        "method.value_warmup_steps: has no effect: values and policy share their weights",
+    ),
+    ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
+    ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
+    ("align method=grpo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
     ("reward data.packing=true", "data.packing: has no effect: reward trains on rows of their own; only sft packs"),

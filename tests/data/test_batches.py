@@ -167,8 +167,18 @@ def test_rankings_share_one_width_and_know_what_is_better() -> None:
 def test_prompts_are_those_of_the_whole_batch() -> None:
     rows = {"a": [PromptRow([i], "", None) for i in range(6)]}
     source = PromptBatches(rows, order({"a": 1.0}, {"a": 6}, 3))
-    assert sorted(ids[0] for step in range(2) for ids in source(step)) == list(range(6))
+    assert sorted(row.tokens[0] for step in range(2) for row in source(step)) == list(range(6))
     assert source(0) != source(2)
+
+
+def test_replaced_prompts_have_an_order_of_their_own() -> None:
+    rows = {"a": [PromptRow([i], "", None) for i in range(60)]}
+    mixture = order({"a": 1.0}, {"a": 60}, 20)
+    other = RowOrder(mixture.mixture, {"a": 60}, 20, seed=77)
+    source = PromptBatches(rows, mixture, [other])
+    assert source(0, 1) != source(0)
+    assert source(0, 1) == PromptBatches(rows, other)(0)
+    assert sorted(row.tokens[0] for step in range(3) for row in source(step, 1)) == list(range(60))
 
 
 def test_held_out_text_knows_its_bytes(sources: dict[str, TokenSource], tokenizer: Tokenizer) -> None:

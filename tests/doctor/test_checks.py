@@ -12,7 +12,7 @@ from llmtrain.doctor import losses, sampling, training
 from llmtrain.doctor.checks import CHECKS
 from llmtrain.doctor.measurement import Check, Measurement, Skipped
 from llmtrain.engine import trainer
-from llmtrain.generation import rollouts
+from llmtrain.generation import estimators
 from llmtrain.models.attention import KVCache
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.heads import LanguageModel
@@ -82,8 +82,8 @@ def test_a_loss_that_forgets_a_token_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rollouts_read_at_another_temperature_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rollouts.policy_and_values
-    monkeypatch.setattr(rollouts, "policy_and_values", lambda model, tokens, mask, _: right(model, tokens, mask, 1.0))
+    right = estimators.policy_and_values
+    monkeypatch.setattr(estimators, "policy_and_values", lambda model, tokens, mask, _: right(model, tokens, mask, 1.0))
     found = off(losses.first_ppo_update(CPU))
     for quantity in ("log-probabilities", "ratio", "KL to the policy that sampled", "clip fraction"):
         assert f"PPO, first update: {quantity}" in found

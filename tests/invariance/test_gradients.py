@@ -5,6 +5,7 @@ One run of two processes goes through all cases; process 0 also computes the pla
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,33 @@ from llmtrain.config.schema import (
     OrpoConfig,
     PpoConfig,
     RobustConfig,
+    SampledAnswersConfig,
     SimpoConfig,
     TrackerConfig,
 )
-from llmtrain.engine.distributed import Layout, bare, join, launch, leave, spread
+from llmtrain.data.encoding import PromptRow
+from llmtrain.engine.distributed import Layout, bare, join, launch, leave, spread, total
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
+from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.generation.selection import best_and_worst, best_answers
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.kl import AdaptiveKL
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.pairs import PairBatch, answer_logprobs
-from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, Trajectory, policy_and_values, rows_of_process
+from llmtrain.objectives.policy_gradient import Grpo, Reinforce, logprobs_reader
+from llmtrain.objectives.ppo import Ppo
 from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
+from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory, rows_of_process
+from llmtrain.rewards.models import LearnedReward
+from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages.kto import Baseline
 from llmtrain.stages.preference import build_objective
 
@@ -51,7 +62,12 @@ PREFERENCE = {
     "dpo": DpoConfig(sft_weight=0.2), "length_normalised": DpoConfig(length_normalised=True), "ipo": IpoConfig(),
     "hinge": HingeConfig(), "robust": RobustConfig(), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "cpo": CpoConfig(),
 }  # fmt: skip
-OBJECTIVES = ("next_token", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo")
+OBJECTIVES = (
+    "next_token", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
+    "token grpo", "reinforce",
+)  # fmt: skip
+METHODS = ("ppo", "shared ppo", "grpo", "rloo", "reinforce", "online_dpo", "rejection_sampling")
+GROUPED = ("grpo", "rloo", "online_dpo", "rejection_sampling")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
@@ -73,18 +89,23 @@ def test_gradient_is_that_of_the_whole_batch(objective: str, layout: str, measur
         assert measured["gradients"][f"{objective}/{layout}/{micro}"] <= 1e-5, f"micro-batches of {micro}"
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_a_rollout_does_not_depend_on_the_processes(layout: str, measured: dict[str, Any]) -> None:
-    assert measured["rollout"][f"{layout}/same tokens"]
-    for name in ("logprobs", "values", "advantages", "returns"):
-        assert measured["rollout"][f"{layout}/{name}"] < 1e-5, name
+def test_a_rollout_does_not_depend_on_the_processes(layout: str, method: str, measured: dict[str, Any]) -> None:
+    found = measured["rollout"][f"{method}/{layout}"]
+    assert found.pop("same rows")
+    assert found.pop("largest difference") < 1e-5
 
 
+@pytest.mark.parametrize("method", ["ppo", "shared ppo", "grpo", "rloo", "reinforce"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_first_update_of_a_rollout_has_ratio_one_and_no_kl(layout: str, measured: dict[str, Any]) -> None:
+def test_first_update_of_a_rollout_has_ratio_one_and_no_kl(layout: str, method: str, measured: dict[str, Any]) -> None:
     for micro in MICRO_BATCHES:
-        figures = measured["first update"][f"{layout}/{micro}"]
-        assert figures == {"ratio": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "largest logprob difference": 0.0}
+        figures = measured["first update"][f"{method}/{layout}/{micro}"]
+        assert figures == {
+            "ratio": 1.0, "ratio_max": 1.0, "ratio_min": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0,
+            "largest logprob difference": 0.0,
+        }  # fmt: skip
 
 
 def measure(path: Path) -> None:
@@ -97,10 +118,11 @@ def measure(path: Path) -> None:
             for micro in MICRO_BATCHES:
                 found = trained_gradients(name, place, sharding, micro)
                 gradients[f"{name}/{where}/{micro}"] = max(map(relative_error, found, expected))
-    for place, sharding, where in places(layout):
-        rollout |= {f"{where}/{key}": value for key, value in rollout_differences(place, sharding).items()}
-        for micro in MICRO_BATCHES:
-            first[f"{where}/{micro}"] = first_update(place, sharding, micro)
+    for name in METHODS:
+        for place, sharding, where in places(layout):
+            rollout[f"{name}/{where}"] = rollout_differences(name, place, sharding)
+            for micro in MICRO_BATCHES if "_" not in name else ():
+                first[f"{name}/{where}/{micro}"] = first_update(name, place, sharding, micro)
     if layout.is_main:
         path.write_text(json.dumps({"gradients": gradients, "rollout": rollout, "first update": first}))
     leave()
@@ -126,10 +148,20 @@ def actor_critic() -> ActorCritic:
     return ActorCritic(language_model(1), value)
 
 
+def shared_actor_critic() -> SharedActorCritic:
+    trained = SharedActorCritic(language_model(1))
+    nn.init.normal_(trained.value.weight, generator=torch.Generator().manual_seed(4))
+    return trained
+
+
 def build(name: str) -> tuple[nn.Module, Any]:
     """A model and its objective."""
-    if name == "ppo":
-        return actor_critic(), Ppo()
+    if name.endswith("ppo"):
+        return (actor_critic() if name == "ppo" else shared_actor_critic()), Ppo()
+    if name.endswith("grpo"):
+        return language_model(1), Grpo(loss_average="token" if name == "token grpo" else "sequence")
+    if name in ("rloo", "reinforce"):
+        return language_model(1), Reinforce()
     if name in ("bradley_terry", "rankings"):
         objective = BradleyTerry(margin_weight=0.5, centring_weight=0.1) if name == "rankings" else BradleyTerry()
         return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), objective
@@ -157,7 +189,14 @@ def global_batch(name: str) -> Batch:
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents)
     if name in ("next_token", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
-    if name == "ppo":
+    if name.endswith(("grpo", "reinforce")):
+        logprobs, reference = torch.randn(2, ROWS, WIDTH - 1, generator=draw) * mask[:, 1:]
+        return JudgedAnswers(
+            tokens=tokens, response_mask=mask, logprobs=(logprobs - 4) * mask[:, 1:],
+            reference_logprobs=(reference - 4) * mask[:, 1:], advantages=torch.randn(ROWS, generator=draw),
+            group_rows=2, epochs=2, minibatches=2, first_slot=0, seed=5, step=3,
+        )  # fmt: skip
+    if name.endswith("ppo"):
         logprobs, values, advantages, returns = torch.randn(4, ROWS, WIDTH - 1, generator=draw) * mask[:, 1:]
         return Trajectory(
             tokens=tokens, response_mask=mask, logprobs=logprobs - 4, values=values, advantages=advantages,
@@ -192,9 +231,10 @@ def ranking_batch(answers: list[Tensor], masks: list[Tensor], counts: list[int],
 
 def own_rows(batch: Batch, layout: Layout) -> Batch:
     """A process's part of the global batch, as the batch sources cut it."""
-    if isinstance(batch, Trajectory):
-        mine = batch[rows_of_process(layout.rank, layout.world, ROWS, batch.minibatches)]
-        return dataclasses.replace(mine, first_slot=layout.rank * (ROWS // batch.minibatches) // layout.world)
+    if isinstance(batch, Rollout):
+        mine = batch[rows_of_process(layout.rank, layout.world, ROWS, batch.minibatches, batch.group_rows)]
+        slots = ROWS // batch.group_rows // batch.minibatches
+        return dataclasses.replace(mine, first_slot=layout.rank * slots // layout.world)
     return batch[layout.rank * ROWS // layout.world : (layout.rank + 1) * ROWS // layout.world]
 
 
@@ -287,52 +327,90 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     return max(float((found[name] - each).norm() / each.norm()) for name, each in expected.items())
 
 
-def rollouts(layout: Layout, sharding: Any, micro: int | None) -> tuple[nn.Module, Rollouts]:
-    trained = actor_critic()
+def prompts(step: int, replacement: int = 0) -> list[PromptRow]:
+    """Eight prompts of different lengths, others for each replacement."""
+    rows = [[(7 * row + place + replacement) % (VOCAB - 1) + 1 for place in range(2 + 3 * row)] for row in range(ROWS)]
+    return [PromptRow(tokens, "", None) for tokens in rows]
+
+
+prompts.counts = lambda step: {}  # type: ignore[attr-defined]
+
+
+def rollouts(name: str, layout: Layout, sharding: Any, micro: int | None) -> tuple[nn.Module, Rollouts]:
+    """A method's batch source, and what it trains."""
+    trained, reduce = build(name)[0], partial(total, layout=layout)
     model = spread(trained, layout, sharding)
     model.train()
-    prompts = [[(7 * row + place) % (VOCAB - 1) + 1 for place in range(2 + 3 * row)] for row in range(ROWS)]
-    reward_model = ScalarModel.from_language_model(language_model(6), torch.Generator().manual_seed(8)).eval()
+    read = {"model": model, "reference": language_model(9).eval(), "micro_batch_rows": micro, "autocast": no_autocast}
+    with_values = partial(PpoEstimator, settings=PPO, kl=AdaptiveKL(0.1, 1.0, 100), kl_stop=None, layout=layout, **read)
+    several = partial(AnswerEstimator, temperature=1.0, epochs=2, minibatches=2, **read)
+    learn_from: dict[str, Any] = {
+        "ppo": with_values, "shared ppo": with_values, "grpo": partial(
+            several, advantages=partial(group_advantages, group_rows=2, scale="batch", reduce=reduce), kl_in_loss=True
+        ),
+        "rloo": partial(several, advantages=partial(leave_one_out_advantages, group_rows=2), kl_in_reward=0.1),
+        "reinforce": partial(several, advantages=partial(batch_advantages, reduce=reduce), kl_in_reward=0.1),
+        "online_dpo": lambda: best_and_worst, "rejection_sampling": lambda: partial(best_answers, minimum_reward=-1.0),
+    }  # fmt: skip
+    scores = ScalarModel.from_language_model(language_model(6), torch.Generator().manual_seed(8)).eval()
+    rewards = {"model": LearnedReward(scores, pad_id=0, micro_batch_rows=micro), "short": short}
+    weights = {"model": 0.0, "short": 1.0} if name == "grpo" else {"model": 1.0, "short": 0.5}
     return model, Rollouts(
-        model=model, policy=trained.policy, reference=language_model(9).eval(), reward_model=reward_model,
-        prompts=lambda step: prompts, counts=lambda step: {}, stop_tokens=frozenset(range(1, 8)), pad_id=0,
-        settings=PPO, batch_rows=ROWS, micro_batch_rows=micro, kl=AdaptiveKL(0.1, 1.0, 100), seed=11, layout=layout,
-        autocast=no_autocast,
+        policy=getattr(trained, "policy", trained), prompts=prompts, reward=WeightedSum(rewards, weights),
+        learn_from=learn_from[name](), decode=str, stop_tokens=frozenset(range(1, 8)), pad_id=0,
+        settings=SampledAnswersConfig(max_new_tokens=12), batch_rows=ROWS, group_rows=2 if name in GROUPED else 1,
+        minibatches=1 if name in ("online_dpo", "rejection_sampling") else 2, replacements=2 * (name == "grpo"),
+        seed=11, layout=layout, autocast=no_autocast,
     )  # fmt: skip
 
 
-def rollout_differences(layout: Layout, sharding: Any) -> dict[str, Any]:
-    """A rollout against that of a single process: whether the tokens are the same, how far apart the numbers are."""
-    whole = rollouts(ALONE, "ddp", None)[1](4)
-    mine = rollouts(layout, sharding, 2)[1](4)
-    expected = whole[rows_of_process(layout.rank, layout.world, ROWS, PPO.minibatches)]
-    width = min(mine.tokens.shape[1], expected.tokens.shape[1])
-    same = torch.equal(mine.tokens[:, :width], expected.tokens[:, :width])
-    found: dict[str, Any] = {"same tokens": same and len({int(n) for n in mine.response_mask.sum(1)}) > 1}
-    for name in ("logprobs", "values", "advantages", "returns"):
-        one, other = getattr(mine, name)[:, : width - 1], getattr(expected, name)[:, : width - 1]
-        found[name] = float((one - other).abs().max())
-    return found
+def short(answers: Any) -> list[float]:
+    """A rule that gives many groups the same reward."""
+    return [float(len(answer.tokens) < 6) for answer in answers]
 
 
-def first_update(layout: Layout, sharding: Any, micro: int | None) -> dict[str, float]:
+def rollout_differences(name: str, layout: Layout, sharding: Any) -> dict[str, Any]:
+    """A rollout against that of a single process: whether it has the same rows, how far apart the numbers are."""
+    whole = rollouts(name, ALONE, "ddp", None)[1](4)
+    source = rollouts(name, layout, sharding, 2)[1]
+    mine = source(4)
+    if isinstance(whole, Rollout):
+        rows = rows_of_process(layout.rank, layout.world, ROWS, source.minibatches, source.group_rows)
+    else:
+        rows = torch.arange(len(whole)).chunk(layout.world)[layout.rank]
+    expected, same, largest = whole[rows], len(mine) == len(rows), 0.0
+    for field in dataclasses.fields(mine):
+        one, other = getattr(mine, field.name), getattr(expected, field.name)
+        if isinstance(one, Tensor) and one.dim() == 2:  # each is padded to its own longest row
+            width = min(one.shape[1], other.shape[1])
+            one, other = one[:, :width], other[:, :width]
+        if isinstance(one, Tensor) and one.is_floating_point():
+            largest = max(largest, float((one - other).abs().max()))
+        elif isinstance(one, Tensor):
+            same = same and torch.equal(one, other)
+    return {"same rows": same, "largest difference": largest}
+
+
+def first_update(name: str, layout: Layout, sharding: Any, micro: int | None) -> dict[str, float]:
     """What the first update of a rollout sees, in training mode with gradients."""
-    model, make = rollouts(layout, sharding, micro)
-    update = next(make(4).updates())
-    metrics: dict[str, list[float]] = {"ratio": [], "approx_kl": [], "clip_fraction": []}
+    model, make = rollouts(name, layout, sharding, micro)
+    objective, update = build(name)[1], next(make(4).updates())
+    metrics: dict[str, list[float]] = {
+        "ratio": [], "ratio_max": [], "ratio_min": [], "approx_kl": [], "clip_fraction": []
+    }  # fmt: skip
     largest = 0.0
     for part in update.micro_batches(micro):
-        loss, found = Ppo()(model, part)
+        loss, found = objective(model, part)
         loss.backward()
-        for name, values in metrics.items():
-            values.append(float(found[name][0] / found[name][1]))
-        logprobs, _, _ = policy_and_values(model, part.tokens, part.response_mask, 1.0)
+        for key, values in metrics.items():
+            values.append(float(found[key][0] / found[key][1]))
+        read = model(part.tokens, read=logprobs_reader(part.tokens, part.response_mask, 1.0))
+        logprobs = read[0][0] if name.endswith("ppo") else read[0]
         largest = max(largest, float((logprobs - part.logprobs).abs().max()))
-    return {
-        "ratio": max(metrics["ratio"], key=lambda value: abs(value - 1)),
-        "approx_kl": max(map(abs, metrics["approx_kl"])),
-        "clip_fraction": max(metrics["clip_fraction"]), "largest logprob difference": largest,
-    }  # fmt: skip
+    worst = {
+        key: max(values, key=lambda value: abs(value - key.startswith("ratio"))) for key, values in metrics.items()
+    }
+    return worst | {"largest logprob difference": largest}
 
 
 if __name__ == "__main__":  # the figures themselves: python -m tests.invariance.test_gradients

@@ -69,7 +69,7 @@ def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", "kto", "ppo"])
+@pytest.mark.parametrize("stage", [name for name in COMMANDS if name != "pretrain"])
 def test_every_stage_runs_on_two_processes(stage: str, layout: list[str], parents: Path) -> None:
     short = ["train.steps=4", "schedule.warmup_steps=1", f"runs_dir={parents}"]
     command = [*COMMANDS[stage], *short, *starting_from(parents, stage)]

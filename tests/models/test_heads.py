@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, max_sequence_length=32)
 VOCAB_SIZE = 40
@@ -88,3 +88,21 @@ def test_actor_critic_gives_both_and_trains_both() -> None:
     (summed + values.sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert len(model.blocks) == 4
+
+
+def test_shared_values_are_zero_at_first_and_read_the_policys_hidden_states() -> None:
+    policy = language_model()
+    model = SharedActorCritic(policy)
+    logits, values = model(tokens())
+    torch.testing.assert_close(logits, policy(tokens()))
+    assert values.shape == (2, 7)
+    assert not values.any()
+    torch.nn.init.ones_(model.value.weight)
+    hidden, values = model(tokens(), read=lambda hidden, head_weight: hidden)
+    torch.testing.assert_close(values, hidden.sum(dim=-1))
+    values.sum().backward()
+    assert policy.trunk.token_embedding.weight.grad.any()
+
+
+def test_a_value_model_without_a_reward_model_starts_at_zero() -> None:
+    assert not scalar_model().zero_score()(tokens()).any()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SftConfig
+from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SamplingMethod, SftConfig
 from llmtrain.data.batches import RowOrder
 from llmtrain.data.encoding import (
     AnswerRow,
@@ -33,7 +33,7 @@ from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
 from llmtrain.stages import assembly, handover, pretrain, sft
 from llmtrain.stages.pairs import read_rankings
-from llmtrain.stages.planning import make_plan, row_digests
+from llmtrain.stages.planning import drawn, make_plan, row_digests
 
 RowStage = SftConfig | RewardConfig | AlignConfig
 
@@ -128,7 +128,7 @@ class SeenRows:
             self.rows = {name: PackedConversations(each, length) for name, each in found.items()}
         said = row_digests(config.data, found)
         self.amounts = {name: len(each) for name, each in self.rows.items()}  # what there is, by source
-        self.plan = make_plan(config.data, config.train, self.amounts, said, ledger=ledger)
+        self.plan = make_plan(config.data, drawn(config), self.amounts, said, ledger=ledger)
         self.order = self.plan.order(config.seed)
 
     def counts(self, steps: int) -> dict[str, float]:
@@ -184,7 +184,7 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
     options: dict[str, Any] = {"split": "train", "max_length": length, "cache_dir": Path(config.runs_dir) / "cache"}
     if isinstance(config, SftConfig):
         return load_conversations(config.data, tokenizer, **options)
-    if isinstance(config, AlignConfig) and config.method.name == "ppo":
+    if isinstance(config, AlignConfig) and isinstance(config.method, SamplingMethod):
         return load_prompts(config.data, tokenizer, **options)
     if isinstance(config, AlignConfig) and config.method.name == "kto":
         judged = load_judged(config.data, tokenizer, **options)

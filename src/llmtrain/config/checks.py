@@ -8,18 +8,18 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.data_checks import DATA_CHECKS
-from llmtrain.config.fields import alternatives, fields_of, tag_of
+from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
+from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
-from llmtrain.config.schema import ModelConfig, SamplingMethod
+from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
-SAMPLING = [tag_of(member) for member in alternatives(SamplingMethod)]
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
@@ -153,19 +153,6 @@ def rows_per_process(view: View) -> Iterator[Finding]:
         yield finding(problem, "train.batch_rows", "engine.processes")
 
 
-def minibatches(view: View) -> Iterator[Finding]:
-    """PPO's minibatches are equal, also over processes."""
-    rows, count = view["train.batch_rows"], view["method.minibatches"]
-    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
-    if rows is None:
-        return
-    if rows % count:
-        yield finding(f"{count} does not divide train.batch_rows={rows}", "method.minibatches", "train.batch_rows")
-    elif (rows // count) % processes:
-        problem = f"minibatches of {rows // count} rows cannot be shared evenly by {processes} processes"
-        yield finding(problem, "method.minibatches", "train.batch_rows", "engine.processes")
-
-
 def launched(view: View) -> Iterator[Finding]:
     """Sharding needs several processes; a launcher counts them itself."""
     processes = view["engine.processes"]
@@ -282,12 +269,6 @@ def margins(view: View) -> Iterator[Finding]:
         yield finding(problem, "objective.margin_weight", "data.sampled_pairs")
 
 
-def adaptive_kl(view: View) -> Iterator[Finding]:
-    """The horizon belongs to the adaptive coefficient."""
-    if view["method.kl_target"] is None:
-        yield from no_effect(view, "method.kl_horizon", "the KL coefficient is fixed; set method.kl_target")
-
-
 def greedy(view: View) -> Iterator[Finding]:
     """Temperature 0 takes the likeliest token."""
     if view["temperature"] == 0:
@@ -347,7 +328,6 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     batch_size,
     whole_rows,
     rows_per_process,
-    minibatches,
     launched,
     schedule,
     warmup,
@@ -359,7 +339,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     tokenizer,
     reward,
     margins,
-    adaptive_kl,
+    *METHOD_CHECKS,
     *DATA_CHECKS,
     greedy,
     pipeline_order,

@@ -42,11 +42,12 @@ COMMANDS = {
     ),
     "align": Command(
         "AlignConfig",
-        "preference optimisation (DPO) or reinforcement learning (PPO)",
+        "preference optimisation (DPO) or reinforcement learning (PPO, GRPO, RLOO, ...)",
         (
             "llmtrain align method=dpo model.init_from=runs/sft",
             "llmtrain align method=kto data=files data.sources.files.path=thumbs.jsonl",
             "llmtrain align method=ppo model.init_from=runs/sft reward_model=runs/reward",
+            "llmtrain align method=grpo model.init_from=runs/sft rewards=exact_answer",
         ),
     ),
     "pipeline": Command(

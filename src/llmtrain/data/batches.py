@@ -211,17 +211,23 @@ class AnswerBatches(SidedBatches[AnswerRow]):
 
 
 class PromptBatches:
-    """PPO: the prompts of a step, for the whole batch over all processes; a row's place names its random draws."""
+    """Reinforcement learning: the prompts of a step, over all processes; a row's place names its random draws.
 
-    def __init__(self, rows: Mapping[str, Sequence[PromptRow]], order: RowOrder) -> None:
-        self.order, self.rows = order, rows
+    `others` are further orders of the same rows: the n-th of them has what the n-th replacement asks.
+    """
 
-    def __call__(self, step: int) -> list[list[int]]:
-        """Ids of all prompts of the step."""
-        return [self.rows[self.order.names[i]][j].tokens for i, j in zip(*self.order(step), strict=True)]
+    def __init__(
+        self, rows: Mapping[str, Sequence[PromptRow]], order: RowOrder, others: Sequence[RowOrder] = ()
+    ) -> None:
+        self.order, self.rows, self.others = order, rows, others
+
+    def __call__(self, step: int, replacement: int = 0) -> list[PromptRow]:
+        """All prompts of the step, or those that replace them."""
+        order = self.others[replacement - 1] if replacement else self.order
+        return [self.rows[order.names[i]][j] for i, j in zip(*order(step), strict=True)]
 
     def counts(self, steps: int) -> dict[str, float]:
-        """Prompts and epochs of each source that `steps` steps have used."""
+        """Prompts and epochs of each source that `steps` steps have used, replacements not counted."""
         return self.order.counts(steps, "rows")
 
 

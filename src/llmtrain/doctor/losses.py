@@ -3,22 +3,30 @@
 import copy
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.config.schema import PpoConfig
+from llmtrain.data.encoding import PromptRow
 from llmtrain.doctor.measurement import Measurement, largest_difference, relative_difference
 from llmtrain.doctor.subject import VOCAB_SIZE, language_model, prompts, ragged_rows
 from llmtrain.engine.distributed import Layout
+from llmtrain.generation.estimators import PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.models.heads import ActorCritic, ScalarModel
+from llmtrain.objectives.advantages import gae, whiten
 from llmtrain.objectives.batch import Metrics
+from llmtrain.objectives.kl import AdaptiveKL
 from llmtrain.objectives.logprobs import cross_entropy_sum
 from llmtrain.objectives.pairs import PairBatch
-from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo, gae, policy_and_values, whiten
+from llmtrain.objectives.ppo import Ppo, policy_and_values
 from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
+from llmtrain.objectives.trajectories import Trajectory
+from llmtrain.rewards.answers import Answer
+from llmtrain.rewards.sums import WeightedSum
 
 # Of openai/lm-human-preferences (tests of `whiten`), as printed in the "N implementation details of RLHF with PPO":
 # mean kept, biased variance, four decimals.
@@ -85,17 +93,25 @@ def cross_entropy(device: torch.device) -> list[Measurement]:
 
 def first_ppo_update(device: torch.device) -> list[Measurement]:
     """At a rollout's first update the policy is the one that sampled: ratio 1, KL 0, nothing clipped, to the bit."""
-    policy = language_model(device)
+    policy, layout = language_model(device), Layout(0, 1, device)
     reference, value = copy.deepcopy(policy), ScalarModel.from_language_model(policy, torch.Generator().manual_seed(1))
-    actor_critic, asked = ActorCritic(policy, value), prompts(16, seed=4)
+    actor_critic, asked = ActorCritic(policy, value), [PromptRow(prompt, "", None) for prompt in prompts(16, seed=4)]
     settings = PpoConfig(max_new_tokens=12, minibatches=2, temperature=0.7)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=False)
+
+    estimator = PpoEstimator(
+        model=actor_critic, reference=reference, settings=settings, kl=AdaptiveKL(0.05).to(device), kl_stop=None,
+        micro_batch_rows=None, layout=layout, autocast=autocast,
+    )  # fmt: skip
     rollouts = Rollouts(
-        model=actor_critic, policy=policy, reference=reference, reward_model=copy.deepcopy(value),
-        prompts=lambda step: asked, counts=lambda step: {}, stop_tokens=frozenset(range(8)), pad_id=0,
-        settings=settings, batch_rows=len(asked), micro_batch_rows=None, kl=AdaptiveKL(0.05).to(device), seed=0,
-        layout=Layout(0, 1, device), autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=False),
+        policy=policy, prompts=SamePrompts(asked), reward=WeightedSum({"length": lengths}, {"length": 1.0}),
+        learn_from=estimator, decode=str, stop_tokens=frozenset(range(8)), pad_id=0, settings=settings,
+        batch_rows=len(asked), minibatches=settings.minibatches, seed=0, layout=layout, autocast=autocast,
     )  # fmt: skip
     rollout = rollouts(0)
+    assert isinstance(rollout, Trajectory)
     update = next(rollout.updates())
     objective = Ppo(settings.clip_range, settings.value_clip_range, settings.value_weight, settings.temperature)
     metrics = means(objective(actor_critic, update)[1])
@@ -108,6 +124,24 @@ def first_ppo_update(device: torch.device) -> list[Measurement]:
         Measurement("PPO, first update: clip fraction", 0.0, metrics["clip_fraction"]),
         Measurement("PPO, first rollout: KL to the reference", 0.0, means(rollout.metrics())["align/kl"], 1e-5),
     ]
+
+
+class SamePrompts:
+    """The same prompts at every step."""
+
+    def __init__(self, rows: Sequence[PromptRow]) -> None:
+        self.rows = rows
+
+    def __call__(self, step: int, replacement: int = 0) -> Sequence[PromptRow]:
+        return self.rows
+
+    def counts(self, step: int) -> dict[str, float]:
+        return {}
+
+
+def lengths(answers: Sequence[Answer]) -> list[float]:
+    """A reward like any other."""
+    return [float(len(answer.tokens)) for answer in answers]
 
 
 def first_dpo_step(device: torch.device) -> list[Measurement]:

@@ -179,6 +179,14 @@ def total(value: Tensor, layout: Layout) -> Tensor:
     return value
 
 
+def largest(value: Tensor, layout: Layout) -> Tensor:
+    """The largest of `value` over all processes, element by element."""
+    if layout.world > 1:
+        value = value.clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def agree(value: Any, layout: Layout) -> Any:
     """The main process's `value`, on every process."""
     if layout.world == 1:

@@ -22,12 +22,15 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, agree, gradient_sync, total
+from llmtrain.engine.distributed import Layout, agree, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+# Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
+EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
+NO_WEIGHT = 1e-30
 
 
 class Rows(Protocol):
@@ -144,7 +147,8 @@ class Trainer:
         batch = self.batches(step).to(self.layout.device)
         metrics, tokens = Totals(batch.metrics()), 0
         for number, update in enumerate(batch.updates()):
-            weight = total(self.objective.weight(update), self.layout)
+            # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
+            weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
             micro_batches = list(update.micro_batches(self.micro_batch_rows))
             for index, micro in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
@@ -167,10 +171,11 @@ class Trainer:
 
     def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
         """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
-        names = sorted(metrics)
+        names = sorted(name for name in metrics if name[-4:] not in EXTREMES)
         pairs = torch.tensor([[float(part) for part in metrics[name]] for name in names], dtype=torch.float64)
         sums = total(pairs.to(self.layout.device), self.layout).tolist()
         values = {_in_group(name): value / weight for name, (value, weight) in zip(names, sums, strict=True) if weight}
+        values |= self._extremes(metrics)
         wrong = [name for name in ("train/loss", "train/grad_norm") if not math.isfinite(values.get(name, 0.0))]
         if wrong:
             raise UserError(
@@ -178,6 +183,15 @@ class Trainer:
                 "Lower optimizer.lr or train.max_grad_norm, or lengthen schedule.warmup_steps."
             )
         return values | self.batches.counts(step)
+
+    def _extremes(self, metrics: Metrics) -> dict[str, float]:
+        """The step's largest and smallest values, over all processes."""
+        signs = {name: 1.0 if name.endswith("_max") else -1.0 for name in sorted(metrics) if name[-4:] in EXTREMES}
+        if not signs:
+            return {}
+        own = torch.tensor([sign * float(metrics[name][0]) for name, sign in signs.items()], dtype=torch.float64)
+        found = largest(own.to(self.layout.device), self.layout).tolist()
+        return {_in_group(name): sign * value for (name, sign), value in zip(signs.items(), found, strict=True)}
 
     def _evaluate(self) -> dict[str, float]:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
@@ -291,4 +305,5 @@ class Totals:
         for name, (value, weight) in metrics.items():
             before = self.sums.get(name)
             value, weight = value.detach(), weight.detach()
-            self.sums[name] = (value, weight) if before is None else (before[0] + value, before[1] + weight)
+            combine = EXTREMES.get(name[-4:], torch.add)
+            self.sums[name] = (value, weight) if before is None else (combine(before[0], value), before[1] + weight)

@@ -1,40 +1,32 @@
-"""Rollouts: the policy answers prompts, the answers are scored, and what PPO learns from is computed.
+"""Rollouts: the policy answers prompts, the answers are judged, and what a method learns from is made of them.
 
 One rollout is the batch of one step: it is sampled at the start of the step, used for all of the step's updates and
 forgotten. A row's draws come from a generator keyed by (seed, step, row), so a rollout depends neither on how its rows
 are batched nor on how many processes share them.
 
-    prompts → sample → log-probabilities and values → score, KL penalty → whitened rewards → GAE → Trajectory
+    prompts → sample → judge → SampledAnswers → what the method learns from (`estimators.py`, `selection.py`)
 
-Shapes: B rows of this process, S tokens of the longest row; quantities per token [B, S-1] belong to tokens[:, 1:].
+Shapes: B rows of this process, S tokens of the longest row, G answers to each prompt, which stand side by side.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmtrain.config.schema import PpoConfig
+from llmtrain.config.schema.reinforcement import SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.engine.distributed import Layout, full_state, is_sharded, total
+from llmtrain.data.encoding import PromptRow
+from llmtrain.engine.distributed import Layout, full_state, is_sharded
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel, ScalarModel
-from llmtrain.objectives.batch import Metrics
-from llmtrain.objectives.logprobs import token_logprobs
-from llmtrain.objectives.pairs import answer_scores
-from llmtrain.objectives.policy_gradient import (
-    AdaptiveKL,
-    Trajectory,
-    gae,
-    kl_k1,
-    policy_and_values,
-    rows_of_process,
-    slots_of_process,
-    token_rewards,
-    whiten,
-)  # fmt: skip
+from llmtrain.models.heads import LanguageModel
+from llmtrain.objectives.advantages import flat_groups
+from llmtrain.objectives.batch import Batch, Metrics
+from llmtrain.objectives.trajectories import rows_of_process, slots_of_process
+from llmtrain.rewards.answers import Answer
+from llmtrain.rewards.sums import WeightedSum
 
 # Rows are padded to a multiple of this, so that few widths occur.
 WIDTH_MULTIPLE = 8
@@ -61,121 +53,173 @@ class Replica:
         return self.copy.eval()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledAnswers(Batch):
+    """The answers of a step on this process, with their rewards; the rows of `rows_of_process`, in that order."""
+
+    tokens: Tensor
+    """[B, S] int64: prompt, answer, padding on the right."""
+    response_mask: Tensor
+    """[B, S] bool: the sampled tokens, end token included."""
+    rewards: Tensor
+    """[B] float32: scores, clipped, less the penalty for a missing end token."""
+    finished: Tensor
+    """[B] bool: whether the answer reached its end token."""
+    group_rows: int
+    first_slot: int
+    seed: int
+    step: int
+    measured: Metrics
+    """Scores, lengths, how many were cut off, how many groups have nothing to tell."""
+
+
+def answer(
+    policy: LanguageModel, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
+    stop_tokens: frozenset[int], decode: Callable[[Sequence[int]], str], seeds: Sequence[int],
+) -> list[Answer]:  # fmt: skip
+    """An answer to each prompt, drawn with its seed, as a reward sees it."""
+    sampled = generate(
+        policy, [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens,
+        stop_tokens=set(stop_tokens), temperature=settings.temperature, seeds=seeds,
+    )  # fmt: skip
+    return [
+        Answer(
+            prompt_tokens=prompt.tokens, tokens=tokens, prompt=prompt.text, text=decode(tokens),
+            expected=prompt.answer, finished=tokens[-1] in stop_tokens,
+        )
+        for prompt, tokens in zip(prompts, sampled, strict=True)
+    ]  # fmt: skip
+
+
+def final_rewards(scores: Sequence[float], answers: Sequence[Answer], settings: SampledAnswersConfig) -> Tensor:
+    """Scores, clipped, less the penalty for a missing end token: [B] float32."""
+    clip = settings.reward_clip
+    found = torch.tensor(scores, dtype=torch.float32)
+    found = found if clip is None else found.clamp(-clip, clip)
+    return found - settings.missing_eos_penalty * torch.tensor([float(not each.finished) for each in answers])
+
+
+class Prompts(Protocol):
+    """What is asked."""
+
+    def __call__(self, step: int, replacement: int = 0) -> Sequence[PromptRow]:
+        """The prompts of the step over all processes; or, one for each, what the n-th replacement asks instead."""
+
+    def counts(self, step: int) -> dict[str, float]:
+        """What the steps before have consumed, by source."""
+
+
+class _Judged(NamedTuple):
+    answer: Answer
+    score: float
+    parts: Mapping[str, float]
+    replacement: int
+
+
 @dataclasses.dataclass(kw_only=True)
 class Rollouts:
-    """PPO's batch source: the Trajectory of a step, sampled from the policy as it stands."""
+    """The batch source of every method that samples: answers of the policy as it stands, made into a batch."""
 
-    model: nn.Module
-    """The actor-critic as spread over the processes."""
     policy: LanguageModel
-    """Its policy, to sample from."""
-    reference: LanguageModel
-    reward_model: ScalarModel
-    prompts: Callable[[int], Sequence[Sequence[int]]]
-    """Step → prompts of the whole batch, over all processes."""
-    counts: Callable[[int], dict[str, float]]
-    """Step → what the steps before it have consumed, by source."""
+    prompts: Prompts
+    reward: WeightedSum
+    learn_from: Callable[[SampledAnswers], Batch]
+    """The method's own part."""
+    decode: Callable[[Sequence[int]], str]
+    """Ids → text without special tokens."""
     stop_tokens: frozenset[int]
     pad_id: int
-    settings: PpoConfig
+    settings: SampledAnswersConfig
     batch_rows: int
-    micro_batch_rows: int | None
-    kl: AdaptiveKL
+    """Answers of a step over all processes."""
+    group_rows: int = 1
+    """Answers to each prompt."""
+    minibatches: int = 1
+    replacements: int = 0
+    """How many times, at most, a prompt is replaced whose answers all have the same reward."""
     seed: int
     layout: Layout
     autocast: Callable[[], torch.autocast]
 
     def __post_init__(self) -> None:
-        rank, world, minibatches = self.layout.rank, self.layout.world, self.settings.minibatches
+        rank, world, prompts = self.layout.rank, self.layout.world, self.batch_rows // self.group_rows
         self.replica = Replica(self.policy)
-        self.rows = rows_of_process(rank, world, self.batch_rows, minibatches).tolist()
-        self.first_slot = slots_of_process(rank, world, self.batch_rows // minibatches).start
+        rows = rows_of_process(rank, world, self.batch_rows, self.minibatches, self.group_rows)
+        self.asked = (rows[:: self.group_rows] // self.group_rows).tolist()
+        self.first_slot = slots_of_process(rank, world, prompts // self.minibatches).start
+
+    def counts(self, step: int) -> dict[str, float]:
+        """What the steps before this one have consumed, by source."""
+        return self.prompts.counts(step)
 
     @torch.no_grad()
-    def __call__(self, step: int) -> Trajectory:
-        """Sample and score this process's rows of the step."""
-        everyone = self.prompts(step)
-        prompts = [list(everyone[row]) for row in self.rows]
-        seeds = [derive_seed(self.seed, "rollout", step, row) for row in self.rows]
+    def __call__(self, step: int) -> Batch:
+        """Sample and judge this process's rows of the step."""
         with self.autocast():
-            answers = generate(
-                self.replica(), prompts, max_new_tokens=self.settings.max_new_tokens, stop_tokens=set(self.stop_tokens),
-                temperature=self.settings.temperature, seeds=seeds,
-            )  # fmt: skip
-            batch = self._pack(prompts, answers, step)
-            batch, reference = self._read(batch)
-            scores = self._scores(batch)
-        finished = torch.tensor([answer[-1] in self.stop_tokens for answer in answers], device=scores.device)
-        return self._judge(batch, reference, scores, finished)
+            policy = self.replica()
+            judged = self._judged(policy, step, self.asked)
+            for replacement in range(1, self.replacements + 1):
+                flat = flat_groups(self._rewards(judged), self.group_rows).nonzero()[:, 0].tolist()
+                if not flat:
+                    break
+                others = self._judged(policy, step, [self.asked[place] for place in flat], replacement)
+                for number, place in enumerate(flat):
+                    judged[self._group(place)] = others[self._group(number)]
+        return self.learn_from(self._packed(judged, step))
 
-    def _pack(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], step: int) -> Trajectory:
-        """Prompts and answers side by side, right-padded; everything else still zero."""
-        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    def _group(self, number: int) -> slice:
+        return slice(number * self.group_rows, (number + 1) * self.group_rows)
+
+    def _judged(self, policy: LanguageModel, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
+        """Answers to some prompts of the step, given by their numbers; a replacement has draws of its own."""
+        everyone, again = self.prompts(step, replacement), (replacement,) if replacement else ()
+        rows = [number * self.group_rows + sample for number in asked for sample in range(self.group_rows)]
+        answers = answer(
+            policy, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
+            decode=self.decode, seeds=[derive_seed(self.seed, "rollout", step, row, *again) for row in rows],
+        )  # fmt: skip
+        components = self.reward.components(answers)
+        parts = [dict(zip(components, values, strict=True)) for values in zip(*components.values(), strict=True)]
+        scores = self.reward.total(components)
+        return [_Judged(*each, replacement) for each in zip(answers, scores, parts, strict=True)]
+
+    def _rewards(self, judged: Sequence[_Judged]) -> Tensor:
+        return final_rewards(
+            [each.score for each in judged], [each.answer for each in judged], self.settings
+        ).to(self.layout.device)  # fmt: skip
+
+    def _packed(self, judged: Sequence[_Judged], step: int) -> SampledAnswers:
+        """Prompts and answers side by side, right-padded."""
+        rows = [[*each.answer.prompt_tokens, *each.answer.tokens] for each in judged]
         width = -(-max(map(len, rows)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         tokens = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        for number, (row, each) in enumerate(zip(rows, judged, strict=True)):
             tokens[number, : len(row)] = torch.tensor(row)
-            mask[number, len(prompt) : len(row)] = True
-        nothing = torch.zeros(len(rows), width - 1)
-        return Trajectory(
-            tokens=tokens, response_mask=mask, logprobs=nothing, values=nothing, advantages=nothing, returns=nothing,
-            epochs=self.settings.epochs, minibatches=self.settings.minibatches, first_slot=self.first_slot,
-            seed=self.seed, step=step,
+            mask[number, len(each.answer.prompt_tokens) : len(row)] = True
+        rewards = self._rewards(judged)
+        return SampledAnswers(
+            tokens=tokens, response_mask=mask, rewards=rewards,
+            finished=torch.tensor([each.answer.finished for each in judged]),
+            group_rows=self.group_rows, first_slot=self.first_slot, seed=self.seed, step=step,
+            measured=self._measured(judged, rewards),
         ).to(self.layout.device)  # fmt: skip
 
-    def _read(self, batch: Trajectory) -> tuple[Trajectory, Tensor]:
-        """The batch with the policy's log-probabilities and values, and the reference's log-probabilities [B, T].
-
-        Read in the very portions that the first epoch trains on, so that the ratio of its first update is exactly 1.
-        """
-        logprobs, values, reference = (torch.zeros_like(batch.logprobs) for _ in range(3))
-        temperature = self.settings.temperature
-        for minibatch in islice(batch.update_rows(), batch.minibatches):
-            for rows in minibatch.split(self.micro_batch_rows or len(minibatch)):
-                tokens, mask = batch.tokens[rows], batch.response_mask[rows]
-                logprobs[rows], _, values[rows] = policy_and_values(self.model, tokens, mask, temperature)
-                reference[rows] = answer_token_logprobs(self.reference, tokens, mask, temperature)
-        return dataclasses.replace(batch, logprobs=logprobs, values=values), reference
-
-    def _scores(self, batch: Trajectory) -> Tensor:
-        """The reward model's normalised score of each answer, [B]."""
-        portions = batch.micro_batches(self.micro_batch_rows)
-        scores = [answer_scores(self.reward_model(part.tokens), part.response_mask) for part in portions]
-        return self.reward_model.normalised(torch.cat(scores).float())
-
-    def _judge(self, batch: Trajectory, reference: Tensor, scores: Tensor, finished: Tensor) -> Trajectory:
-        """Rewards, advantages and returns, with statistics over the whole rollout of all processes."""
-        settings, mask = self.settings, batch.response_mask[:, 1:]
-        penalised = scores - settings.missing_eos_penalty * (~finished).float()
-        rewards = token_rewards(penalised, batch.logprobs, reference, mask, self.kl.coefficient)
-        if settings.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False, reduce=self._reduce)
-        advantages, returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
-        if settings.whiten_advantages:
-            advantages = whiten(advantages, mask, reduce=self._reduce)
-        kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
+    def _measured(self, judged: Sequence[_Judged], rewards: Tensor) -> Metrics:
         per_answer = {
-            "align/reward": scores, "align/kl": kl, "align/answer_tokens": mask.sum(dim=1).float(),
-            "align/unfinished": (~finished).float(),
-        }  # fmt: skip
-        count = scores.new_tensor(float(len(scores)))
-        measured: Metrics = {name: (value.sum(), count) for name, value in per_answer.items()}
-        measured["align/kl_coefficient"] = (self.kl.coefficient * count, count)
-        error = torch.where(mask, (returns - batch.values).square(), 0.0).sum()
-        measured["align/value_error"] = (error, mask.sum().float())
-        self.kl.update(self._reduce(kl.sum()) / self.batch_rows, self.batch_rows)
-        return dataclasses.replace(batch, advantages=advantages, returns=returns, measured=measured)
-
-    def _reduce(self, value: Tensor) -> Tensor:
-        return total(value, self.layout)
+            "align/reward": [each.score for each in judged],
+            "align/answer_tokens": [float(len(each.answer.tokens)) for each in judged],
+            "align/unfinished": [float(not each.answer.finished) for each in judged],
+        } | {f"align/reward/{name}": [each.parts[name] for each in judged] for name in judged[0].parts}
+        measured: Metrics = {name: means(rewards.new_tensor(values)) for name, values in per_answer.items()}
+        if self.group_rows > 1:
+            measured["align/flat_groups"] = means(flat_groups(rewards, self.group_rows))
+        if self.replacements:
+            replaced = [float(each.replacement) for each in judged[:: self.group_rows]]
+            measured["align/replacements"] = means(rewards.new_tensor(replaced))
+        return measured
 
 
-def answer_token_logprobs(model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [B, T] of the sampled tokens, zero outside the answer; read as the policy's are."""
-
-    def read(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        return token_logprobs(hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature)
-
-    logprobs: Tensor = model(tokens, read=read)
-    return logprobs
+def means(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [N] as (sum, number), for a metric that is their mean."""
+    return values.float().sum(), values.new_tensor(float(len(values)), dtype=torch.float32)

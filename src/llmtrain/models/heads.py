@@ -144,6 +144,12 @@ class ScalarModel(nn.Module):
         return self
 
     @torch.no_grad()
+    def zero_score(self) -> Self:
+        """Makes all scores zero: a value model that has no reward model to start from."""
+        self.score.weight.zero_()
+        return self
+
+    @torch.no_grad()
     def initialise_score(self, generator: torch.Generator) -> None:
         """Draws the score head from N(0, 1 / (H + 1)) and resets mean and standard deviation to 0 and 1.
 
@@ -180,3 +186,35 @@ class ActorCritic(nn.Module):
         rewards that the policy is trained on.
         """
         return self.policy(tokens, read=read), self.value.normalised(self.value(tokens))
+
+
+class SharedActorCritic(nn.Module):
+    """A policy and a value head on its own hidden states, as one module; the head starts with zeros.
+
+    So the first values are zero, as in Ziegler et al. 2019 (arXiv 1909.08593); both losses train the trunk.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.head_weight.device)
+        nn.init.zeros_(self.value.weight)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of the policy: the units of sharding."""
+        return self.policy.blocks
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Those of the policy; the value head is nothing beside it."""
+        return self.policy.flops_per_token(sequence_length)
+
+    def forward(self, tokens: Tensor, *, read: Read | None = None) -> tuple[Any, Tensor]:
+        """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32."""
+        value_weight = self.value.weight
+
+        def both(hidden: Tensor, head_weight: Tensor) -> tuple[Any, Tensor]:
+            return (read or F.linear)(hidden, head_weight), (hidden.float() * value_weight[0]).sum(dim=-1)
+
+        found: tuple[Any, Tensor] = self.policy(tokens, read=both)
+        return found

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # What an objective reports beside its loss: (sum, weight) pairs.
-# Their ratio is the mean over rows, micro-batches and processes.
+# Their ratio is the mean over rows, micro-batches and processes. Of names that end in _max or _min, the first number
+# itself counts: the largest or smallest of all.
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 

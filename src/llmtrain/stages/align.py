@@ -1,4 +1,4 @@
-"""`llmtrain align`: preference optimisation (method=dpo and kin) or reinforcement learning (method=ppo)."""
+"""`llmtrain align`: preference optimisation (method=dpo and kin) or reinforcement learning (method=ppo and kin)."""
 
 from llmtrain.config.schema import AlignConfig, KtoConfig, PairMethod
 from llmtrain.data.tokenizers import load_tokenizer
@@ -25,4 +25,4 @@ def stage(config: AlignConfig) -> None:
     elif isinstance(config.method, PairMethod):
         preference.align(run, config.method, policy, tokenizer)
     else:
-        reinforcement.ppo(run, config.method, policy, assembly.load_reference(run), tokenizer)
+        reinforcement.align(run, policy, tokenizer)

@@ -33,15 +33,16 @@ from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
-from llmtrain.stages.planning import Plan, make_plan, num_lengths
+from llmtrain.stages.planning import Plan, drawn, make_plan, num_lengths
 
 Config = TypeVar("Config", bound=StageConfig)
 Made = TypeVar("Made")
 Samples = list[dict[str, str]]
+AnyActorCritic = ActorCritic | SharedActorCritic
 
 
 def start(stage: Callable[[Config], None], config: Config) -> None:
@@ -110,7 +111,7 @@ class Run(Generic[Config]):
         """
         ledger = Ledger.read(self.checkpoint.folder) if self.checkpoint else None
         return make_plan(
-            data, self.config.train, sizes, said, ledger=ledger, parameters=parameters, tokens_per_row=tokens_per_row
+            data, drawn(self.config), sizes, said, ledger=ledger, parameters=parameters, tokens_per_row=tokens_per_row
         )
 
     def autocast(self) -> torch.autocast:
@@ -124,7 +125,7 @@ class Run(Generic[Config]):
             print(text, file=sys.stderr, flush=True)
 
     def fit(
-        self, *, model: nn.Module, trained: LanguageModel | ScalarModel | ActorCritic, batches: BatchSource,
+        self, *, model: nn.Module, trained: LanguageModel | ScalarModel | AnyActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
         write_more: Callable[[Path], None] | None = None,
@@ -245,9 +246,9 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def saved_part(model: LanguageModel | ScalarModel | ActorCritic) -> LanguageModel | ScalarModel:
+def saved_part(model: LanguageModel | ScalarModel | AnyActorCritic) -> LanguageModel | ScalarModel:
     """What a run's `model/` holds: the model itself, or an actor-critic's policy."""
-    return model.policy if isinstance(model, ActorCritic) else model
+    return model.policy if isinstance(model, AnyActorCritic) else model
 
 
 def parent(config: StageConfig) -> str:

@@ -12,15 +12,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.schema import AlignConfig, SftConfig
+from llmtrain.config.schema import AlignConfig, SampledAnswersConfig, SftConfig
+from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
+from llmtrain.generation.rollouts import answer, final_rewards
 from llmtrain.generation.sampler import generate
+from llmtrain.generation.selection import best_rows
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.rewards.rules import is_right
+from llmtrain.rewards.sums import WeightedSum
 
 Collated = TypeVar("Collated", bound=Batch)
 Values = dict[str, float]
@@ -143,3 +147,40 @@ class Problems:
             self()
         rows = list(zip(self.problems, self.given, strict=True))[:count]
         return [{"prompt": each.text, "answer": given, "expected": each.answer or ""} for each, given in rows]
+
+
+class BestOf:
+    """Problems answered several times, of which the answer with the highest reward counts: best-of-n.
+
+    What a policy and a reward come to without any training; a method that trains should do better than that of the
+    model it starts from. Temperature and length are those of the method's rollouts.
+    """
+
+    def __init__(
+        self, problems: Problems, reward: WeightedSum, settings: SampledAnswersConfig, count: int, seed: int
+    ) -> None:
+        self.problems, self.reward, self.settings = problems, reward, settings
+        self.count, self.seed = count, seed
+
+    def __call__(self) -> Values:
+        """`eval/best_of_<n>/exact_match` and the mean reward of the best, `eval/best_of_<n>/reward`."""
+        rows, model = self.problems.problems, self.problems.model()
+        size = max(1, PORTION // self.count)
+        best = [each for at in range(0, len(rows), size) for each in self._best(model, rows[at : at + size], at)]
+        right = [is_right(given, problem.answer or "") for (given, _), problem in zip(best, rows, strict=True)]
+        name, total = f"eval/best_of_{self.count}", float(len(best))
+        return {f"{name}/exact_match": sum(right) / total, f"{name}/reward": sum(each[1] for each in best) / total}
+
+    def _best(self, model: LanguageModel, rows: Sequence[PromptRow], first: int) -> list[tuple[str, float]]:
+        """The best answer to each problem, and its reward; `first` is the number of the first problem."""
+        numbers = range(first * self.count, (first + len(rows)) * self.count)
+        answers = answer(
+            model, [row for row in rows for _ in range(self.count)], self.settings,
+            stop_tokens=self.problems.tokenizer.stop_ids, decode=self.problems.tokenizer.decode,
+            seeds=[derive_seed(self.seed, "best of", number) for number in numbers],
+        )  # fmt: skip
+        rewards = final_rewards(self.reward(answers), answers, self.settings)
+        return [(answers[row].text, float(rewards[row])) for row in best_rows(rewards, self.count).tolist()]
+
+
+PORTION = 256  # answers that are sampled and judged together

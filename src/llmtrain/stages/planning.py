@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.config.schema import CorpusConfig, RowsConfig, TrainConfig
+from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig, TrainConfig
 from llmtrain.data.batches import RowOrder
 from llmtrain.data.encoding import AnswerRow, RankingRow
 from llmtrain.data.ledger import Ledger
@@ -75,6 +75,14 @@ def _digest(rows: Sequence[Any]) -> str:
         if isinstance(row, RankingRow) and row[1:3] != (((0, 1),), (None,)):
             digest.update(repr(row[1:3]).encode())
     return digest.hexdigest()
+
+
+def drawn(config: StageConfig) -> TrainConfig:
+    """`train` as it concerns the data: with the prompts of a step as its rows, where each has several answers."""
+    samples = getattr(getattr(config, "method", None), "samples_per_prompt", 1)
+    if config.train.batch_rows is None or samples == 1:
+        return config.train
+    return dataclasses.replace(config.train, batch_rows=config.train.batch_rows // samples)
 
 
 def rows_per_step(train: TrainConfig) -> int:

@@ -1,68 +1,257 @@
 """`llmtrain align` with a method that learns from answers which the policy samples."""
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import AlignConfig, PpoConfig
+from llmtrain.config.schema import (
+    AlignConfig,
+    GrpoConfig,
+    OnlineDpoConfig,
+    PpoConfig,
+    ReinforceConfig,
+    RejectionSamplingConfig,
+    RlooConfig,
+    SamplingMethod,
+)
+from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import PromptBatches
-from llmtrain.data.encoding import load_prompts
+from llmtrain.data.encoding import PromptRow, load_prompts
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
-from llmtrain.engine.distributed import spread
-from llmtrain.generation.rollouts import Replica, Rollouts
-from llmtrain.models.heads import ActorCritic, LanguageModel
-from llmtrain.objectives.policy_gradient import AdaptiveKL, Ppo
+from llmtrain.engine.distributed import Layout, spread, total
+from llmtrain.engine.trainer import Objective
+from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
+from llmtrain.generation.rollouts import Replica, Rollouts, SampledAnswers
+from llmtrain.generation.selection import best_and_worst, best_answers
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
+from llmtrain.objectives.batch import Batch
+from llmtrain.objectives.kl import AdaptiveKL, KLStop
+from llmtrain.objectives.next_token import NextToken
+from llmtrain.objectives.policy_gradient import Grpo, Reinforce
+from llmtrain.objectives.ppo import Ppo
+from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import Run
-from llmtrain.stages.evaluators import build_problems
+from llmtrain.stages.assembly import AnyActorCritic, Run
+from llmtrain.stages.evaluators import BestOf, build_problems
+from llmtrain.stages.judging import build_reward, check_expected
 from llmtrain.stages.planning import row_digests
 
 
-def ppo(
-    run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel, reference: LanguageModel, tokenizer: Tokenizer
-) -> None:
-    """Proximal policy optimisation: prompts in, answers sampled and scored by the reward model.
+@dataclasses.dataclass(kw_only=True)
+class Learner:
+    """A method's own parts: what it trains, what it makes of judged answers, what it minimises."""
 
-    The value model has weights of its own and starts as a copy of the reward model.
-    """
-    config, folder = run.config, run.config.reward_model
-    assert folder is not None
-    check_same_tokenizer(folder, tokenizer)
-    reward_model, value = assembly.load_reward_model(folder), assembly.load_reward_model(folder)
-    reward_model.to(run.layout.device).eval().requires_grad_(False)
-    room = min(config.train.sequence_length, policy.config.max_sequence_length) - method.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in "
-            f"{room + method.max_new_tokens} tokens (train.sequence_length, or the model's max_sequence_length): "
-            "lower it."
-        )
-    rows = run.main_first(
-        lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
-    )
-    trained = ActorCritic(policy, value)
-    model = spread(trained, run.layout, config.engine.sharding)
-    batch_rows = config.train.batch_rows or method.minibatches
+    trained: LanguageModel | AnyActorCritic
+    model: nn.Module
+    """`trained` as spread over the processes."""
+    learn_from: Callable[[SampledAnswers], Batch]
+    objective: Objective
+    parts: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    """What adapts during the run."""
+    group_rows: int = 1
+    """Answers to each prompt."""
+    minibatches: int = 1
+    replacements: int = 0
+    """How many times, at most, a prompt is replaced that has nothing to tell."""
+
+
+def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Prompts in, answers sampled and judged by the reward model and the rewards."""
+    config, method = run.config, run.config.method
+    assert isinstance(method, SamplingMethod)
+    assert config.train.batch_rows is not None
+    if config.reward_model is not None:
+        check_same_tokenizer(config.reward_model, tokenizer)
+    reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
+    rows = load_rows(run, method, policy, tokenizer)
+    check_expected(reward, rows)
+    learner = LEARNERS[type(method)](run, method, policy)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
-    prompts = PromptBatches(rows, plan.order(config.seed))
-    kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(run.layout.device)
+    others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
     rollouts = Rollouts(
-        model=model, policy=policy, reference=reference, reward_model=reward_model, prompts=prompts,
-        counts=prompts.counts, stop_tokens=tokenizer.stop_ids, pad_id=tokenizer.pad_id, settings=method,
-        batch_rows=batch_rows, micro_batch_rows=config.train.micro_batch_rows, kl=kl, seed=config.seed,
-        layout=run.layout, autocast=run.autocast,
+        policy=policy, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
+        learn_from=learner.learn_from, decode=tokenizer.decode, stop_tokens=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id, settings=method, batch_rows=config.train.batch_rows, group_rows=learner.group_rows,
+        minibatches=learner.minibatches, replacements=learner.replacements, seed=config.seed, layout=run.layout,
+        autocast=run.autocast,
     )  # fmt: skip
-    run.say(f"ppo: {plan.steps} steps of {batch_rows} answers to {sum(map(len, rows.values())):,} prompts")
+    run.say(
+        f"{method.name}: {plan.steps} steps of {config.train.batch_rows} answers "
+        f"to {sum(map(len, rows.values())):,} prompts"
+    )
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
+    best_of = []
+    if config.eval.best_of and problems.problems:
+        best_of.append(BestOf(problems, reward, method, config.eval.best_of, config.seed))
     run.write_samples("before", problems.samples)
     run.fit(
-        model=model, trained=trained, batches=rollouts,
-        objective=Ppo(
-            method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
-            method.value_warmup_steps,
-        ),
-        tokenizer=tokenizer, plan=plan, evaluators=problems.evaluators, parts={"kl": kl},
+        model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective,
+        tokenizer=tokenizer, plan=plan, evaluators=[*problems.evaluators, *best_of], parts=learner.parts,
     )  # fmt: skip
     run.write_samples("after", problems.samples)
     run.finish(policy, tokenizer, data=said, plan=plan)
+
+
+def load_rows(
+    run: Run[AlignConfig], method: SamplingMethod, policy: LanguageModel, tokenizer: Tokenizer
+) -> dict[str, list[PromptRow]]:
+    """The prompts by source, those that leave room for an answer. Raises ConfigError where none could."""
+    config = run.config
+    length = assembly.fitting_length(config, policy)
+    room = length - method.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"method.max_new_tokens={method.max_new_tokens} leaves no room for a prompt in {length} tokens "
+            "(train.sequence_length, or the model's max_sequence_length): lower it."
+        )
+    return run.main_first(
+        lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
+    )
+
+
+def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Learner:
+    """Proximal policy optimisation, with a value model."""
+    config, layout = run.config, run.layout
+    trained = with_values(policy, method.value_model, config.reward_model)
+    model = spread(trained, layout, config.engine.sharding)
+    kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
+    estimator = PpoEstimator(
+        model=model, reference=assembly.load_reference(run), settings=method, kl=kl,
+        kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.micro_batch_rows, layout=layout,
+        autocast=run.autocast,
+    )  # fmt: skip
+    objective = Ppo(
+        method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
+    )
+    return Learner(
+        trained=trained, model=model, learn_from=estimator, objective=objective, parts={"kl": kl},
+        minibatches=method.minibatches,
+    )  # fmt: skip
+
+
+def with_values(policy: LanguageModel, kind: str | None, reward_model: str | None) -> AnyActorCritic:
+    """The policy with a value model; `kind` is `method.value_model`."""
+    if kind == "shared":
+        return SharedActorCritic(policy)
+    if reward_model is not None and kind != "policy":
+        return ActorCritic(policy, assembly.load_reward_model(reward_model))
+    # the generator is for a score head whose weights are set to zero at once
+    return ActorCritic(policy, ScalarModel.from_language_model(policy, torch.Generator()).zero_score())
+
+
+def grpo(run: Run[AlignConfig], method: GrpoConfig, policy: LanguageModel) -> Learner:
+    """Group relative policy optimisation: the KL is in the loss."""
+    advantages = functools.partial(
+        group_advantages, group_rows=method.samples_per_prompt, scale=method.scale_rewards,
+        reduce=functools.partial(total, layout=run.layout),
+    )  # fmt: skip
+    objective = Grpo(
+        method.clip_range, method.clip_range_high, method.kl_coefficient, method.loss_average, method.max_new_tokens,
+        method.temperature, unbiased_kl=method.unbiased_kl,
+    )  # fmt: skip
+    learner = several_updates(
+        run, method, policy, advantages, objective, kl_in_loss=True, mask_unfinished=method.mask_unfinished
+    )
+    return dataclasses.replace(learner, replacements=method.dynamic_sampling)
+
+
+def rloo(run: Run[AlignConfig], method: RlooConfig, policy: LanguageModel) -> Learner:
+    """REINFORCE with the other answers to the prompt as baseline: the KL is in the reward."""
+    baseline = functools.partial(leave_one_out_advantages, group_rows=method.samples_per_prompt)
+    advantages = whitened(baseline, run.layout) if method.whiten_advantages else baseline
+    objective = Reinforce(method.clip_range, method.temperature)
+    return several_updates(run, method, policy, advantages, objective, kl_in_reward=method.kl_coefficient)
+
+
+def several_updates(
+    run: Run[AlignConfig], method: GrpoConfig | RlooConfig, policy: LanguageModel,
+    advantages: Callable[[Tensor], Tensor], objective: Objective, **options: Any,
+) -> Learner:  # fmt: skip
+    """What GRPO and RLOO share: groups, and several updates for each rollout."""
+    model = spread(policy, run.layout, run.config.engine.sharding)
+    estimator = AnswerEstimator(
+        model=model, reference=reference_if(method.kl_coefficient, run), advantages=advantages,
+        temperature=method.temperature, epochs=method.epochs, minibatches=method.minibatches,
+        kl_stop=kl_stop(method.kl_limit, run.layout), micro_batch_rows=run.config.train.micro_batch_rows,
+        autocast=run.autocast, **options,
+    )  # fmt: skip
+    return Learner(
+        trained=policy, model=model, learn_from=estimator, objective=objective, minibatches=method.minibatches,
+        group_rows=method.samples_per_prompt,
+    )  # fmt: skip
+
+
+def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageModel) -> Learner:
+    """REINFORCE with the mean of the batch as baseline, or none: the KL is in the reward."""
+    mean_of_all = functools.partial(batch_advantages, reduce=functools.partial(total, layout=run.layout))
+    baseline: Callable[[Tensor], Tensor] = mean_of_all if method.baseline == "batch" else torch.clone
+    model = spread(policy, run.layout, run.config.engine.sharding)
+    estimator = AnswerEstimator(
+        model=model, reference=reference_if(method.kl_coefficient, run),
+        advantages=whitened(baseline, run.layout) if method.whiten_advantages else baseline,
+        temperature=method.temperature, kl_in_reward=method.kl_coefficient,
+        micro_batch_rows=run.config.train.micro_batch_rows, autocast=run.autocast,
+    )  # fmt: skip
+    return Learner(
+        trained=policy, model=model, learn_from=estimator, objective=Reinforce(temperature=method.temperature)
+    )
+
+
+def reference_if(kl_coefficient: float, run: Run[AlignConfig]) -> LanguageModel | None:
+    """The reference, unless its KL counts for nothing."""
+    return assembly.load_reference(run) if kl_coefficient else None
+
+
+def whitened(advantages: Callable[[Tensor], Tensor], layout: Layout) -> Callable[[Tensor], Tensor]:
+    """Advantages [B] brought to mean 0 and standard deviation 1 over all processes."""
+
+    def whiten_them(rewards: Tensor) -> Tensor:
+        found = advantages(rewards)
+        everything = torch.ones_like(found, dtype=torch.bool)
+        return whiten(found, everything, reduce=functools.partial(total, layout=layout))
+
+    return whiten_them
+
+
+def kl_stop(limit: float | None, layout: Layout) -> KLStop | None:
+    """What ends a rollout's updates at the limit, if there is one."""
+    return None if limit is None else KLStop(limit, functools.partial(total, layout=layout))
+
+
+def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageModel) -> Learner:
+    """Direct preference optimisation on pairs of the policy's own answers."""
+    loss = functools.partial(dpo_loss, beta=method.beta, label_smoothing=method.label_smoothing)
+    return Learner(
+        trained=policy, model=spread(policy, run.layout, run.config.engine.sharding), learn_from=best_and_worst,
+        objective=Preference(loss, OnTheFly(assembly.load_reference(run)), beta=method.beta),
+        group_rows=method.samples_per_prompt,
+    )  # fmt: skip
+
+
+def rejection_sampling(run: Run[AlignConfig], method: RejectionSamplingConfig, policy: LanguageModel) -> Learner:
+    """Next-token training on the best of the policy's own answers."""
+    return Learner(
+        trained=policy, model=spread(policy, run.layout, run.config.engine.sharding),
+        learn_from=functools.partial(best_answers, minimum_reward=method.minimum_reward), objective=NextToken(),
+        group_rows=method.samples_per_prompt,
+    )  # fmt: skip
+
+
+LEARNERS: dict[type, Callable[[Run[AlignConfig], Any, LanguageModel], Learner]] = {
+    PpoConfig: ppo,
+    GrpoConfig: grpo,
+    RlooConfig: rloo,
+    ReinforceConfig: reinforce,
+    OnlineDpoConfig: online_dpo,
+    RejectionSamplingConfig: rejection_sampling,
+}
 
 
 def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:

@@ -46,7 +46,16 @@ from llmtrain.config.schema.preference import (
     RobustConfig,
     SimpoConfig,
 )
-from llmtrain.config.schema.reinforcement import PpoConfig, SamplingMethod
+from llmtrain.config.schema.reinforcement import (
+    GrpoConfig,
+    OnlineDpoConfig,
+    PpoConfig,
+    ReinforceConfig,
+    RejectionSamplingConfig,
+    RlooConfig,
+    SampledAnswersConfig,
+    SamplingMethod,
+)
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -73,6 +82,7 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
+    "GrpoConfig",
     "HealthConfig",
     "HingeConfig",
     "IpoConfig",
@@ -81,6 +91,7 @@ __all__ = [
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
     "PairMethod",
@@ -91,12 +102,16 @@ __all__ = [
     "PreferenceMethod",
     "PrepareConfig",
     "PretrainConfig",
+    "ReinforceConfig",
+    "RejectionSamplingConfig",
     "RewardConfig",
     "RewardFunctionConfig",
     "RewardModelConfig",
+    "RlooConfig",
     "RobustConfig",
     "RowSourceConfig",
     "RowsConfig",
+    "SampledAnswersConfig",
     "SampledPairsConfig",
     "SamplingMethod",
     "ScheduleConfig",

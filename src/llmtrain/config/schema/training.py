@@ -33,7 +33,7 @@ class TrainConfig:
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per step, over all processes (pretraining); a multiple of `sequence_length`."""
     batch_rows: int | None = Field(default=None, ge=1)
-    """Rows per step, over all processes: conversations, pairs or prompts."""
+    """Rows per step, over all processes: conversations, pairs or sampled answers."""
     sequence_length: int = Field(default=256, ge=2)
     """Tokens the model sees in one row (at most, where rows differ in length)."""
     length_warmup: LengthWarmupConfig | None = None
@@ -128,6 +128,9 @@ class EvalConfig:
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
+    best_of: int | None = Field(default=None, ge=2)
+    """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
+    that sample): a baseline, best-of-n."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,80 @@
+"""Combinations of keys of the methods of `align` that sample answers, which do not fit together; see `checks.py`."""
+
+import os
+from collections.abc import Callable, Iterator
+
+from llmtrain.config.fields import alternatives, tag_of
+from llmtrain.config.plain import Finding
+from llmtrain.config.schema import SamplingMethod
+from llmtrain.config.view import View, finding, no_effect
+
+SAMPLING = [tag_of(member) for member in alternatives(SamplingMethod)]
+
+
+def groups(view: View) -> Iterator[Finding]:
+    """Answers come in groups for one prompt, and minibatches of whole groups are equal, also over processes."""
+    rows, method = view["train.batch_rows"], view["method"]
+    samples, count = method.get("samples_per_prompt", 1), method.get("minibatches", 1)
+    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
+    if rows is None or view["method.name"] not in SAMPLING:
+        return
+    if rows % samples:
+        yield finding(
+            f"{samples} does not divide train.batch_rows={rows}", "method.samples_per_prompt", "train.batch_rows"
+        )
+        return
+    prompts = rows // samples
+    if prompts % count:
+        of = f"the {prompts} prompts of train.batch_rows={rows}" if samples > 1 else f"train.batch_rows={rows}"
+        yield finding(f"{count} does not divide {of}", "method.minibatches", "train.batch_rows")
+    elif samples * count > 1 and (prompts // count) % processes:  # plain rows: `rows_per_process`
+        unit = f"{prompts // count} {'prompts' if samples > 1 else 'rows'}"
+        problem = f"{f'minibatches of {unit}' if count > 1 else unit} cannot be shared evenly by {processes} processes"
+        key = "method.minibatches" if count > 1 else "method.samples_per_prompt"
+        yield finding(problem, key, "train.batch_rows", "engine.processes")
+
+
+def kl_penalty(view: View) -> Iterator[Finding]:
+    """Without a coefficient there is no penalty; the horizon belongs to the adaptive one."""
+    if view["method.kl_coefficient"] == 0:
+        for key in ("kl_estimator", "kl_target", "kl_horizon", "unbiased_kl"):
+            if key in view["method"]:
+                yield from no_effect(view, f"method.{key}", "the KL counts for nothing", "method.kl_coefficient")
+    elif view["method.kl_target"] is None:
+        yield from no_effect(view, "method.kl_horizon", "the KL coefficient is fixed; set method.kl_target")
+
+
+def one_update(view: View) -> Iterator[Finding]:
+    """At the first update the policy is the one that has sampled: there is nothing to clip, nothing to stop."""
+    if view["method.epochs"] * view["method.minibatches"] > 1:
+        return
+    why = "a rollout is used for one update, whose ratio is 1; raise method.epochs or method.minibatches"
+    yield from no_effect(view, "method.kl_limit", why)
+    for key in ("clip_range", "clip_range_high"):
+        if key in view["method"] and view["method.name"] != "ppo":
+            yield from no_effect(view, f"method.{key}", why)
+
+
+def value_model(view: View) -> Iterator[Finding]:
+    """A copy needs an original; a head on the policy cannot learn alone."""
+    kind = view["method.value_model"]
+    if kind == "reward_model" and view["reward_model"] is None and view["rewards"]:
+        problem = "there is no reward model to copy: name one with reward_model=, or choose policy or shared"
+        yield finding(problem, "method.value_model", "rewards")
+    if kind == "shared":
+        why = "values and policy share their weights, so the value cannot learn alone"
+        yield from no_effect(view, "method.value_warmup_steps", why, "method.value_model")
+
+
+def best_of(view: View) -> Iterator[Finding]:
+    """The best of several answers is the one with the highest reward."""
+    key = "eval.best_of"
+    if view[key] is None:
+        return
+    if view.command != "align" or view["method.name"] not in SAMPLING:
+        yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
+    elif view["eval.problems"] is None:
+        yield from no_effect(view, key, "eval.problems is not set")
+
+
+METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (groups, kl_penalty, one_update, value_model, best_of)

@@ -1,0 +1,169 @@
+"""From judged answers to advantages: what the policy-gradient methods learn from.
+
+Shapes: B rows of this process, S tokens of the longest row, T = S − 1; quantities per token belong to tokens[:, 1:].
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.schema import PpoConfig
+from llmtrain.engine.distributed import Layout, total
+from llmtrain.generation.rollouts import SampledAnswers, means
+from llmtrain.models.heads import LanguageModel
+from llmtrain.objectives.advantages import gae, token_rewards, whiten
+from llmtrain.objectives.batch import Metrics
+from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop, kl_k1
+from llmtrain.objectives.logprobs import token_logprobs
+from llmtrain.objectives.policy_gradient import over_mask, policy_logprobs
+from llmtrain.objectives.ppo import policy_and_values
+from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory
+
+
+@dataclasses.dataclass(kw_only=True)
+class PpoEstimator:
+    """Log-probabilities and values → KL penalty → whitened rewards → GAE → Trajectory."""
+
+    model: nn.Module
+    """The actor-critic as spread over the processes."""
+    reference: LanguageModel
+    settings: PpoConfig
+    kl: AdaptiveKL
+    kl_stop: KLStop | None
+    micro_batch_rows: int | None
+    layout: Layout
+    autocast: Callable[[], torch.autocast]
+
+    def __call__(self, answers: SampledAnswers) -> Trajectory:
+        """Rewards, advantages and returns, with statistics over the whole rollout of all processes."""
+        settings, mask = self.settings, answers.response_mask[:, 1:]
+        batch, reference = self._read(answers)
+        kl = KL_ESTIMATORS[settings.kl_estimator](batch.logprobs, reference)
+        rewards = token_rewards(answers.rewards, kl, mask, self.kl.coefficient)
+        if settings.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False, reduce=self._reduce)
+        advantages, returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
+        measured = self._measured(batch, reference, returns)
+        if settings.whiten_advantages:
+            advantages = whiten(advantages, mask, reduce=self._reduce)
+        return dataclasses.replace(batch, advantages=advantages, returns=returns, measured=answers.measured | measured)
+
+    def _read(self, answers: SampledAnswers) -> tuple[Trajectory, Tensor]:
+        """The answers with the policy's log-probabilities and values, and the reference's log-probabilities."""
+        nothing = answers.tokens.new_zeros(answers.tokens[:, 1:].shape, dtype=torch.float32)
+        batch = Trajectory(
+            **rows_and_key(answers), logprobs=nothing, values=nothing, advantages=nothing, returns=nothing,
+            epochs=self.settings.epochs, minibatches=self.settings.minibatches, kl_stop=self.kl_stop,
+        )  # fmt: skip
+        logprobs, values, reference = (torch.zeros_like(nothing) for _ in range(3))
+        temperature = self.settings.temperature
+        with self.autocast():
+            for rows in first_portions(batch, self.micro_batch_rows):
+                tokens, mask = batch.tokens[rows], batch.response_mask[rows]
+                logprobs[rows], _, values[rows] = policy_and_values(self.model, tokens, mask, temperature)
+                reference[rows] = answer_token_logprobs(self.reference, tokens, mask, temperature)
+        return dataclasses.replace(batch, logprobs=logprobs, values=values), reference
+
+    def _measured(self, batch: Trajectory, reference: Tensor, returns: Tensor) -> Metrics:
+        """KL per answer and its coefficient, which adapts to it; how well the values foretold the returns."""
+        mask = batch.response_mask[:, 1:]
+        kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
+        count = kl.new_tensor(float(len(kl)))
+        measured: Metrics = {"align/kl": means(kl), "align/kl_coefficient": (self.kl.coefficient * count, count)}
+        measured |= over_mask(mask, **{"align/value_error": (returns - batch.values).square()})
+        spread, missed = (self._variance(values, mask) for values in (returns, returns - batch.values))
+        measured["align/explained_variance"] = (spread - missed, spread)
+        summed, answers = self._reduce(torch.stack([kl.sum(), count])).unbind()
+        self.kl.update(summed / answers, int(answers))
+        return measured
+
+    def _variance(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The variance of the masked values over all processes, 0-dim."""
+        kept = torch.where(mask, values, 0.0).double()
+        summed, squares, count = self._reduce(torch.stack([kept.sum(), kept.square().sum(), mask.sum().double()]))
+        return (squares / count - (summed / count).square()).float()
+
+    def _reduce(self, value: Tensor) -> Tensor:
+        return total(value, self.layout)
+
+
+@dataclasses.dataclass(kw_only=True)
+class AnswerEstimator:
+    """Log-probabilities → KL penalty on an answer's reward → one advantage for each answer → JudgedAnswers."""
+
+    model: nn.Module
+    """The policy as spread over the processes."""
+    reference: LanguageModel | None
+    """None: no KL is asked for."""
+    advantages: Callable[[Tensor], Tensor]
+    """Rewards [B] → advantages [B]."""
+    temperature: float
+    kl_in_reward: float = 0.0
+    """Taken from an answer's reward for each nat of log-ratio to the reference (k1)."""
+    kl_in_loss: bool = False
+    """Whether the objective asks for the reference's log-probabilities."""
+    mask_unfinished: bool = False
+    """Learn nothing from answers without end token; they take part in their group's statistics."""
+    epochs: int = 1
+    minibatches: int = 1
+    kl_stop: KLStop | None = None
+    micro_batch_rows: int | None
+    autocast: Callable[[], torch.autocast]
+
+    def __call__(self, answers: SampledAnswers) -> JudgedAnswers:
+        """One advantage for each answer."""
+        batch, reference = self._read(answers)
+        rewards, measured = answers.rewards, answers.measured
+        if reference is not None:
+            mask = answers.response_mask[:, 1:]
+            kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
+            rewards, measured = rewards - self.kl_in_reward * kl, measured | {"align/kl": means(kl)}
+        learned = answers.response_mask
+        if self.mask_unfinished:
+            learned = learned & answers.finished[:, None]
+        return dataclasses.replace(
+            batch, response_mask=learned, advantages=self.advantages(rewards),
+            reference_logprobs=reference if self.kl_in_loss else None, measured=measured,
+        )  # fmt: skip
+
+    def _read(self, answers: SampledAnswers) -> tuple[JudgedAnswers, Tensor | None]:
+        """The answers with the policy's log-probabilities, and the reference's [B, T]."""
+        logprobs = answers.tokens.new_zeros(answers.tokens[:, 1:].shape, dtype=torch.float32)
+        reference = torch.zeros_like(logprobs)
+        batch = JudgedAnswers(
+            **rows_and_key(answers), logprobs=logprobs, advantages=answers.rewards,
+            epochs=self.epochs, minibatches=self.minibatches, kl_stop=self.kl_stop,
+        )  # fmt: skip
+        with self.autocast():
+            for rows in first_portions(batch, self.micro_batch_rows):
+                tokens, mask = batch.tokens[rows], batch.response_mask[rows]
+                logprobs[rows] = policy_logprobs(self.model, tokens, mask, self.temperature)[0]
+                if self.reference is not None:
+                    reference[rows] = answer_token_logprobs(self.reference, tokens, mask, self.temperature)
+        return batch, reference if self.reference is not None else None
+
+
+def rows_and_key(answers: SampledAnswers) -> dict[str, Any]:
+    """The fields that a rollout has in common with the answers that it is made of."""
+    shared = ("tokens", "response_mask", "group_rows", "first_slot", "seed", "step", "measured")
+    return {name: getattr(answers, name) for name in shared}
+
+
+def first_portions(batch: Rollout, micro_batch_rows: int | None) -> Iterator[Tensor]:
+    """Row numbers, in the very portions that the first epoch trains on: so the first update's ratio is exactly 1."""
+    for minibatch in islice(batch.update_rows(), batch.minibatches):
+        yield from minibatch.split(micro_batch_rows or len(minibatch))
+
+
+def answer_token_logprobs(model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [B, T] of the sampled tokens, zero outside the answer; read as the policy's are."""
+
+    def read(hidden: Tensor, head_weight: Tensor) -> Tensor:
+        return token_logprobs(hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature)
+
+    logprobs: Tensor = model(tokens, read=read)
+    return logprobs
