@@ -68,6 +68,14 @@ def test_lengths_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [key for key, faster in found.items() if faster] == [("bfloat16", 128), ("bfloat16", 512), ("float32", 512)]
 
 
+def test_lengths_may_be_left_open_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "PRODUCTS_WITHOUT_TILES", True)
+    seen = torch.compile(lambda query: query * cpu_attention.is_faster(query), backend="eager", dynamic=True)
+    for length in (511, 512, 700):
+        query = torch.ones(1, 1, length, 8)
+        assert torch.equal(seen(query), query * (length >= 512))
+
+
 def test_several_portions_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few heads are taken at a time, the result is the same."""
     generator = torch.Generator().manual_seed(0)

@@ -19,9 +19,9 @@ from torch import Tensor
 # fourth generation, 2 cores.
 BLOCK = 64
 SCORES_BYTES = 2**21
-# Positions of a row for which torch's kernel is slower: above, scores no longer stay in the cache; below, in float32,
-# its products are large enough.
-FASTER_LENGTHS = {torch.bfloat16: range(1, 1025), torch.float32: range(512, 1024)}
+# Fewest and most positions of a row for which torch's kernel is slower: above, scores no longer stay in the cache;
+# below, in float32, its products are large enough.
+FASTER_LENGTHS = {torch.bfloat16: (1, 1024), torch.float32: (512, 1023)}
 
 _HAS = torch.cpu.get_capabilities()
 # A constant: a call would break the compiled graph at every layer.
@@ -30,12 +30,10 @@ PRODUCTS_WITHOUT_TILES = bool(_HAS.get("avx512_bf16", False)) and not _HAS.get("
 
 def is_faster(query: Tensor) -> bool:
     """Whether `causal_attention` beats the fused kernel for such queries [B, Q, T, D]."""
-    return (
-        PRODUCTS_WITHOUT_TILES
-        and query.device.type == "cpu"
-        and query.dtype in FASTER_LENGTHS
-        and query.shape[2] in FASTER_LENGTHS[query.dtype]
-    )
+    if not PRODUCTS_WITHOUT_TILES or query.device.type != "cpu" or query.dtype not in FASTER_LENGTHS:
+        return False
+    fewest, most = FASTER_LENGTHS[query.dtype]
+    return fewest <= query.shape[2] <= most  # no `in range`: the compiler cannot take that of a length it leaves open
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
