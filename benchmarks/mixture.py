@@ -1,8 +1,10 @@
 """The order of the data over 10^12 samples: time of a batch, memory, and how closely the weights are met.
 
-    python benchmarks/mixture.py [--batch 1024] [--samples 1000000000000]
+    python benchmarks/mixture.py [--printed] [--batch 1024] [--samples 1000000000000]
 
-The 22 weights are those of `data=pile`, each source has as many rows as its published size gives. Nothing is read:
+The 22 weights are those of `data=pile`, which follow from sizes and epochs and are rounded to whole numbers that sum up
+to 100,000; with `--printed` they are taken to a hundredth of a percent, as the paper prints them, and nothing is
+rounded. Each source has as many rows as its published size gives. Nothing is read:
 this is which row of which source comes when, of which a batch is made. Memory is what the process holds more than
 before the mixture was made; the process as a whole, torch and all, is reported apart.
 """
@@ -29,11 +31,13 @@ ROW_BYTES = 8192  # of text: about 2048 tokens
 PREFIXES = 1000
 
 
-def sizes_and_weights() -> tuple[dict[str, int], dict[str, float]]:
-    """Rows and weights of the Pile's sources, as `llmtrain pretrain data=pile` has them."""
+def sizes_and_weights(*, printed: bool) -> tuple[dict[str, int], dict[str, float]]:
+    """Rows and weights of the Pile's sources, as `data=pile` has them, or as its paper prints them."""
     data = load_config("pretrain", ["data=pile"]).data
     sizes = {name: int((source.published_gib or 0) * 2**30 / ROW_BYTES) for name, source in data.sources.items()}
-    return sizes, source_weights(data, {name: source.published_gib or 0 for name, source in data.sources.items()})
+    weights = source_weights(data, {name: source.published_gib or 0 for name, source in data.sources.items()})
+    whole = sum(weights.values())
+    return sizes, {name: round(100 * each / whole, 2) for name, each in weights.items()} if printed else weights
 
 
 def batch_milliseconds(order: RowOrder, samples: int) -> list[float]:
@@ -96,10 +100,11 @@ def epochs_are_whole(mixture: PhasedMixture, batch: int) -> bool:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--printed", action="store_true", help="weights to a hundredth of a percent")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=10**12)
     arguments = parser.parse_args()
-    sizes, weights = sizes_and_weights()
+    sizes, weights = sizes_and_weights(printed=arguments.printed)
     process = psutil.Process()
     before, start = process.memory_info().rss, time.perf_counter()
     mixture = PhasedMixture([Phase(0, weights)])
