@@ -1,12 +1,12 @@
 import random
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from llmtrain.config.compose import load_config
 from llmtrain.data.mixture import (
-    MAX_PERIOD,
     Mixture,
     Phase,
     PhasedMixture,
@@ -18,6 +18,7 @@ from llmtrain.data.mixture import (
     weights_of_temperature,
 )  # fmt: skip
 from llmtrain.data.plans import source_weights
+from llmtrain.data.schedules import MAX_WHOLE
 
 # The 22 shares of the Pile (Gao et al. 2020, table 1), in percent.
 PILE = [18.11, 14.40, 12.07, 10.01, 8.96, 7.59, 6.12, 5.13, 3.65, 3.07, 2.17, 1.55, 1.53, 1.24, 0.88, 0.75, 0.73, 0.62,
@@ -28,7 +29,7 @@ def worst_deviation(weights: list[float], samples: int) -> float:
     mixture = Mixture({str(i): weight for i, weight in enumerate(weights)})
     source, _ = mixture(np.arange(samples))
     realised = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
-    shares = np.array(mixture.quotas) / mixture.period
+    shares = np.array(mixture.quotas) / sum(mixture.quotas)
     return float(np.abs(realised - np.arange(1, samples + 1)[:, None] * shares).max())
 
 
@@ -48,12 +49,12 @@ def test_a_share_is_what_was_written() -> None:
     assert Mixture({"a": 3}).quotas == [1]
 
 
-def test_weights_without_small_denominator_are_rounded() -> None:
-    weights = {"a": 1.23456789, "b": 9.87654321, "c": 1e-9}
-    mixture = Mixture(weights)
-    assert abs(mixture.period - MAX_PERIOD) <= 1
-    assert mixture.shares["a"] == pytest.approx(1.23456789 / sum(weights.values()), abs=2 / MAX_PERIOD)
-    assert mixture.quotas[2] == 1
+def test_only_weights_beyond_all_measure_are_rounded() -> None:
+    assert Mixture({"a": 1.23456789, "b": 9.87654321, "c": 1e-9}).quotas == [1234567890, 9876543210, 1]
+    rounded = Mixture({"a": 1.0, "b": 1 / 3, "c": 1e-30})
+    assert sum(rounded.quotas) <= MAX_WHOLE
+    assert rounded.quotas[2] == 1
+    assert rounded.shares["a"] == pytest.approx(0.75, abs=1e-15)
 
 
 def test_each_source_is_counted_through_without_gaps() -> None:
@@ -213,13 +214,15 @@ def test_the_sample_that_gives_a_row() -> None:
 
 
 def test_the_piles_weights_as_they_are_configured() -> None:
-    """Of 25 million parts they are rounded to 1 / `MAX_PERIOD`; what they are rounded to is met within one sample."""
+    """They follow from epochs and have no small common denominator; still, at any of 10^12 samples they are met."""
     data = load_config("pretrain", ["data=pile"]).data
     weights = source_weights(data, {name: source.published_gib or 0 for name, source in data.sources.items()})
-    mixture, whole = Mixture(weights), sum(weights.values())
-    assert max(abs(mixture.shares[name] - weight / whole) for name, weight in weights.items()) < 1 / MAX_PERIOD
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    mixture, whole = Mixture(weights), sum(exact.values())
+    assert {name: Fraction(quota, sum(mixture.quotas)) for name, quota in mixture.by_name.items()} == {
+        name: weight / whole for name, weight in exact.items()
+    }
     for n in random.Random(0).choices(range(10**12), k=1000):
         counts = mixture.counts(n)
         assert sum(counts.values()) == n
-        for name, quota in mixture.by_name.items():
-            assert abs(counts[name] * mixture.period - n * quota) < mixture.period
+        assert all(abs(counts[name] - n * weight / whole) < 1 for name, weight in exact.items())

@@ -6,8 +6,6 @@ samples for weights of two digits) and takes a Python call for each sample, wher
 takes one vectorised call for a batch.
 """
 
-import functools
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -16,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Integers = NDArray[np.int64]
+from llmtrain.data.schedules import MAX_WHOLE, Integers, schedule
 
-MAX_PERIOD = 100_000
 ROUNDS = 6
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 steps by this
 
@@ -26,48 +23,41 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64 steps by this
 class Mixture:
     """An endless sequence of samples from weighted sources.
 
-    After any number n of samples, source j has given fewer than one sample more or less than n · weight_j (Tijdeman,
-    "The chairman assignment problem", 1980). The sequence has a period: the common denominator of the shares. Shares
-    whose denominator exceeds `MAX_PERIOD` are rounded to multiples of 1 / `MAX_PERIOD` first.
+    After any number n of samples, source j has given no more than `deviation` samples more or less than n · weight_j:
+    less than one where the shares' common denominator is at most 100,000, and otherwise about one (`schedules`).
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.names = list(weights)
         self.quotas = _quotas(list(weights.values()))
-        self.period = sum(self.quotas)
-        self._schedule = _chairman_assignment(tuple(self.quotas))
-        self._places = [np.flatnonzero(self._schedule == source) for source in range(len(self.names))]
-        self._rank = np.empty(self.period, dtype=np.int64)
-        for places in self._places:
-            self._rank[places] = np.arange(len(places))
+        self._schedule = schedule(self.quotas)
 
     def __call__(self, samples: ArrayLike) -> tuple[Integers, Integers]:
         """For each sample number: the number of its source, and how many samples of that source came before."""
-        rounds, place = np.divmod(np.asarray(samples, dtype=np.int64), self.period)
-        source = self._schedule[place].astype(np.int64)
-        return source, rounds * np.asarray(self.quotas)[source] + self._rank[place]
+        return self._schedule(np.asarray(samples, dtype=np.int64))
 
     def counts(self, n: int) -> dict[str, int]:
         """How many of the first `n` samples come from each source."""
-        rounds, rest = divmod(n, self.period)
-        parts = zip(self.names, self.quotas, self._places, strict=True)
-        return {name: rounds * quota + int(np.searchsorted(places, rest)) for name, quota, places in parts}
+        return dict(zip(self.names, self._schedule.counts(n), strict=True))
 
     def samples_until(self, name: str, count: int) -> int:
         """The smallest n of which the first `n` samples hold `count` of a source."""
-        source = self.names.index(name)
-        rounds, rank = divmod(count - 1, self.quotas[source])
-        return rounds * self.period + int(self._places[source][rank]) + 1 if count else 0
+        return self._schedule.samples_until(self.names.index(name), count) if count else 0
+
+    @property
+    def deviation(self) -> float:
+        """No source is ever further than this from its share, in samples."""
+        return self._schedule.deviation
 
     @property
     def by_name(self) -> dict[str, int]:
-        """Samples of each source in one period."""
+        """Shares as whole numbers."""
         return dict(zip(self.names, self.quotas, strict=True))
 
     @property
     def shares(self) -> dict[str, float]:
         """The weights, adding up to 1."""
-        return {name: quota / self.period for name, quota in self.by_name.items()}
+        return {name: quota / sum(self.quotas) for name, quota in self.by_name.items()}
 
 
 class Phase(NamedTuple):
@@ -255,48 +245,15 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _quotas(weights: list[float]) -> list[int]:
-    """Samples of each source in one period; the period is their sum."""
+    """The shares as whole numbers, in lowest terms; rounded where they would sum up to more than `MAX_WHOLE`."""
     exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not its nearest binary fraction
     shares = [weight / sum(exact) for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period <= MAX_PERIOD:
-        return [int(share * period) for share in shares]
-    quotas = [max(1, int(share * MAX_PERIOD)) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda source: quotas[source] - shares[source] * MAX_PERIOD)
-    for source in by_remainder[: max(0, MAX_PERIOD - sum(quotas))]:
-        quotas[source] += 1
-    quotas[quotas.index(max(quotas))] -= max(0, sum(quotas) - MAX_PERIOD)  # tiny sources were raised to one sample
-    # in lowest terms, so that these quotas as weights give themselves: a ledger keeps them
+    whole = math.lcm(*(share.denominator for share in shares))
+    if whole > MAX_WHOLE:
+        return _in_lowest_terms([max(1, int(share * (MAX_WHOLE - len(shares)))) for share in shares])
+    return [int(share * whole) for share in shares]
+
+
+def _in_lowest_terms(quotas: list[int]) -> list[int]:
     divisor = math.gcd(*quotas)
     return [quota // divisor for quota in quotas]
-
-
-@functools.lru_cache(maxsize=8)
-def _chairman_assignment(quotas: tuple[int, ...]) -> NDArray[np.int32]:
-    """Source of each sample of one period, [sum(quotas)].
-
-    The k-th sample of a source may come once the source is `slack` behind its share, and must come before it is
-    1 - `slack` behind; among those that may, the most urgent one is taken. Times are in integers, exactly.
-    """
-    period, sources = sum(quotas), len(quotas)
-    if sources == 1:
-        return np.zeros(period, dtype=np.int32)
-    slack = 2 * sources - 2  # in units of 1 / slack of a sample
-    jobs = []
-    for source, quota in enumerate(quotas):
-        number = np.arange(quota, dtype=np.int64)
-        first = -((number * slack + 1) * period // (-slack * quota))
-        last = ((number + 1) * slack - 1) * period // (slack * quota)
-        jobs.append(np.stack([first, last, np.full(quota, source)], axis=1))
-    waiting = np.concatenate(jobs)
-    waiting = waiting[np.argsort(waiting[:, 0], kind="stable")].tolist()
-    schedule = np.empty(period, dtype=np.int32)
-    ready: list[tuple[int, int]] = []
-    following = 0
-    for time in range(1, period + 1):
-        while following < period and waiting[following][0] <= time:
-            _, last, source = waiting[following]
-            heapq.heappush(ready, (last, source))
-            following += 1
-        schedule[time - 1] = heapq.heappop(ready)[1]
-    return schedule
