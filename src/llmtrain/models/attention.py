@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models import cpu_attention
+from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.document_attention import Documents, document_attention
 from llmtrain.models.positions import RotaryTables, rotate
 
@@ -88,8 +89,8 @@ class Attention(nn.Module):
         self.head_size = config.hidden_size // config.num_heads
         self.dropout = config.dropout
         qkv_size = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.qkv = Linear(config.hidden_size, qkv_size, bias=config.bias)
+        self.output = Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(
         self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,

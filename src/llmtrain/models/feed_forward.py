@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.models.cpu_linear import Linear
 
 # The gate makes a third matrix; 8/3 x hidden keeps the parameter count of 4 x hidden without one.
 SWIGLU_MULTIPLE = 64
@@ -27,8 +28,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.approximation = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.up = nn.Linear(config.hidden_size, inner_size(config), bias=config.bias)
-        self.down = nn.Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.up = Linear(config.hidden_size, inner_size(config), bias=config.bias)
+        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(hidden), approximate=self.approximation))
@@ -42,8 +43,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * inner_size(config), bias=config.bias)
-        self.down = nn.Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.gate_up = Linear(config.hidden_size, 2 * inner_size(config), bias=config.bias)
+        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [B, T, F] each

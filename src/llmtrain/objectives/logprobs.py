@@ -195,6 +195,9 @@ def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _add_at(matrix: Tensor, column: Tensor, values: Tensor) -> Tensor:
     """The matrix [n, V] with values [n] added at one column [n, 1] of each row; the matrix may be overwritten."""
+    if torch.compiler.is_compiling():  # a scatter would have the matrix written and read once more; this is fused
+        here = torch.arange(matrix.shape[-1], device=matrix.device) == column
+        return matrix + torch.where(here, values[:, None], 0.0)
     return matrix.scatter_add_(-1, column, values[:, None])
 
 
