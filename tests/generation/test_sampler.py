@@ -9,7 +9,8 @@ import torch
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.generation.sampler import Choice, generate, invert_cdf
+from llmtrain.generation.choice import NUCLEUS_CANDIDATES, Choice, invert_cdf
+from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import save_model
 from llmtrain.models.heads import LanguageModel
 
@@ -112,6 +113,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, kept: list[in
     probabilities = Choice(1.0, None, top_p).probabilities(distribution.log())
     assert probabilities[0].nonzero()[:, 0].tolist() == sorted(kept)
     torch.testing.assert_close(probabilities[0, kept], distribution[0, kept])
+
+
+def test_the_nucleus_is_the_same_found_among_few_or_all() -> None:
+    """One row is peaked, one flat: its nucleus does not fit among the candidates."""
+    logits = torch.randn(2, 2000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[4.0], [0.1]])
+    found = Choice(1.0, None, 0.9).probabilities(logits)
+    descending, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    outside = descending.cumsum(dim=-1) - descending >= 0.9
+    expected = torch.zeros_like(logits).scatter_(-1, tokens, descending.masked_fill(outside, 0.0))
+    assert torch.equal(found, expected)
+    kept = (found > 0).sum(dim=-1)
+    assert kept[0] < NUCLEUS_CANDIDATES < kept[1]
+    assert torch.equal(Choice(1.0, None, 0.9).probabilities(logits[:1])[0], found[0])
 
 
 def test_inverse_cdf_never_picks_an_impossible_token() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.attention import KVCache
+from llmtrain.models.attention import KVCache, attend_one
 from llmtrain.models.feed_forward import inner_size
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.positions import rotary_tables, rotate
@@ -93,6 +93,43 @@ def test_cache_goes_on_with_the_selected_rows(config: ModelConfig) -> None:
         for row, logits in zip(kept.tolist(), after, strict=True):
             whole = model(torch.cat((prompts[row, : lengths[row]], added[row]))[None])[0, -1]
             torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
+
+
+@ALL
+def test_cache_goes_on_with_adopted_rows(config: ModelConfig) -> None:
+    """Two prompts are put in the places of others, one of them twice; a row is released in between."""
+    model, lengths = build(config), [9, 4]
+    prompts, added = tokens(2, 9), tokens(3, 3, seed=2)
+    other = KVCache(config, lengths, 9, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(config, [0] * 3, 32, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        model(prompts, cache=other)
+        cache.adopt(torch.tensor([0, 1]), other, torch.tensor([0, 0]))
+        model(added[:, [0]], cache=cache)
+        cache.release(torch.tensor([1]))
+        cache.adopt(torch.tensor([2, 1]), other, torch.tensor([0, 1]))
+        after = [model(added[:, [step]], cache=cache)[:, 0] for step in (1, 2)]
+        seen = [prompts[0, :9].tolist() + added[0, :1].tolist(), prompts[1, :4].tolist(), prompts[0, :9].tolist()]
+        for row, before in enumerate(seen):
+            whole = model(torch.tensor([before + added[row, 1:].tolist()]))[0, -2:]
+            torch.testing.assert_close(torch.stack(after)[:, row], whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_single_query_attends_as_the_formula_says(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """Against float64 with the heads expanded: within the rounding of the dtype."""
+    query, keys, values = (
+        torch.randn(3, *shape, 16).to(dtype) for shape in ((heads, 1), (kv_heads, 32), (kv_heads, 32))
+    )
+    mask = torch.zeros(3, 1, 1, 32, dtype=dtype).masked_fill(
+        torch.arange(32) >= torch.tensor([[5], [32], [17]])[:, None, None], float("-inf")
+    )
+    wide = [each.double().repeat_interleave(heads // kv_heads, dim=1) for each in (keys, values)]
+    expected = (query.double() @ wide[0].mT / 4 + mask.double()).softmax(dim=-1) @ wide[1]
+    found = attend_one(query, keys, values, mask)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_flops_follow_the_products() -> None:

@@ -4,6 +4,8 @@ Shapes: B rows, T positions, S positions in the cache, H hidden size, D head siz
 Q query heads, K key-value heads (Q a multiple of K).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,63 +16,107 @@ from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.document_attention import Documents, document_attention
 from llmtrain.models.positions import RotaryTables, rotate
 
+# Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same
+# bits whatever stands behind its own columns.
+WIDTH_MULTIPLE = 16
+
 
 class KVCache:
-    """Keys and values of the tokens that a batch of right-padded prompts has seen, per layer [B, 2K, S, D].
+    """Keys and values of the tokens that rows have seen, per layer [R, 2K, S, D]: position p of a row in column p.
 
-    The first forward pass fills one column for each position of the padded prompts, every later one appends the
-    same column for all rows: a plain slice is written, no scatter. Columns between a row's own prompt
-    and the longest one hold padding and are masked; the positions that a row's tokens are given leave no gap.
+    The first forward pass takes right-padded prompts, every later one a single token more for each row. Columns behind
+    a row's own tokens hold padding, or what other rows have left there: finite, and masked.
 
-    `prompt_lengths` are the unpadded lengths of the rows, `capacity` is S, `dtype` that of the projections.
+    `lengths` are the unpadded lengths of the prompts, 0 for rows that `adopt` fills; `capacity` is the longest that a
+    row may grow, `dtype` that of the projections.
     """
 
     def __init__(
-        self, config: ModelConfig, prompt_lengths: list[int], capacity: int, *, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         kv_heads = config.num_kv_heads or config.num_heads
-        shape = (len(prompt_lengths), 2 * kv_heads, capacity, config.hidden_size // config.num_heads)
+        shape = (len(lengths), 2 * kv_heads, rounded_up(capacity), config.hidden_size // config.num_heads)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.filled = 0
-        self.last_position = config.max_sequence_length - 1
-        self.lengths = torch.tensor(prompt_lengths, device=device)  # [B]
-        self.mask: Tensor | None = None
-        if min(prompt_lengths) < max(prompt_lengths):
-            columns = torch.arange(capacity, device=device)
-            padding = (columns >= self.lengths[:, None]) & (columns < max(prompt_lengths))  # [B, S]
-            mask = torch.zeros(padding.shape, dtype=dtype, device=device).masked_fill(padding, float("-inf"))
-            self.mask = mask[:, None, None]  # [B, 1, 1, S], added to the attention scores
+        self.lengths = torch.tensor(lengths, device=device)  # [R]
+        self.longest = max(lengths)  # known without asking the device
+        self.last = min(config.max_sequence_length, shape[2]) - 1
+        self.width = 0  # columns that are read
+        self.written = 0  # columns that hold numbers
+        self.adding = False  # single tokens, no longer prompts
 
-    def positions(self, tokens: Tensor) -> Tensor:
-        """Positions of the tokens [B, T] that come next: [1, T] for the prompts, [B, 1] for one more token each."""
-        if self.filled == 0:
+    def begin(self, tokens: Tensor) -> Tensor:
+        """Positions of the tokens [B, T] that come next, [1, T] for prompts, [B, 1] for one token more of each row.
+
+        There may be more rows of tokens than the cache has: what is added to fill them up is not kept.
+        """
+        if self.width == 0:
+            self._set_width(tokens.shape[1])
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
-        # A row that has reached the model's end may be computed along with the others; its position must exist.
-        return self.lengths.clamp(max=self.last_position)[:, None]
+        self.adding = True
+        self._set_width(self.longest + 1)
+        rows, kv_heads, capacity, _ = self.layers[0].shape
+        # A row that has ended may be computed along with the others: its position must exist.
+        columns = self.lengths.clamp(max=self.last)[:, None]  # [R, 1]
+        starts = torch.arange(0, rows * kv_heads * capacity, capacity, device=tokens.device)
+        self.places = (starts.view(rows, kv_heads) + columns).flatten()  # [R 2K], of R 2K S
+        ahead = torch.arange(self.width, device=tokens.device) > columns
+        mask = torch.zeros(ahead.shape, dtype=self.layers[0].dtype, device=tokens.device)
+        self.mask = mask.masked_fill_(ahead, float("-inf"))[:, None, None]  # [R, 1, 1, width]
+        self.lengths = columns[:, 0] + 1
+        self.longest += 1
+        return F.pad(columns, (0, 0, 0, len(tokens) - rows)) if len(tokens) > rows else columns
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> Tensor:
-        """Writes a layer's new keys and values [B, T, K, D]; returns all of that layer, [B, 2K, filled + T, D]."""
-        end = self.filled + key.shape[1]
-        kv_heads = key.shape[2]
-        columns = self.layers[layer][:, :, self.filled : end]
-        columns[:, :kv_heads] = key.transpose(1, 2)
-        columns[:, kv_heads:] = value.transpose(1, 2)
-        return self.layers[layer][:, :, :end]
+    def keep_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes a layer's keys and values of the prompts, [R, T, K, D]."""
+        self.layers[layer][:, :, : key.shape[1]] = torch.cat((key, value), dim=2).transpose(1, 2)
 
-    def advance(self, count: int) -> None:
-        """Called once per forward pass, after the last layer has appended `count` columns."""
-        if self.filled > 0:
-            self.lengths = self.lengths + count
-        self.filled += count
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Adds one position [B, 1, K, D] and attends to all from there: queries [B, 1, Q, D] → [B, Q, 1, D]."""
+        rows, head_size = len(self.lengths), key.shape[3]
+        new = torch.cat((key, value), dim=2)[:rows]
+        self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
+        attended = attend_one(query[:rows].transpose(1, 2), *self.views[layer], self.mask)
+        lacking = len(query) - rows
+        return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, lacking)) if lacking else attended
+
+    def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
+        """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
+        self._set_width(other.width)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine[rows, :, : other.width] = theirs[which, :, : other.width]
+        self.lengths[rows] = other.lengths[which]
+        self.longest = int(self.lengths.max())
+
+    def release(self, rows: Tensor) -> None:
+        """Forgets what the given rows ([N] indices) have seen; they are computed on as if they were new."""
+        self.lengths[rows] = 0
+        self.longest = int(self.lengths.max())
 
     def select(self, rows: Tensor) -> None:
-        """Keeps the given rows ([new B] indices) only."""
-        for layer, old in enumerate(self.layers):
-            kept = old.new_empty((len(rows), *old.shape[1:]))
-            kept[:, :, : self.filled] = old[:, :, : self.filled][rows]
-            self.layers[layer] = kept
+        """Keeps the given rows ([new R] indices, each at most once) only, in this order."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for layer, columns in enumerate(self.layers):
+            columns[moved, :, : self.longest] = columns[rows[moved], :, : self.longest]
+            self.layers[layer] = columns[: len(rows)]
         self.lengths = self.lengths[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
+        self.longest = int(self.lengths.max())
+        self.width = 0
+        self._set_width(self.longest)
+
+    def _set_width(self, columns: int) -> None:
+        """Makes at least so many columns readable. Memory is touched only when it is first needed."""
+        width = min(rounded_up(columns), self.layers[0].shape[2])
+        if width == self.width:
+            return
+        for layer in self.layers if width > self.written else ():
+            layer[:, :, self.written : width] = 0
+        self.width, self.written = width, max(self.written, width)
+        self.views = [layer[:, :, :width].chunk(2, dim=1) for layer in self.layers]  # keys, values [R, K, width, D]
+
+
+def rounded_up(columns: int) -> int:
+    """The next multiple of WIDTH_MULTIPLE."""
+    return -(-columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 class Attention(nn.Module):
@@ -101,15 +147,12 @@ class Attention(nn.Module):
         if rotary is not None:
             query_key = rotate(query_key, rotary)
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
-        if cache is None or cache.filled == 0:
+        if cache is not None and cache.adding:
+            attended = cache.attend(self.layer, query, key, value)
+        else:
             attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), documents)
             if cache is not None:
-                cache.append(self.layer, key, value)
-        else:
-            seen = cache.append(self.layer, key, value)
-            keys, values = seen.split(self.num_kv_heads, dim=1)  # [B, K, S, D]
-            mask = None if cache.mask is None else cache.mask[..., : seen.shape[2]]
-            attended = self._attend(query.transpose(1, 2), keys, values, mask=mask)
+                cache.keep_prompts(self.layer, key, value)
         return self.output(attended.transpose(1, 2).flatten(2))  # [B, T, H]
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
@@ -136,3 +179,21 @@ class Attention(nn.Module):
             dropout_p=dropout,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One query for each row and head [B, Q, 1, D] over keys and values [B, K, S, D], `mask` [B, 1, 1, S] added.
+
+    The queries that share a key-value head are taken as so many queries of that head: nothing is expanded, and the
+    keys are read once. In bfloat16 torch's CPU kernel is slow for a single query (3.5 times slower than for two), so
+    there is a copy beside a lone one. In float32 it is as fast either way, but depends on S for more than two.
+    """
+    batch, heads, _, head_size = query.shape
+    kv_heads = keys.shape[1]
+    if query.device.type == "cpu" and query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_size)
+    if heads == kv_heads and query.device.type == "cpu":
+        grouped = grouped.expand(-1, -1, 2, -1)
+    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    return attended[:, :, : heads // kv_heads].reshape(query.shape)

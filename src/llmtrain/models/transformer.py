@@ -71,25 +71,24 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
-        `positions` [B or 1, T] default to 0, 1, 2, ..., or with a cache to the ones that follow its tokens. With a
-        cache, the first call takes the right-padded prompts and every later one a single token for each row.
+        `positions` [B or 1, T] default to 0, 1, 2, ..., or with a cache to the ones that follow its tokens, which
+        `cache.begin` has given where they are set. With a cache, the first call takes the right-padded prompts and
+        every later one a single token for each row.
         `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
         """
         assert cache is None or documents is None, "a cache holds one document for each row"
-        assert cache is None or cache.filled == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
+        assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout)
         if positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
-            positions = cache.positions(tokens)
+            positions = cache.begin(tokens)
         elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
         hidden, rotary = self._embed(tokens, positions)
         for block in self.blocks:
             hidden = block(hidden, rotary, cache, within)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
         return self.final_norm(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
