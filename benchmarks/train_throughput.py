@@ -16,33 +16,17 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from contenders import Contender, turns
+
 ROWS = {"bench_a": 16, "bench_b": 8}
 VOCAB_SIZE = 8192
 LEARNING_RATE = 3e-4
-
-
-def wait_for_turn() -> int:
-    """Blocks until the parent gives this contender its turn; the number of steps to do (0: the end)."""
-    return int(sys.stdin.readline() or 0)
-
-
-def turns() -> Iterator[None]:
-    """One item per step; between turns it reports the seconds of each step and waits."""
-    print(json.dumps({"ready": True}), flush=True)
-    while steps := wait_for_turn():
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            yield
-            seconds.append(time.perf_counter() - start)
-        print(json.dumps(seconds), flush=True)
 
 
 def build_config(model: str, dtype: str) -> Any:
@@ -175,17 +159,15 @@ def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
     """Let the three take turns; the first turn (compilation, first touches) is not counted."""
     contenders = {}
     for name in ("ours", "bare", "hf"):
-        command = [sys.executable, __file__, "--model", model, "--dtype", dtype, "--contender", name]
-        contenders[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        _answer(contenders[name])
-        _turn(contenders[name], 3)
+        contenders[name] = Contender([__file__, "--model", model, "--dtype", dtype, "--contender", name])
+        contenders[name].turn(3)
     medians: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         order = list(contenders)
         for name in order if number % 2 == 0 else order[::-1]:
-            medians[name].append(statistics.median(_turn(contenders[name], steps)))
-    for process in contenders.values():
-        process.kill()
+            medians[name].append(statistics.median(contenders[name].turn(steps)))
+    for contender in contenders.values():
+        contender.end()
     result: dict[str, Any] = {"model": model, "dtype": dtype, "rounds": rounds, "steps": steps}
     for name, values in medians.items():
         result[f"{name}_tokens_per_second"] = round(4096 / statistics.median(values))
@@ -197,22 +179,6 @@ def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
             "high": round(ratios[-1], 3),
         }
     return result
-
-
-def _turn(process: subprocess.Popen[str], steps: int) -> list[float]:
-    assert process.stdin is not None
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    answer: list[float] = _answer(process)
-    return answer
-
-
-def _answer(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    while line := process.stdout.readline():
-        if line.startswith(("[", "{")):
-            return json.loads(line)
-    raise SystemExit("a contender ended early; its error is above")
 
 
 def main() -> None:

@@ -1,0 +1,214 @@
+"""Answers per second of whole GRPO steps against trl's GRPOTrainer, and of PPO steps, which trl no longer has.
+
+A step is sampling, rewards, the reference's log-probabilities, one pass forward and backward over all answers, and the
+optimizer. All contenders start from the same random weights with prompts of as many tokens, a reward that counts even
+tokens, 32 answers to 4 prompts (PPO: to 32), the same learning rate, KL coefficient and number of rows in a
+micro-batch, each in a process of its own, and take turns (`contenders.py`). Reported are the median step of each, and
+the median over rounds of the ratios.
+
+    python benchmarks/rollout_step.py --dtype bfloat16 --stops 64
+
+`--stops N`: N of the 8192 tokens end an answer; with 0 all answers have 64 tokens, the most. trl's optimizer is its
+default, fused AdamW.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from contenders import Contender, turns
+
+VOCAB_SIZE = 8192
+PROMPTS, GROUP_ROWS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH_ROWS = 4, 8, 64, 64, 8
+ANSWERS = PROMPTS * GROUP_ROWS
+LEARNING_RATE, KL_COEFFICIENT, INIT_STD = 1e-6, 0.04, 0.02
+CONTENDERS = ("grpo", "trl", "ppo")
+
+
+def make_model(folder: Path, stops: int) -> None:
+    """The model that all start from."""
+    import dataclasses
+
+    import torch
+
+    from llmtrain.config.compose import load_config
+    from llmtrain.models.formats import save_model
+    from llmtrain.models.heads import LanguageModel
+
+    config = dataclasses.replace(load_config("pretrain", ["model=bench_b"]).model, init_std=INIT_STD)
+    model = LanguageModel(config, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
+    # The last of the ids end an answer; trl insists on one.
+    ends = list(range(VOCAB_SIZE - max(stops, 1), VOCAB_SIZE))
+    save_model(folder, model, extra_config={"bos_token_id": 0, "eos_token_id": ends, "pad_token_id": 0})
+
+
+def make_prompts(step: int, count: int) -> list[list[int]]:
+    """Random tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(1, VOCAB_SIZE - 1000, (count, PROMPT_TOKENS), generator=generator).tolist()
+
+
+def ours(method: str, folder: Path, dtype: str, stops: int) -> None:
+    """The loop of the align stage."""
+    from llmtrain.config.compose import load_config
+    from llmtrain.data.encoding import PromptRow
+    from llmtrain.data.mixture import Phase, PhasedMixture
+    from llmtrain.engine.distributed import join
+    from llmtrain.generation.rollouts import Rollouts
+    from llmtrain.rewards.sums import WeightedSum
+    from llmtrain.stages.assembly import Plan, Run, load_policy
+    from llmtrain.stages.reinforcement import LEARNERS
+
+    options = [f"method.samples_per_prompt={GROUP_ROWS}"] if method == "grpo" else ["method.value_model=policy"]
+    config = load_config("align", [
+        f"method={method}", "rewards=length", f"model.init_from={folder}", f"train.batch_rows={ANSWERS}",
+        "train.steps=100000", f"train.micro_batch_rows={MICRO_BATCH_ROWS}", "schedule=constant",
+        f"optimizer.lr={LEARNING_RATE}", f"engine.precision={dtype}", f"method.max_new_tokens={NEW_TOKENS}",
+        f"method.kl_coefficient={KL_COEFFICIENT}", *options,
+    ])  # fmt: skip
+    clock = turns()
+
+    class Prompts:
+        def __call__(self, step: int, replacement: int = 0) -> list[PromptRow]:
+            if next(clock, "end") == "end":
+                sys.exit(0)
+            count = PROMPTS if method == "grpo" else ANSWERS
+            return [PromptRow(tokens, "", None) for tokens in make_prompts(step, count)]
+
+        def counts(self, step: int) -> dict[str, float]:
+            return {}
+
+    def even(answers: Any) -> list[float]:
+        return [sum(token % 2 == 0 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+
+    policy = load_policy(str(folder), dropout=0.0)
+    run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
+    learner = LEARNERS[type(config.method)](run, config.method, policy)
+    rollouts = Rollouts(
+        policy=policy, prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
+        learn_from=learner.learn_from, decode=lambda tokens: "",
+        stop_tokens=frozenset(range(VOCAB_SIZE - max(stops, 1), VOCAB_SIZE)), pad_id=0, settings=config.method,
+        batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches, seed=0, layout=run.layout,
+        autocast=run.autocast,
+    )  # fmt: skip
+    run.fit(
+        model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective, tokenizer=None,
+        plan=Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, ANSWERS, {}, {}), parts=learner.parts,
+    )  # fmt: skip
+
+
+def trl(folder: Path, dtype: str) -> None:
+    """trl.GRPOTrainer."""
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(VOCAB_SIZE)}, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="t0", pad_token="t0", eos_token=f"t{VOCAB_SIZE - 1}"
+    )
+    prompts = [" ".join(f"t{token}" for token in row) for step in range(64) for row in make_prompts(step, PROMPTS)]
+    clock = turns()
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if next(clock, "end") == "end":
+                sys.exit(0)
+
+    def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [sum(token % 2 == 0 for token in tokens) / len(tokens) for tokens in completion_ids]
+
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO_BATCH_ROWS,
+        gradient_accumulation_steps=ANSWERS // MICRO_BATCH_ROWS, num_generations=GROUP_ROWS,
+        max_completion_length=NEW_TOKENS, max_steps=100_000, learning_rate=LEARNING_RATE, beta=KL_COEFFICIENT,
+        bf16=dtype == "bfloat16", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        lr_scheduler_type="constant", gradient_checkpointing=False,
+    )  # fmt: skip
+    transformers.utils.logging.set_verbosity_error()
+    # A folder by name: the reference is loaded from it anew.
+    trainer = GRPOTrainer(
+        model=str(folder), reward_funcs=even, args=arguments, processing_class=tokenizer, callbacks=[Turns()],
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+    )  # fmt: skip
+    trainer.log = lambda *_, **__: None  # it would print into our channel
+    assert trainer.model.dtype == torch.float32
+    trainer.train()
+
+
+def compare(dtype: str, stops: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Let them take turns; the first turn of each is not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), stops)
+        contenders = {
+            name: Contender(
+                [__file__, "--dtype", dtype, "--stops", str(stops), "--contender", name, "--folder", folder]
+            )
+            for name in CONTENDERS
+        }
+        for contender in contenders.values():
+            contender.turn(1)
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for number in range(rounds):
+            for name in CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]:
+                seconds[name].append(statistics.median(contenders[name].turn(steps)))
+        for contender in contenders.values():
+            contender.end()
+    result: dict[str, Any] = {"model": "bench_b", "dtype": dtype, "stops": stops, "rounds": rounds, "steps": steps}
+    for name, values in seconds.items():
+        result[f"{name}_answers_per_second"] = round(ANSWERS / statistics.median(values), 2)
+    ratios = sorted(other / own for own, other in zip(seconds["grpo"], seconds["trl"], strict=True))
+    result["grpo_over_trl"] = {
+        "median": round(statistics.median(ratios), 2), "low": round(ratios[0], 2), "high": round(ratios[-1], 2),
+    }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    """Parse the arguments; run one contender, or compare all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--stops", type=int, default=0, help="how many tokens end an answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="append the result to this JSON-lines file")
+    arguments = parser.parse_args()
+    if arguments.contender == "trl":
+        trl(arguments.folder, arguments.dtype)
+    elif arguments.contender:
+        ours(arguments.contender, arguments.folder, arguments.dtype, arguments.stops)
+    if arguments.contender:
+        return
+    import torch
+    import transformers
+    import trl as trl_library
+
+    result = compare(arguments.dtype, arguments.stops, arguments.rounds, arguments.steps)
+    result |= {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl_library.__version__,
+        "cpus": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(result, indent=1))
+    if arguments.output:
+        with arguments.output.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
