@@ -7,12 +7,12 @@ and end at stop tokens; only the tokens up to there count.
 
     python benchmarks/generation.py --model bench_b --dtype float32 --batch 32
 
-Prompts are 8 to 128 random tokens, answers at most 128 tokens. transformers gets the prompts in order of length,
+Prompts are 8 to 128 random tokens, answers at most `--new-tokens`. transformers gets the prompts in order of length,
 left-padded, `--batch` at a time; ours computes as many rows side by side and gives a finished one to the next prompt.
 With `--batch 1` there is one prompt of 64 tokens at a time and no stop token. The models are random, with weights so
 large that their answers vary; one token in 64 is a stop token, so that answers are of mixed lengths. In float32 both
-give the same answers (`same_answers`); in bfloat16 transformers has bfloat16 weights, and ours float32 weights under
-autocast, as in a rollout.
+give the same answers, but for a tie now and then (`same_answers`); in bfloat16 transformers has bfloat16 weights, and
+ours float32 weights under autocast, as in a rollout.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 8192
-NEW_TOKENS = 128
 INIT_STD = 0.1
 
 Answers = list[list[int]]
@@ -42,7 +41,9 @@ def make_prompts(count: int, batch: int) -> Answers:
     return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
-def make_contenders(name: str, dtype: str, batch: int, stops: set[int]) -> dict[str, Callable[[Answers], Answers]]:
+def make_contenders(
+    name: str, dtype: str, batch: int, new_tokens: int, stops: set[int]
+) -> dict[str, Callable[[Answers], Answers]]:
     """Each answers prompts, up to and including a stop token."""
     import torch
     import transformers
@@ -58,13 +59,13 @@ def make_contenders(name: str, dtype: str, batch: int, stops: set[int]) -> dict[
         save_model(Path(folder), model, extra_config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0})
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     theirs.generation_config = transformers.GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=sorted(stops) or None
+        max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=sorted(stops) or None
     )
 
     def ours(prompts: Answers) -> Answers:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             return generate(
-                model, prompts, max_new_tokens=NEW_TOKENS, stop_tokens=stops, temperature=0, batch_rows=batch
+                model, prompts, max_new_tokens=new_tokens, stop_tokens=stops, temperature=0, batch_rows=batch
             )
 
     def transformers_with(cache: str) -> Callable[[Answers], Answers]:
@@ -87,13 +88,13 @@ def make_contenders(name: str, dtype: str, batch: int, stops: set[int]) -> dict[
     return {"ours": ours, "dynamic": transformers_with("dynamic"), "static": transformers_with("static")}
 
 
-def compare(model: str, dtype: str, batch: int, count: int, rounds: int) -> dict[str, Any]:
+def compare(model: str, dtype: str, batch: int, count: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """Let them take turns."""
     from llmtrain.engine.memory import keep_freed_memory
 
     keep_freed_memory()  # as in a run; all of them have it
     prompts, stops = make_prompts(count, batch), set(range(VOCAB_SIZE // 64)) if batch > 1 else set()
-    contenders = make_contenders(model, dtype, batch, stops)
+    contenders = make_contenders(model, dtype, batch, new_tokens, stops)
     for answer in contenders.values():
         answer(prompts[:batch])
     answers: dict[str, Answers] = {}
@@ -107,7 +108,7 @@ def compare(model: str, dtype: str, batch: int, count: int, rounds: int) -> dict
     lengths = [len(answer) for answer in answers["ours"]]
     same = sum(one == other for one, other in zip(answers["ours"], answers["dynamic"], strict=True))
     result: dict[str, Any] = {
-        "model": model, "dtype": dtype, "batch": batch, "prompts": count, "rounds": rounds,
+        "model": model, "dtype": dtype, "batch": batch, "prompts": count, "new_tokens": new_tokens, "rounds": rounds,
         "answer_tokens": {"mean": round(statistics.mean(lengths), 1), "lowest": min(lengths), "highest": max(lengths)},
         "same_answers": same / count,
     }  # fmt: skip
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--batch", type=int, default=32, help="rows computed side by side")
     parser.add_argument("--prompts", type=int, help="number of prompts; without it four for each row")
+    parser.add_argument("--new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="append the result to this JSON-lines file")
     arguments = parser.parse_args()
@@ -136,7 +138,7 @@ def main() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     count = arguments.prompts or 4 * arguments.batch
-    result = compare(arguments.model, arguments.dtype, arguments.batch, count, arguments.rounds)
+    result = compare(arguments.model, arguments.dtype, arguments.batch, count, arguments.new_tokens, arguments.rounds)
     result |= {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -175,8 +175,8 @@ def test_a_compiler_that_computes_something_else_is_noticed(monkeypatch: pytest.
 
 
 def test_a_cache_in_the_wrong_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KVCache.positions
-    monkeypatch.setattr(KVCache, "positions", lambda self, tokens: right(self, tokens) + (tokens.shape[1] == 1))
+    right = KVCache.begin
+    monkeypatch.setattr(KVCache, "begin", lambda self, tokens: right(self, tokens) + (tokens.shape[1] == 1))
     assert "generation: tokens that differ without the cache" in off(sampling.decoding(CPU))
 
 

@@ -14,7 +14,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.generation import batching, decoder
 from llmtrain.generation.batching import ContinuousBatch, enough_rows
 from llmtrain.generation.decoder import Decoder, PreparedLinear
-from llmtrain.generation.sampler import ModelSampler, Sampler, Sampling, generate
+from llmtrain.generation.sampler import generate
 from llmtrain.models.attention import WIDTH_MULTIPLE, KVCache
 from llmtrain.models.heads import LanguageModel
 
@@ -186,19 +186,3 @@ def test_prepared_products(packed: bool, dtype: torch.dtype, bias: bool) -> None
         torch.testing.assert_close(
             found.double(), expected, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=torch.finfo(dtype).eps
         )
-
-
-def test_a_sampler_asks_for_the_model_at_every_call() -> None:
-    models = [build(GROUPED), build(dataclasses.replace(GROUPED, init_std=0.5))]
-    asked: list[LanguageModel] = []
-
-    def newest() -> LanguageModel:
-        asked.append(models[len(asked)])
-        return asked[-1]
-
-    sampler: Sampler = ModelSampler(newest)
-    settings = Sampling(max_new_tokens=6, stop_tokens=frozenset())
-    first, second = (sampler([[3, 4], [5]], [1, 2], settings) for _ in range(2))
-    assert asked == models
-    assert first == generate(models[0], [[3, 4], [5]], max_new_tokens=6, stop_tokens=set(), seeds=[1, 2])
-    assert first != second
