@@ -6,7 +6,7 @@ tokens, 32 answers to 4 prompts (PPO: to 32), the same learning rate, KL coeffic
 micro-batch, each in a process of its own, and take turns (`contenders.py`). Reported are the median step of each, and
 the median over rounds of the ratios.
 
-    python benchmarks/rollout_step.py --dtype bfloat16 --stops 64
+    python benchmarks/rollout_step.py --dtype bfloat16 --stops 128
 
 `--stops N`: N of the 8192 tokens end an answer; with 0 all answers have 64 tokens, the most. trl's optimizer is its
 default, fused AdamW.

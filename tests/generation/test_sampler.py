@@ -9,7 +9,7 @@ import torch
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.generation.choice import NUCLEUS_CANDIDATES, Choice, invert_cdf
+from llmtrain.generation.choice import NUCLEUS_CANDIDATES, Choice, invert_cdf, row_uniforms
 from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import save_model
 from llmtrain.models.heads import LanguageModel
@@ -126,6 +126,12 @@ def test_the_nucleus_is_the_same_found_among_few_or_all() -> None:
     kept = (found > 0).sum(dim=-1)
     assert kept[0] < NUCLEUS_CANDIDATES < kept[1]
     assert torch.equal(Choice(1.0, None, 0.9).probabilities(logits[:1])[0], found[0])
+
+
+def test_a_rows_numbers_depend_on_neither_their_count_nor_its_neighbours() -> None:
+    several = row_uniforms([3, 5], 40)
+    for count in (1, 15, 16, 17):
+        assert torch.equal(row_uniforms([5], count)[0], several[1, :count])
 
 
 def test_inverse_cdf_never_picks_an_impossible_token() -> None:
