@@ -75,7 +75,8 @@ class KVCache:
         rows, head_size = len(self.lengths), key.shape[3]
         new = torch.cat((key, value), dim=2)[:rows]
         self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
-        attended = attend_one(query[:rows].transpose(1, 2), *self.views[layer], self.mask)
+        keys, values = self.views[layer]
+        attended = attend_one(query[:rows].transpose(1, 2), keys, values, self.mask)
         lacking = len(query) - rows
         return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, lacking)) if lacking else attended
 
