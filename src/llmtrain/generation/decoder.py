@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.models.attention import KVCache, rounded_up
+from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.heads import LanguageModel
 
 # Matrices are packed from so many weights on; smaller models live in the processor's caches, and calls cost more.
@@ -35,7 +36,7 @@ class Decoder:
         self.config = model.config
         self.device = model.head_weight.device
         self.dtype = _working_dtype(model)
-        linears = [module for module in model.modules() if type(module) is nn.Linear]
+        linears = [module for module in model.modules() if type(module) in (nn.Linear, Linear)]
         packed = _can_pack(self.device) and sum(module.weight.numel() for module in linears) >= PACKED_FROM
         shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for module in linears:
