@@ -29,7 +29,8 @@ LEAST_ROWS = 4
 class Decoder:
     """Runs a language model over prompts, then over one token at a time.
 
-    It holds the weights of the moment it is made. On a CPU it gives a row the same bits whatever rows are beside it.
+    It holds the weights of the moment it is made. On a CPU, in one thread, it gives a row the same bits whatever rows
+    are beside it; in several, a product is divided by its number of rows.
     """
 
     def __init__(self, model: LanguageModel) -> None:
