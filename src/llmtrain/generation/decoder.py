@@ -17,6 +17,7 @@ from llmtrain.models.attention import KVCache, rounded_up
 from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.heads import LanguageModel
 
+PLAIN = (nn.Linear, Linear)  # layers that are a product and nothing else
 # Matrices are packed from so many weights on; smaller models live in the processor's caches, and calls cost more.
 PACKED_FROM = 4_000_000
 # Rows that a layout is made for. It serves any number; made for one row it is slower for all others.
@@ -37,7 +38,7 @@ class Decoder:
         self.config = model.config
         self.device = model.head_weight.device
         self.dtype = _working_dtype(model)
-        linears = [module for module in model.modules() if type(module) in (nn.Linear, Linear)]
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and type(module) in PLAIN]
         packed = _can_pack(self.device) and sum(module.weight.numel() for module in linears) >= PACKED_FROM
         shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for module in linears:
