@@ -2,7 +2,7 @@
 
     python benchmarks/alignment.py --output benchmarks/results      # everything, then the table and the curves
     python benchmarks/alignment.py --only grpo dpo --seeds 1        # some methods, one seed
-    python benchmarks/alignment.py engine.threads=1                 # keys for every run
+    python benchmarks/alignment.py engine.threads=1 --shared        # keys for every run; times are not worth a word
 
 Each seed has its own `llmtrain pipeline`, whose ppo and dpo are those of the table. Every other run is one command,
 `llmtrain align` with what `RUNS` says; all else is shipped defaults. What has finished is not done again.
@@ -262,9 +262,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="some methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="write alignment.jsonl and alignment.svg into this folder")
+    parser.add_argument("--shared", action="store_true", help="leave the times out: others computed meanwhile")
     parser.add_argument("keys", nargs="*", help="keys for every run, such as engine.threads=1")
     arguments = parser.parse_intermixed_args()
     rows = [measured(name, seed, arguments.keys) for seed in arguments.seeds for name in arguments.only]
+    rows = [row | ({"seconds": None} if arguments.shared else {}) for row in rows]
     print(table(rows), *(told(row) for row in rows if row["method"] == "overoptimised"), sep="\n")
     if arguments.output:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
