@@ -168,7 +168,9 @@ BAD = [
     ),
     # warnings
     ("sft health.kl=5", "health.kl: has no effect: nothing is sampled here: it is for reinforcement learning"),
-    ("align health.held_out_metric=eval/x", "health.held_out_metric: has no effect: nothing is sampled here"),
+    ("sft health.held_out_metric=eval/x", "health.held_out_metric: has no effect: no policy is rewarded here"),
+    ("reward health.overoptimised=0.1", "health.overoptimised: has no effect: no policy is rewarded here"),
+    ("align health.kl=5", "health.kl: has no effect: nothing is sampled here"),
     (
         "align method=ppo health.loss_spike=null",
         "health.loss_spike: has no effect: only the loss on text is steady enough",

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -218,6 +218,35 @@ def test_the_metric_that_ranks_checkpoints_is_the_held_out_score(tmp_path: Path)
     [found] = warnings(rows, tmp_path, best_metric="eval/error", best_mode="min")
     assert found.rule == "overoptimised"
     assert "eval/error went from 0.18" in found.text
+
+
+def pairs(steps: int, *, score: Callable[[int], float], every: int = 20, noise: float = 0.1) -> Rows:
+    """A method that learns from given answers: their margin rises; the score of its own answers is another matter."""
+    draw = random.Random(0)
+    rows: Rows = [{"step": 0, "eval/exact_match": score(0)}]
+    for step in range(1, steps + 1):
+        margin = 0.1 * step + draw.gauss(0, noise)
+        rows.append({"step": step, "train/chosen_reward": -step, "train/rejected_reward": -step - margin})
+        if step % every == 0:
+            rows[-1]["eval/exact_match"] = score(step)
+    return rows
+
+
+def test_pairs_told_apart_at_the_cost_of_what_the_policy_answers(tmp_path: Path) -> None:
+    [found] = warnings(pairs(80, score=lambda step: 0.528 - 0.005 * step), tmp_path)
+    assert (found.rule, found.step) == ("overoptimised", 20)
+    assert "eval/exact_match went from 0.528 at step 0 to 0.428 while the margin between the given answers rose" in (
+        found.text
+    )
+    assert "method.sft_weight" in found.text
+    assert warnings(pairs(80, score=lambda step: 0.528 + 0.005 * step), tmp_path) == []
+    assert warnings(pairs(80, score=lambda step: 0.528 - 0.005 * step, noise=20.0), tmp_path) == [], "no rise"
+
+
+def test_the_scores_of_a_reward_model_are_no_reward_of_a_policy(tmp_path: Path) -> None:
+    rows = pairs(80, score=lambda step: 0.528 - 0.005 * step)
+    renamed = [{name.replace("_reward", "_score"): value for name, value in row.items()} for row in rows]
+    assert warnings(renamed, tmp_path) == []
 
 
 # --- files ---

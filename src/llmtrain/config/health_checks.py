@@ -8,8 +8,9 @@ from llmtrain.config.view import View, finding, no_effect
 # What is read of rollouts alone.
 OF_ROLLOUTS = (
     "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "flat_groups",
-    "overoptimised", "held_out_metric",
 )  # fmt: skip
+# What is read of a policy that is rewarded for its answers, or for preferring one of two.
+OF_POLICIES = ("overoptimised", "held_out_metric")
 
 
 def final_model(view: View) -> Iterator[Finding]:
@@ -46,7 +47,9 @@ def _without_effect(view: View) -> Iterator[tuple[str, str]]:
         yield from ((key, "nothing is sampled here: it is for reinforcement learning") for key in OF_ROLLOUTS)
     if samples or view.command not in ("reward", "align"):
         yield "stuck_loss", "nothing is learned from pairs here"
-    if samples and view["health.overoptimised"] is None:
+    if view.command != "align":
+        yield from ((key, "no policy is rewarded here: it is for align") for key in OF_POLICIES)
+    elif view["health.overoptimised"] is None:
         yield "held_out_metric", "health.overoptimised is switched off"
 
 

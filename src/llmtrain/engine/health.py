@@ -230,6 +230,8 @@ class LengthGrowth:
 class Overoptimised:
     """A held-out score that falls again while the reward goes on rising (Gao et al. 2022, arXiv 2210.10760).
 
+    Where nothing is sampled, the reward is the margin between given answers: it can rise while both become less likely,
+    and others likelier than either (Rafailov et al. 2024, arXiv 2404.12358; Razin et al. 2024, arXiv 2410.08847).
     It has fallen when it has lost `share` of its best value, so that small ups and downs are passed over, and a quarter
     of what it has gained, so that a run is warned about long before it is back where it started. The reward has risen
     when its last rows are above those at the best score by two standard errors.
@@ -244,10 +246,11 @@ class Overoptimised:
         self.best, self.best_step = -math.inf, 0
 
     def __call__(self, step: int, row: Row) -> str | None:
-        if "align/reward" in row:
-            self.rewards.append(row["align/reward"])
+        reward = row.get("align/reward", margin_of(row))
+        if reward is not None:
+            self.rewards.append(reward)
             if len(self.rewards_at_best) < FEW_ROWS:  # the start is measured before there is a reward
-                self.rewards_at_best.append(row["align/reward"])
+                self.rewards_at_best.append(reward)
         if self.metric not in row:
             return None
         score = self.sign * row[self.metric]
@@ -260,11 +263,12 @@ class Overoptimised:
         if lost <= max(self.share * abs(self.best), LOST_GAIN * gained) or not self._reward_rose():
             return None
         then, now = statistics.fmean(self.rewards_at_best), statistics.fmean(self.rewards)
+        of_samples = "align/reward" in row
+        name, why = ("reward", EXPLOITED) if of_samples else ("margin between the given answers", DISPLACED)
         return (
             f"{self.metric} went from {self.sign * self.best:.4g} at step {self.best_step} to {row[self.metric]:.4g} "
-            f"while the reward rose from {then:.3g} to {now:.3g}: the policy exploits what the reward gets wrong. "
-            "Raise method.kl_coefficient, train the reward model on answers of this policy, or finish with the best "
-            "checkpoint (checkpoint.final=best)."
+            f"while the {name} rose from {then:.3g} to {now:.3g}: {why}, or finish with the best checkpoint "
+            "(checkpoint.final=best)."
         )
 
     def _reward_rose(self) -> bool:
@@ -272,6 +276,22 @@ class Overoptimised:
             return False
         error = math.sqrt(_squared_error(self.rewards) + _squared_error(self.rewards_at_best))
         return statistics.fmean(self.rewards) - statistics.fmean(self.rewards_at_best) > 2 * error
+
+
+EXPLOITED = (
+    "the policy exploits what the reward gets wrong. Raise method.kl_coefficient, train the reward model on answers of "
+    "this policy"
+)
+DISPLACED = (
+    "the answers are told apart, and what the policy itself answers gets worse. Raise method.beta, so that a smaller "
+    "margin is enough, set method.sft_weight, lower optimizer.lr"
+)
+
+
+def margin_of(row: Row) -> float | None:
+    """How much better, by the policy's own rewards, the better of given answers are than the worse."""
+    better, worse = row.get("train/chosen_reward"), row.get("train/rejected_reward")
+    return None if better is None or worse is None else better - worse
 
 
 def _is_full(rows: deque[Any]) -> bool:

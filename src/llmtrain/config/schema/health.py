@@ -39,7 +39,8 @@ class HealthConfig:
     flat_groups: float | None = Field(default=0.8, gt=0, lt=1)
     """Warn when more than this share of the groups has one reward for all its answers, which teaches nothing."""
     overoptimised: float | None = Field(default=0.02, gt=0, lt=1)
-    """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises."""
+    """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises.
+    Of methods that learn from given answers, the reward is the margin between the better and the worse."""
     held_out_metric: str | None = None
     """Held-out score, higher is better, beside the reward. Null: `checkpoint.best_metric`, else eval/exact_match."""
     stop_on: list[Rule] = Field(default_factory=list)
