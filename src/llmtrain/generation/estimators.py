@@ -30,7 +30,7 @@ class PpoEstimator:
 
     model: nn.Module
     """The actor-critic as spread over the processes."""
-    reference: LanguageModel
+    reference: nn.Module
     settings: PpoConfig
     kl: AdaptiveKL
     kl_stop: KLStop | None
@@ -97,7 +97,7 @@ class AnswerEstimator:
 
     model: nn.Module
     """The policy as spread over the processes."""
-    reference: LanguageModel | None
+    reference: nn.Module | None
     """None: no KL is asked for."""
     advantages: Callable[[Tensor], Tensor]
     """Rewards [B] → advantages [B]."""

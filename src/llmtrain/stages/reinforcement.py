@@ -71,7 +71,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
     rows = load_rows(run, method, policy, tokenizer)
     check_expected(reward, rows)
-    learner = LEARNERS[type(method)](run, method, policy)
+    learner = LEARNERS[type(method)](run, method, run.adapt(policy))
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
@@ -177,7 +177,7 @@ def several_updates(
     """What GRPO and RLOO share: groups, and several updates for each rollout."""
     model = spread(policy, run.layout, run.config.engine.sharding)
     estimator = AnswerEstimator(
-        model=model, reference=reference_if(method.kl_coefficient, run), advantages=advantages,
+        model=model, reference=reference_if(method.kl_coefficient, run, model), advantages=advantages,
         temperature=method.temperature, epochs=method.epochs, minibatches=method.minibatches,
         kl_stop=kl_stop(method.kl_limit, run.layout), micro_batch_rows=run.config.train.micro_batch_rows,
         autocast=run.autocast, **options,
@@ -194,7 +194,7 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
     baseline: Callable[[Tensor], Tensor] = mean_of_all if method.baseline == "batch" else torch.clone
     model = spread(policy, run.layout, run.config.engine.sharding)
     estimator = AnswerEstimator(
-        model=model, reference=reference_if(method.kl_coefficient, run),
+        model=model, reference=reference_if(method.kl_coefficient, run, model),
         advantages=whitened(baseline, run.layout) if method.whiten_advantages else baseline,
         temperature=method.temperature, kl_in_reward=method.kl_coefficient,
         micro_batch_rows=run.config.train.micro_batch_rows, autocast=run.autocast,
@@ -204,9 +204,9 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
     )
 
 
-def reference_if(kl_coefficient: float, run: Run[AlignConfig]) -> LanguageModel | None:
+def reference_if(kl_coefficient: float, run: Run[AlignConfig], model: nn.Module) -> nn.Module | None:
     """The reference, unless its KL counts for nothing."""
-    return assembly.load_reference(run) if kl_coefficient else None
+    return assembly.load_reference(run, model) if kl_coefficient else None
 
 
 def whitened(advantages: Callable[[Tensor], Tensor], layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -228,9 +228,10 @@ def kl_stop(limit: float | None, layout: Layout) -> KLStop | None:
 def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageModel) -> Learner:
     """Direct preference optimisation on pairs of the policy's own answers."""
     loss = functools.partial(dpo_loss, beta=method.beta, label_smoothing=method.label_smoothing)
+    model = spread(policy, run.layout, run.config.engine.sharding)
     return Learner(
-        trained=policy, model=spread(policy, run.layout, run.config.engine.sharding), learn_from=best_and_worst,
-        objective=Preference(loss, OnTheFly(assembly.load_reference(run)), beta=method.beta),
+        trained=policy, model=model, learn_from=best_and_worst,
+        objective=Preference(loss, OnTheFly(assembly.load_reference(run, model)), beta=method.beta),
         group_rows=method.samples_per_prompt,
     )  # fmt: skip
 
