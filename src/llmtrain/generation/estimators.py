@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from llmtrain.config.schema import PpoConfig
 from llmtrain.engine.distributed import Layout, total
 from llmtrain.generation.rollouts import SampledAnswers, means
-from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.advantages import gae, token_rewards, whiten
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop, kl_k1

@@ -10,7 +10,7 @@ Shapes: O outputs and I inputs of a layer, r rank, P adapted parts of the layer.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import LoraConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.models.heads import LanguageModel, ScalarModel
+from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorCritic
 from llmtrain.models.layouts import their_parts
 
-OWN_SET = "default"  # the name of the adapters that a model has of its own
+OWN_SET, VALUE_SET = "default", "value"  # the names of a model's own adapters, and of those of a value model on it
 ALWAYS_TRAINED = "score"  # the head of a reward model is new
 
 
@@ -114,14 +114,14 @@ def adapt(model: LanguageModel | ScalarModel, settings: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: nn.Module, *key: int | str) -> None:
+def initialise_adapters(model: nn.Module, *key: int | str, adapters: str = OWN_SET) -> None:
     """Draws each A from U(-1 / sqrt(I), 1 / sqrt(I)), on the CPU, by `key` and name; B stays zero, and so the sum.
 
     Kaiming-uniform with a = sqrt(5), as in the authors' code and `peft`.
     """
     for name, layer in adapted_layers(model):
         generator, bound = torch.Generator().manual_seed(derive_seed(*key, name)), layer.in_features**-0.5
-        a = layer.adapters[OWN_SET].lora_A
+        a = layer.adapters[adapters].lora_A
         a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
 
 
@@ -147,13 +147,34 @@ def using(model: nn.Module, adapters: str | None) -> Iterator[None]:
 class WithoutAdapters(nn.Module):
     """A model with its adapters switched off: the one that it was before, bit for bit, without memory of its own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.options = model, options
 
-    def forward(self, tokens: Tensor, *, read: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+    def forward(self, tokens: Tensor, *, read: Read | None = None) -> Any:
         with using(self.model, None):
-            return self.model(tokens, read=read)
+            return self.model(tokens, read=read, **self.options)
+
+
+class AdaptedActorCritic(SharedActorCritic):
+    """A policy with adapters, and a value model on its frozen trunk: adapters of its own, and a head of zeros."""
+
+    def __init__(self, policy: LanguageModel, settings: LoraConfig) -> None:
+        super().__init__(policy)
+        for _, layer in adapted_layers(policy):
+            layer.adapters[VALUE_SET] = LowRank(layer, layer.adapters[OWN_SET].parts, settings)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Those of the policy, and of its trunk once more."""
+        return self.policy.flops_per_token(sequence_length) + self.policy.trunk.flops_per_token(sequence_length)
+
+    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+        """As that of `ActorCritic`."""
+        found = self.policy(tokens, read=read)
+        if not values:
+            return found
+        with using(self.policy, VALUE_SET):
+            return found, self.values(self.policy.trunk(tokens))
 
 
 @torch.no_grad()

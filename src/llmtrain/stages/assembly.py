@@ -297,14 +297,15 @@ def _load_start(folder: str, adapter: str | None, dropout: float | None = None) 
     return model
 
 
-def load_reference(run: Run[Config], model: nn.Module) -> nn.Module:
+def load_reference(run: Run[Config], model: nn.Module, **options: Any) -> nn.Module:
     """The model that the run starts from, on its device: `model` without its adapters, or a second one, frozen.
 
-    `model` is the policy as spread over the processes. With modules of its own that are trained it cannot go back.
+    `model` is what is trained, as spread over the processes, and `options` make its forward pass the policy's alone.
+    Where modules are trained as they are (`adapter.also_train`), it cannot go back.
     """
     adapter = run.config.adapter
     if isinstance(adapter, LoraConfig) and not adapter.also_train:
-        return WithoutAdapters(distributed.bare(model))
+        return WithoutAdapters(distributed.bare(model), **options)
     return load_start(run.config, dropout=0.0).to(run.layout.device).eval().requires_grad_(False)
 
 

@@ -108,9 +108,11 @@ def resolve_parents(config: Config) -> Config:
 def check_start(config: StageConfig) -> None:
     """Raises ConfigError for what folders tell: parents (of a resolved config) that are none, another run in place."""
     for role, folder in _named(config).items():
-        if role == "adapter":  # a folder of another kind, which is looked into when it is read
-            continue
         inside, stage = model_folder(folder), stage_of(folder)
+        if role == "adapter":
+            if not (Path(folder) / "adapter_config.json").is_file():
+                raise ConfigError(f"model.adapter_from: {folder} holds no LoRA weights: it has no adapter_config.json")
+            continue
         if inside.is_dir() and not (inside / "config.json").is_file():
             key = "model.init_from" if role == "model" else role
             raise ConfigError(f"{key}: {folder} is neither a run nor a model folder: it has no config.json")

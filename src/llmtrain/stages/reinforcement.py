@@ -12,6 +12,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import (
     AlignConfig,
     GrpoConfig,
+    LoraConfig,
     OnlineDpoConfig,
     PpoConfig,
     ReinforceConfig,
@@ -29,6 +30,7 @@ from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Replica, Rollouts, SampledAnswers
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.models.lora import VALUE_SET, AdaptedActorCritic, initialise_adapters
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.kl import AdaptiveKL, KLStop
@@ -119,11 +121,11 @@ def load_rows(
 def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Learner:
     """Proximal policy optimisation, with a value model."""
     config, layout = run.config, run.layout
-    trained = with_values(policy, method.value_model, config.reward_model)
+    trained = with_values(run, policy, method.value_model)
     model = spread(trained, layout, config.engine.sharding)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
     estimator = PpoEstimator(
-        model=model, reference=assembly.load_reference(run), settings=method, kl=kl,
+        model=model, reference=assembly.load_reference(run, model, values=False), settings=method, kl=kl,
         kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.micro_batch_rows, layout=layout,
         autocast=run.autocast,
     )  # fmt: skip
@@ -136,12 +138,17 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
     )  # fmt: skip
 
 
-def with_values(policy: LanguageModel, kind: str | None, reward_model: str | None) -> AnyActorCritic:
+def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:
     """The policy with a value model; `kind` is `method.value_model`."""
+    adapter, reward_model = run.config.adapter, run.config.reward_model
     if kind == "shared":
         return SharedActorCritic(policy)
+    if isinstance(adapter, LoraConfig) and kind != "reward_model":
+        trained = AdaptedActorCritic(policy, adapter)
+        initialise_adapters(policy, run.config.seed, "value adapter", adapters=VALUE_SET)
+        return trained
     if reward_model is not None and kind != "policy":
-        return ActorCritic(policy, assembly.load_reward_model(reward_model))
+        return ActorCritic(policy, run.adapt(assembly.load_reward_model(reward_model)))
     # the generator is for a score head whose weights are set to zero at once
     return ActorCritic(policy, ScalarModel.from_language_model(policy, torch.Generator()).zero_score())
 
