@@ -40,7 +40,7 @@ CASES = {
     "gpt2": (GPT2, LoraConfig(rank=4, alpha=6.0)),
     "rslora": (LLAMA, LoraConfig(rank=4, rslora=True)),
     "query and value": (LLAMA, LoraConfig(rank=3, targets=["q_proj", "v_proj"])),
-    "one layer": (GPT2, LoraConfig(rank=4, targets=["blocks.1.attention.output", "feed_forward.up"])),
+    "one layer": (GPT2, LoraConfig(rank=4, targets=["blocks.1.attention.output", "up"], also_train=["blocks.0.*down"])),
     "norms and head": (UNTIED, LoraConfig(rank=4, targets=["gate_up"], also_train=[".*norm", "head"])),
     "tied embedding": (LLAMA, LoraConfig(rank=4, targets=["k_proj"], also_train=["token_embedding"])),
 }

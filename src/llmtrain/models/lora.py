@@ -25,14 +25,12 @@ from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorC
 from llmtrain.models.layouts import their_parts
 
 OWN_SET, VALUE_SET = "default", "value"  # the names of a model's own adapters, and of those of a value model on it
-ALWAYS_TRAINED = "score"  # the head of a reward model is new
 
 
 class Part(NamedTuple):
     """One of the layers of Transformers that a layer of ours holds."""
 
-    name: str
-    """As Transformers names it."""
+    name: str  # as Transformers names it
     rows: int
     adapted: bool
 
@@ -59,9 +57,8 @@ class LowRank(nn.Module):
     def by_part(self, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, A [r, I] and B [rows, r] of each adapted part."""
         adapted = [part for part in self.parts if part.adapted]
-        yield from zip(
-            [part.name for part in adapted], a.split(self.rank), b.split([part.rows for part in adapted]), strict=True
-        )
+        pieces = b.split([part.rows for part in adapted])
+        yield from zip([part.name for part in adapted], a.split(self.rank), pieces, strict=True)
 
     def _diagonal(self, b: Tensor) -> Tensor:
         """[O, P r]: each part's B in its own rows and columns."""
@@ -89,28 +86,25 @@ def adapt(model: LanguageModel | ScalarModel, settings: LoraConfig) -> None:
 
     Raises ConfigError for a pattern that matches nothing.
     """
-    layers = {
-        name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".blocks." in name
-    }  # fmt: skip
-    parts = {name: their_parts(model.config, name, layer.out_features) for name, layer in layers.items()}
-    _check("targets", settings.targets, [*layers, *(part for each in parts.values() for part in each)])
-    others = [
-        name for name, module in model.named_modules()
-        if name not in layers and list(module.parameters(recurse=False))
-    ]  # fmt: skip
+    modules = dict(model.named_modules())
+    layers = {name: each for name, each in modules.items() if isinstance(each, nn.Linear) and ".blocks." in name}
+    held = {name: their_parts(model.config, name, layer.out_features) for name, layer in layers.items()}
+    _check("targets", settings.targets, [*layers, *(part for parts in held.values() for part in parts)])
+    adapted = {}
+    for name, parts in held.items():
+        wanted = [Part(part, rows, _matches(settings.targets, name, part)) for part, rows in parts.items()]
+        if any(part.adapted for part in wanted):
+            adapted[name] = wanted
+    others = [name for name in modules if name not in adapted and list(modules[name].parameters(recurse=False))]
     _check("also_train", settings.also_train, others)
     model.requires_grad_(False)
     for name in others:
-        if _matches([*settings.also_train, ALWAYS_TRAINED], name):
-            model.get_submodule(name).requires_grad_(True)
-    for name, layer in layers.items():
-        whole = _matches(settings.targets, name)
-        wanted = [Part(part, rows, whole or _matches(settings.targets, part)) for part, rows in parts[name].items()]
-        if any(part.adapted for part in wanted):
-            adapted = AdaptedLinear(layer)
-            adapted.adapters[OWN_SET] = LowRank(layer, wanted, settings)
-            model.set_submodule(name, adapted)
+        if name == "score" or _matches(settings.also_train, name):  # the head of a reward model is new
+            modules[name].requires_grad_(True)
+    for name, wanted in adapted.items():
+        layer = AdaptedLinear(layers[name])
+        layer.adapters[OWN_SET] = LowRank(layer, wanted, settings)
+        model.set_submodule(name, layer)
 
 
 @torch.no_grad()
@@ -194,12 +188,12 @@ def trained_share(model: nn.Module) -> str:
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
-def _matches(patterns: Iterable[str], name: str) -> bool:
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns)
+def _matches(patterns: Iterable[str], *names: str) -> bool:
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns for name in names)
 
 
 def _check(key: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     for pattern in patterns:
-        if not any(_matches([pattern], name) for name in names):
+        if not _matches([pattern], *names):
             known = ", ".join(dict.fromkeys(re.sub(r"^.*\.\d+\.|^trunk\.", "", name) for name in names))
             raise ConfigError(f"adapter.{key}: {pattern!r} matches no module of this model; there are {known}")
