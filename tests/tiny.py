@@ -55,7 +55,7 @@ COMMANDS |= {
 COMMANDS["precomputed"] = [*COMMANDS["dpo"], "method.reference=precomputed"]
 COMMANDS["kto-precomputed"] = [*COMMANDS["kto"], "method.reference=precomputed"]
 LORA = ["adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2"]
-COMMANDS |= {f"lora-{name}": [*COMMANDS[name], *LORA] for name in ("sft", "reward", "dpo", "kto", "grpo", "ppo")}
+COMMANDS |= {f"lora-{name}": [*COMMANDS[name], *LORA] for name in ("sft", "reward", "dpo", "ppo")}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 

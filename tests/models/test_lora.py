@@ -14,7 +14,7 @@ from torch import Tensor
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import LoraConfig, ModelConfig
 from llmtrain.models.formats import load_language_model, save_model
-from llmtrain.models.heads import LanguageModel, ScalarModel
+from llmtrain.models.heads import LanguageModel, ScalarModel, trained_share
 from llmtrain.models.lora import (
     VALUE_SET,
     AdaptedActorCritic,
@@ -23,7 +23,6 @@ from llmtrain.models.lora import (
     adapted_layers,
     initialise_adapters,
     merged_state,
-    trained_share,
     using,
 )
 from llmtrain.models.peft_folders import add_adapter, save_adapter
@@ -98,7 +97,7 @@ def test_logits_loss_and_gradients_are_those_of_peft(case: str, tmp_path: Path) 
     loss_of(other).backward()
     found = {}
     for _, layer in adapted_layers(model):
-        low = layer.adapters["default"]
+        low = layer.low_rank()
         for name, a, b in low.by_part(low.lora_A.grad, low.lora_B.grad):
             found |= {f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": b}
     expected = {name.removeprefix("base_model.model."): each for name, each in theirs.named_parameters()}
@@ -143,13 +142,13 @@ def test_at_first_it_is_the_model_before_and_a_is_drawn_by_name(config: ModelCon
         assert torch.equal(model(some_tokens()), plain(config)(some_tokens()))
     one, same, other = (dict(adapted_layers(model)) for model in models)
     for name, layer in one.items():
-        a = layer.adapters["default"].lora_A
-        assert torch.equal(a, same[name].adapters["default"].lora_A)
-        assert not torch.equal(a, other[name].adapters["default"].lora_A)
+        a = layer.low_rank().lora_A
+        assert torch.equal(a, same[name].low_rank().lora_A)
+        assert not torch.equal(a, other[name].low_rank().lora_A)
         bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform_ with a = sqrt(5)
         assert 0.9 * bound < a.abs().max() <= bound
         assert abs(a.mean()) < 0.1 * bound
-    drawn = [layer.adapters["default"].lora_A.flatten()[:8] for layer in one.values()]
+    drawn = [layer.low_rank().lora_A.flatten()[:8] for layer in one.values()]
     assert not any(torch.equal(drawn[0], each) for each in drawn[1:])
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.stages.test_preference import ARITHMETIC, run
 from torch import nn
 
+from llmtrain.commands import show
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import UserError
 from llmtrain.engine import checkpoints
@@ -204,6 +205,14 @@ def test_a_stage_goes_on_from_weights_with_an_adapter(parent: Path, tmp_path: Pa
     checkpoint = assembly.load_policy(str(tmp_path / "dpo" / "checkpoints" / "step-00000003")).state_dict()
     for name, value in load_language_model(tmp_path / "dpo" / "model").state_dict().items():
         assert torch.equal(checkpoint[name], value), name
+
+
+def test_show_says_how_much_will_be_trained(parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_stage = [f"model.init_from={parent}", "adapter=lora", "adapter.rank=2", "adapter.targets=[attention.output]"]
+    said = ",".join(f"'{text}'" for text in [*of_stage, "data.sources.arithmetic.max_rows=8"])
+    show.run(load_config("show", ["stage=reward", "rows=1", f"runs_dir={tmp_path}", f"overrides=[{said}]"]))
+    weights = sum(each.numel() for each in load_language_model(parent).parameters())
+    assert f"adapter=lora: {2 * 32 + 16} of {weights + 2 * 32 + 16:,} parameters are trained" in capsys.readouterr().out
 
 
 def test_without_adapters_nothing_is_wrapped(parent: Path) -> None:

@@ -32,8 +32,8 @@ from llmtrain.data.ledger import Ledger
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.display import show_log
 from llmtrain.models.formats import read_config
-from llmtrain.models.heads import LanguageModel, ScalarModel
-from llmtrain.models.lora import adapt, trained_share
+from llmtrain.models.heads import LanguageModel, ScalarModel, trained_share
+from llmtrain.models.lora import adapt
 from llmtrain.stages import assembly, handover
 
 LEARNED = "green"  # on a terminal; elsewhere what is learned stands between these:

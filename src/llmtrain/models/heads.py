@@ -223,3 +223,10 @@ class SharedActorCritic(nn.Module):
     def values(self, hidden: Tensor) -> Tensor:
         """Values [B, T] float32 of hidden states [B, T, H]."""
         return (hidden.float() * self.value.weight[0]).sum(dim=-1)
+
+
+def trained_share(model: nn.Module) -> str:
+    """How many parameters are trained, of how many, in words."""
+    total = sum(each.numel() for each in model.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"

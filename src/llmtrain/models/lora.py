@@ -80,6 +80,12 @@ class AdaptedLinear(nn.Linear):
         output = super().forward(input)
         return output if self.active is None else output + self.adapters[self.active](input)
 
+    def low_rank(self, adapters: str = OWN_SET) -> LowRank:
+        """The adapters of this name."""
+        found = self.adapters[adapters]
+        assert isinstance(found, LowRank)
+        return found
+
 
 def adapt(model: LanguageModel | ScalarModel, settings: LoraConfig) -> None:
     """Freezes the model's weights but those of `also_train`, and sets adapters, all zero, beside those of `targets`.
@@ -115,7 +121,7 @@ def initialise_adapters(model: nn.Module, *key: int | str, adapters: str = OWN_S
     """
     for name, layer in adapted_layers(model):
         generator, bound = torch.Generator().manual_seed(derive_seed(*key, name)), layer.in_features**-0.5
-        a = layer.adapters[adapters].lora_A
+        a = layer.low_rank(adapters).lora_A
         a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
 
 
@@ -127,14 +133,13 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 @contextmanager
 def using(model: nn.Module, adapters: str | None) -> Iterator[None]:
     """Within, the adapters of this name are added, or with None no adapters."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    before = [layer.active for layer in layers]
-    for layer in layers:
+    before = {layer: layer.active for _, layer in adapted_layers(model)}
+    for layer in before:
         layer.active = adapters
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, active in before.items():
             layer.active = active
 
 
@@ -156,7 +161,7 @@ class AdaptedActorCritic(SharedActorCritic):
     def __init__(self, policy: LanguageModel, settings: LoraConfig) -> None:
         super().__init__(policy)
         for _, layer in adapted_layers(policy):
-            layer.adapters[VALUE_SET] = LowRank(layer, layer.adapters[OWN_SET].parts, settings)
+            layer.adapters[VALUE_SET] = LowRank(layer, layer.low_rank().parts, settings)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Those of the policy, and of its trunk once more."""
@@ -177,15 +182,8 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     merged = {name: value for name, value in state.items() if ".adapters." not in name}
     for name, layer in adapted_layers(model):
         a, b = (state[f"{name}.adapters.{OWN_SET}.{matrix}"] for matrix in ("lora_A", "lora_B"))
-        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.adapters[OWN_SET].product(a, b)
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.low_rank().product(a, b)
     return merged
-
-
-def trained_share(model: nn.Module) -> str:
-    """How many parameters are trained, of how many, in words."""
-    total = sum(each.numel() for each in model.parameters())
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 
 def _matches(patterns: Iterable[str], *names: str) -> bool:

@@ -40,10 +40,11 @@ def save_adapter(
     `base` is where `peft` looks for the weights that they belong to, if it is not told.
     """
     layout = layout_for(model.config)
-    tensors, adapted = {}, []
+    tensors: dict[str, Tensor] = {}
+    adapted: list[str] = []
     for name, layer in adapted_layers(model):
         a, b = (state[f"{name}.adapters.{OWN_SET}.{matrix}"].cpu() for matrix in ("lora_A", "lora_B"))
-        for part, part_a, part_b in layer.adapters[OWN_SET].by_part(a, b):
+        for part, part_a, part_b in layer.low_rank().by_part(a, b):
             adapted.append(part)
             tensors |= {f"{part}.lora_A.weight": part_a.clone(), f"{part}.lora_B.weight": part_b.clone()}
     trained = [name for name, each in model.named_parameters() if each.requires_grad and ".adapters." not in name]

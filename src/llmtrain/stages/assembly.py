@@ -33,8 +33,8 @@ from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
-from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state, trained_share
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
+from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
