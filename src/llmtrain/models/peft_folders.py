@@ -113,9 +113,10 @@ def _is_tied_head(
     name: str, value: Tensor, model: LanguageModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> bool:  # fmt: skip
     """Whether this is the output matrix of a model whose embedding, of the same values, is there too."""
+    if name != HEAD or not model.config.tied_embeddings:
+        return False
     [embedding] = to_theirs(layout, model.config, {EMBEDDING: value})
-    tied = name == HEAD and model.config.tied_embeddings
-    return tied and embedding in tensors and torch.equal(tensors[embedding], value)
+    return embedding in tensors and torch.equal(tensors[embedding], value)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
