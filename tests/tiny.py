@@ -54,6 +54,8 @@ COMMANDS |= {
 }
 COMMANDS["precomputed"] = [*COMMANDS["dpo"], "method.reference=precomputed"]
 COMMANDS["kto-precomputed"] = [*COMMANDS["kto"], "method.reference=precomputed"]
+LORA = ["adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2"]
+COMMANDS |= {f"lora-{name}": [*COMMANDS[name], *LORA] for name in ("sft", "reward", "dpo", "ppo")}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -79,7 +81,7 @@ def starting_from(folder: Path, stage: str) -> list[str]:
     if stage == "pretrain":
         return []
     before = [f"model.init_from={folder / ('pretrain' if stage == 'sft' else 'sft')}"]
-    return [*before, f"reward_model={folder / 'reward'}"] if stage == "ppo" else before
+    return [*before, f"reward_model={folder / 'reward'}"] if stage in ("ppo", "lora-ppo") else before
 
 
 def make_parents(folder: Path) -> Path:

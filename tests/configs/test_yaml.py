@@ -40,6 +40,8 @@ def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
         return "sft", texts
     if name == "model/gpt2_small" or name == "model/llama_1b":
         texts.append("tokenizer.vocab_size=32_000")
+    if group == "adapter":
+        return "sft", texts
     if group == "rewards":
         return "align", [*texts, "method=ppo"]
     return ("align" if group == "method" else "pretrain"), texts

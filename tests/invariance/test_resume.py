@@ -20,6 +20,7 @@ BEST = [
 CASES = COMMANDS | {
     "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
+    "lora-sft": [*COMMANDS["lora-sft"], "adapter.dropout=0.1"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
     "best": [*COMMANDS["pretrain"], *BEST],
     "rankings": [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -17,18 +18,23 @@ from llmtrain.config.compose import load_config, read_yaml
 from llmtrain.config.errors import ConfigError, DataError
 from llmtrain.config.schema import (
     AlignConfig,
+    LoraConfig,
     PretrainConfig,
     RewardConfig,
     RowsConfig,
     SftConfig,
     ShowConfig,
+    StageConfig,
 )  # fmt: skip
 from llmtrain.config.validate import validate
 from llmtrain.data.batches import RowOrder
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.display import show_log
-from llmtrain.stages import handover
+from llmtrain.models.formats import read_config
+from llmtrain.models.heads import LanguageModel, ScalarModel, trained_share
+from llmtrain.models.lora import adapt
+from llmtrain.stages import assembly, handover
 
 LEARNED = "green"  # on a terminal; elsewhere what is learned stands between these:
 MARKS = ("«", "»")
@@ -62,6 +68,8 @@ def show_stage(config: ShowConfig, console: Console) -> None:
     _print_mixture(console, seen.order, seen.counts(steps), seen.amounts, units, steps)
     if not isinstance(stage, PretrainConfig):
         _print_sampled_pairs(console, stage.data)
+    if isinstance(stage.adapter, LoraConfig):
+        _print_trained(console, stage, stage.adapter)
     for number, (name, row) in enumerate(islice(rows_in_order(seen.order), config.rows)):
         _print_parts(console, seen, f"row {number}", name, row)
 
@@ -167,6 +175,15 @@ def _print_sampled_pairs(console: Console, data: RowsConfig) -> None:
     if data.sampled_pairs:
         share = data.sampled_pairs.share
         console.print(f"Besides these, {share:.0%} of the pairs will be against wrong answers sampled from the model.")
+
+
+def _print_trained(console: Console, stage: StageConfig, adapter: LoraConfig) -> None:
+    """How much of the model is trained."""
+    architecture, vocab_size = read_config(handover.model_folder(assembly.parent(stage)))
+    with torch.device("meta"):
+        model = (ScalarModel if isinstance(stage, RewardConfig) else LanguageModel)(architecture, vocab_size)
+    adapt(model, adapter)
+    console.print(Text(f"adapter=lora: {trained_share(model)}"))
 
 
 def _print_row(

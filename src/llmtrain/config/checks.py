@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from llmtrain.config.adapter_checks import ADAPTER_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
@@ -101,7 +102,7 @@ def architecture_from_folder(view: View) -> Iterator[Finding]:
     if view.command != "pretrain" and view["model.init_from"] is None:
         why = "this stage starts from the newest finished run, whose architecture it takes; leave it away"
     for key in fields_of(ModelConfig):
-        if key != "init_from":
+        if key not in ("init_from", "adapter_from"):
             yield from no_effect(view, f"model.{key}", why)
 
 
@@ -333,6 +334,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     warmup,
     length_warmup,
     best_checkpoint,
+    *ADAPTER_CHECKS,
     *HEALTH_CHECKS,
     problems,
     tracker,

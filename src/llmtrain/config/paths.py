@@ -11,7 +11,7 @@ from llmtrain.config.plain import Finding
 from llmtrain.config.token_paths import PACKED_SUFFIXES, TEXT_SUFFIXES, TOKEN_SUFFIXES, is_indexed_prefix
 from llmtrain.config.view import NotValid, View
 
-FOLDERS = ("model.init_from", "reward_model")
+FOLDERS = ("model.init_from", "model.adapter_from", "reward_model")
 FILES = ("tokenizer.path", "tokenizer.chat_template")
 SUFFIXES = (*TEXT_SUFFIXES, *PACKED_SUFFIXES, *TOKEN_SUFFIXES)
 EMBEDDED_TEXT, EMBEDDED_ROWS = ("prose", "code", "arithmetic"), ("arithmetic",)
@@ -27,7 +27,7 @@ def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
         if not os.path.exists(path):
             yield Finding(parts(key), f"no such file or folder: {path}{_meant(path, _get(view, 'runs_dir'))}")
         elif key in folders and not os.path.isdir(path):
-            yield Finding(parts(key), f"{path} is a file; name the folder that holds config.json and the weights")
+            yield Finding(parts(key), f"{path} is a file; name the folder that holds the config and the weights")
     if view.command != "generate":
         yield from _writable(_get(view, "runs_dir"))
     if "data" in later:

@@ -1,7 +1,7 @@
 """Checkpoints that can be trusted: sharded safetensors, written aside, digested, renamed when complete.
 
     checkpoints/step-00001000/
-        state/*.safetensors    model.*, optimizer.*, state.* tensors, each process its own shards
+        state/*.safetensors    model.*, optimizer.*, state.* tensors, each process its own shards; no frozen weights
         manifest.json          step, metrics of the step, sha256 of every file
         (and what `write_extra` adds, such as the model's config and the tokenizer)
 
@@ -49,9 +49,13 @@ def training_state(
 ) -> dict[str, Tensor]:
     """Every tensor that a run's state consists of, by name; the tensors are the live ones, so loading fills them.
 
+    Frozen weights are no part of it: they are those that the run starts from, whenever it does.
+
     `parts` are modules whose buffers adapt during the run (a KL coefficient, say).
     """
-    state = {f"model.{name}": value for name, value in bare(model).state_dict().items()}
+    frozen = {name for name, each in bare(model).named_parameters() if not each.requires_grad}
+    weights = bare(model).state_dict().items()
+    state = {f"model.{name}": value for name, value in weights if name not in frozen}
     # asking for the optimizer's state also makes it create its moments, so that there is something to load into
     moments: Any = get_optimizer_state_dict(bare(model), optimizer)["state"]
     for name, values in moments.items():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from llmtrain.config.schema import PpoConfig
 from llmtrain.engine.distributed import Layout, total
 from llmtrain.generation.rollouts import SampledAnswers, means
-from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.advantages import gae, token_rewards, whiten
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop, kl_k1
@@ -30,7 +29,7 @@ class PpoEstimator:
 
     model: nn.Module
     """The actor-critic as spread over the processes."""
-    reference: LanguageModel
+    reference: nn.Module
     settings: PpoConfig
     kl: AdaptiveKL
     kl_stop: KLStop | None
@@ -97,7 +96,7 @@ class AnswerEstimator:
 
     model: nn.Module
     """The policy as spread over the processes."""
-    reference: LanguageModel | None
+    reference: nn.Module | None
     """None: no KL is asked for."""
     advantages: Callable[[Tensor], Tensor]
     """Rewards [B] → advantages [B]."""

@@ -22,6 +22,7 @@ from llmtrain.data.encoding import PromptRow
 from llmtrain.engine.distributed import Layout, full_state, is_sharded
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
+from llmtrain.models.lora import merged_state
 from llmtrain.objectives.advantages import flat_groups
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.trajectories import rows_of_process, slots_of_process
@@ -49,7 +50,7 @@ class Replica:
         if self.copy is None:
             self.copy = LanguageModel(self.part.config, self.part.vocab_size)
             self.copy.to(next(self.part.parameters()).device)
-        self.copy.load_state_dict(full_state(self.part))
+        self.copy.load_state_dict(merged_state(self.part, full_state(self.part)))
         return self.copy.eval()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import Transformer, flops_per_weight
 
 # What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward.
 Read = Callable[[Tensor, Tensor], Any]
@@ -52,8 +52,9 @@ class LanguageModel(nn.Module):
         return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """`Transformer.flops_per_token`, and 6 for each weight of the head."""
-        return self.trunk.flops_per_token(sequence_length) + 6.0 * self.config.hidden_size * self.vocab_size
+        """`Transformer.flops_per_token`, and those of the head."""
+        head = flops_per_weight(self.head_weight) * self.config.hidden_size * self.vocab_size
+        return self.trunk.flops_per_token(sequence_length) + head
 
     def forward(
         self,
@@ -179,12 +180,14 @@ class ActorCritic(nn.Module):
         """Floating-point operations per token of both."""
         return self.policy.flops_per_token(sequence_length) + self.value.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None) -> tuple[Any, Tensor]:
-        """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32.
+    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+        """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32, if wanted.
 
         Values are the value model's normalised scores: started from a reward model, they start in the unit of the
         rewards that the policy is trained on.
         """
+        if not values:
+            return self.policy(tokens, read=read)
         return self.policy(tokens, read=read), self.value.normalised(self.value(tokens))
 
 
@@ -209,12 +212,21 @@ class SharedActorCritic(nn.Module):
         """Those of the policy; the value head is nothing beside it."""
         return self.policy.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None) -> tuple[Any, Tensor]:
-        """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32."""
-        value_weight = self.value.weight
+    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+        """As that of `ActorCritic`."""
 
         def both(hidden: Tensor, head_weight: Tensor) -> tuple[Any, Tensor]:
-            return (read or F.linear)(hidden, head_weight), (hidden.float() * value_weight[0]).sum(dim=-1)
+            return (read or F.linear)(hidden, head_weight), self.values(hidden)
 
-        found: tuple[Any, Tensor] = self.policy(tokens, read=both)
-        return found
+        return self.policy(tokens, read=both if values else read)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values [B, T] float32 of hidden states [B, T, H]."""
+        return (hidden.float() * self.value.weight[0]).sum(dim=-1)
+
+
+def trained_share(model: nn.Module) -> str:
+    """How many parameters are trained, of how many, in words."""
+    total = sum(each.numel() for each in model.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"

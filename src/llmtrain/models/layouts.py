@@ -250,6 +250,13 @@ def their_shapes(layout: Layout, config: ModelConfig, shapes: Shapes) -> dict[st
     return theirs
 
 
+def their_parts(config: ModelConfig, module: str, rows: int) -> dict[str, int]:
+    """The modules that a module of ours with so many rows is in the layout, and the rows of each, in their order."""
+    names, _ = _their_names(layout_for(config), f"{module}.weight")
+    parts = zip(names, _rows(config, names, (rows,)), strict=True)
+    return {name.removesuffix(".weight"): part_rows for name, part_rows in parts}
+
+
 def to_theirs(layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by the layout's names, contiguous and on the CPU, each with memory of its own."""
     theirs: dict[str, Tensor] = {}

@@ -94,11 +94,11 @@ class Transformer(nn.Module):
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
-        6 for each weight in a matrix product (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), and 6 T H for each
-        layer's attention: half of the usual 12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed.
+        `flops_per_weight` for each weight in a matrix product, and 6 T H for each layer's attention: half of the usual
+        12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed.
         """
-        weights = sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim == 2)
-        return 6.0 * (weights + self.config.num_layers * sequence_length * self.config.hidden_size)
+        products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
+        return products + 6.0 * self.config.num_layers * sequence_length * self.config.hidden_size
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
         hidden = self.token_embedding(tokens)  # [B, T, H]
@@ -124,6 +124,14 @@ class Transformer(nn.Module):
             if name.endswith(INTO_RESIDUAL):
                 std /= (2 * self.config.num_layers) ** 0.5
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def flops_per_weight(weight: Tensor) -> float:
+    """Of a weight in a matrix product, for each token: 6 (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+
+    A third of them is for its own gradient, which a frozen one has not.
+    """
+    return 6.0 if weight.requires_grad else 4.0
 
 
 def _check_sizes(config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import CorpusConfig, RowsConfig, StageConfig
+from llmtrain.config.schema import CorpusConfig, LoraConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
 from llmtrain.data.tokenizers import Tokenizer
@@ -33,7 +33,9 @@ from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
+from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
+from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
@@ -41,6 +43,7 @@ from llmtrain.stages.planning import Plan, drawn, make_plan, num_lengths
 
 Config = TypeVar("Config", bound=StageConfig)
 Made = TypeVar("Made")
+Trained = TypeVar("Trained", LanguageModel, ScalarModel)
 Samples = list[dict[str, str]]
 AnyActorCritic = ActorCritic | SharedActorCritic
 
@@ -124,6 +127,14 @@ class Run(Generic[Config]):
         if self.layout.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    def adapt(self, model: Trained) -> Trained:
+        """The model with new adapters, all else frozen, where the config has them; else as it is."""
+        if isinstance(self.config.adapter, LoraConfig):
+            adapt(model, self.config.adapter)
+            initialise_adapters(model, self.config.seed, "adapter")
+            self.say(f"adapter=lora: {trained_share(model)}")
+        return model
+
     def fit(
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | AnyActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
@@ -162,6 +173,7 @@ class Run(Generic[Config]):
 
         def write_extra(folder: Path, step: int) -> None:
             describe(folder, saved_part(trained), tokenizer)
+            handover.write_start(folder, config)
             plan.ledger(step).write(folder)
             if write_more:
                 write_more(folder)
@@ -202,7 +214,10 @@ class Run(Generic[Config]):
             aside, final = self.folder / ".model.partial", self.folder / "model"
             shutil.rmtree(aside, ignore_errors=True)
             try:
-                save_model(aside, trained, state=state, extra_config=token_ids(tokenizer))
+                save_model(aside, trained, state=merged_state(trained, state), extra_config=token_ids(tokenizer))
+                if isinstance(self.config.adapter, LoraConfig):
+                    base = str(handover.model_folder(parent(self.config)))
+                    save_adapter(self.folder / "adapter", trained, state, self.config.adapter, base)
             except SafetensorError as error:  # a full disk, say
                 raise UserError(
                     f"cannot write {final}: {error}. The last checkpoint is complete: make room, run the command again."
@@ -270,10 +285,28 @@ def load_policy(folder: str, dropout: float | None = None) -> LanguageModel:
     return load_language_model(handover.model_folder(folder), state=_checkpoint_state(folder), dropout=dropout)
 
 
-def load_reference(run: Run[Config]) -> LanguageModel:
-    """The model that the run starts from, frozen, on its device."""
-    reference = load_policy(parent(run.config), dropout=0.0)
-    return reference.to(run.layout.device).eval().requires_grad_(False)
+def load_start(config: StageConfig, dropout: float | None = None) -> LanguageModel:
+    """The language model that a stage starts from, as `load_policy`, with the adapter of `model.adapter_from`."""
+    return _load_start(parent(config), config.model.adapter_from, dropout)
+
+
+def _load_start(folder: str, adapter: str | None, dropout: float | None = None) -> LanguageModel:
+    model = load_policy(folder, dropout=dropout)
+    if adapter is not None:
+        add_adapter(model, Path(adapter))
+    return model
+
+
+def load_reference(run: Run[Config], model: nn.Module, **options: Any) -> nn.Module:
+    """The model that the run starts from, on its device: `model` without its adapters, or a second one, frozen.
+
+    `model` is what is trained, as spread over the processes, and `options` make its forward pass the policy's alone.
+    Where modules are trained as they are (`adapter.also_train`), it cannot go back.
+    """
+    adapter = run.config.adapter
+    if isinstance(adapter, LoraConfig) and not adapter.also_train:
+        return WithoutAdapters(distributed.bare(model), **options)
+    return load_start(run.config, dropout=0.0).to(run.layout.device).eval().requires_grad_(False)
 
 
 def load_reward_model(folder: str) -> ScalarModel:
@@ -290,4 +323,15 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
         raise UserError(f"checkpoint {folder}: {fault}. Name another one.")
     state = checkpoints.read_model(Path(folder))
     policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-    return policy or state
+    start = handover.read_start(Path(folder))
+    return (policy or state) if start is None else _completed(policy or state, start)
+
+
+def _completed(trained: Mapping[str, Tensor], start: handover.Start) -> dict[str, Tensor]:
+    """The weights that a run with adapters started from, with what it has trained: adapters added, others replaced."""
+    model = _load_start(start.init_from, start.adapter_from)
+    adapt(model, dataclasses.replace(start.adapter, also_train=[]))
+    state = {**model.state_dict(), **trained}
+    if "score.weight" in trained:
+        state.pop("head.weight", None)
+    return merged_state(model, state)

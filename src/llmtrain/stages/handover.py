@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from llmtrain import __version__
 from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import AlignConfig, PretrainConfig, SamplingMethod, StageConfig
+from llmtrain.config.schema import AlignConfig, LoraConfig, PretrainConfig, SamplingMethod, StageConfig
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -109,6 +109,10 @@ def check_start(config: StageConfig) -> None:
     """Raises ConfigError for what folders tell: parents (of a resolved config) that are none, another run in place."""
     for role, folder in _named(config).items():
         inside, stage = model_folder(folder), stage_of(folder)
+        if role == "adapter":
+            if not (Path(folder) / "adapter_config.json").is_file():
+                raise ConfigError(f"model.adapter_from: {folder} holds no LoRA weights: it has no adapter_config.json")
+            continue
         if inside.is_dir() and not (inside / "config.json").is_file():
             key = "model.init_from" if role == "model" else role
             raise ConfigError(f"{key}: {folder} is neither a run nor a model folder: it has no config.json")
@@ -121,7 +125,10 @@ def check_start(config: StageConfig) -> None:
 
 def _named(config: StageConfig) -> dict[str, str]:
     """Role → folder of the models that a run starts from."""
-    named = {"model": config.model.init_from, "reward_model": getattr(config, "reward_model", None)}
+    named = {
+        "model": config.model.init_from, "adapter": config.model.adapter_from,
+        "reward_model": getattr(config, "reward_model", None),
+    }  # fmt: skip
     return {role: folder for role, folder in named.items() if folder}
 
 
@@ -140,6 +147,38 @@ def weights_digest(folder: str | Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+class Start(NamedTuple):
+    """What a run with adapters started from: its checkpoints hold only what it has trained."""
+
+    init_from: str
+    adapter_from: str | None
+    adapter: LoraConfig
+
+
+def write_start(folder: Path, config: StageConfig) -> None:
+    """Say in a checkpoint's folder what the weights belong to, where they are not all of them."""
+    if isinstance(config.adapter, LoraConfig):
+        said = {"parents": read_lineage(run_folder(config))["parents"], "adapter": to_dict(config)["adapter"]}
+        _write(folder / "start.json", json.dumps(said, indent=1))
+
+
+def read_start(folder: Path) -> Start | None:
+    """What `write_start` wrote. Raises UserError where the weights are not there any more, or are not the same."""
+    path = folder / "start.json"
+    if not path.is_file():
+        return None
+    said = json.loads(path.read_text())
+    known = {role: said["parents"].get(role) for role in ("model", "adapter")}
+    for parent in filter(None, known.values()):
+        if not Path(parent["folder"]).is_dir() or weights_digest(parent["folder"]) != parent["sha256"]:
+            raise UserError(
+                f"{folder} holds adapters alone, and the weights in {parent['folder']} that they belong to "
+                "are not there, or have changed since."
+            )
+    adapter = known["adapter"] and known["adapter"]["folder"]
+    return Start(known["model"]["folder"], adapter, LoraConfig(**said["adapter"]))
 
 
 def open_run(config: StageConfig) -> dict[str, Any]:

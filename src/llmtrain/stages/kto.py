@@ -35,9 +35,9 @@ def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, token
     if method.reference == "precomputed":
         known = Precomputed(run, policy, collate_answers, tokenizer.pad_id)
         rows, held_out = known(rows), known(held_out)
-    else:
-        reference = assembly.load_reference(run)
-    model = spread(policy, run.layout, config.engine.sharding)
+    model = spread(run.adapt(policy), run.layout, config.engine.sharding)
+    if method.reference == "on_the_fly":
+        reference = assembly.load_reference(run, model)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     answers = AnswerBatches(
@@ -92,7 +92,7 @@ class Baseline:
     """Step → what the steps before it have consumed, by source."""
     model: nn.Module
     """The policy as spread over the processes."""
-    reference: LanguageModel | None
+    reference: nn.Module | None
     """None where the batches know its log-probabilities."""
     layout: Layout
     micro_batch_rows: int | None

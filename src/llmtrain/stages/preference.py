@@ -26,9 +26,9 @@ def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, toke
     if method.reference == "precomputed":
         known = Precomputed(run, policy, collate_pairs, tokenizer.pad_id)
         rows, held_out, reference = known(rows), known(held_out), precomputed
-    elif method.reference == "on_the_fly":
-        reference = OnTheFly(assembly.load_reference(run))
-    model = spread(policy, run.layout, config.engine.sharding)
+    model = spread(run.adapt(policy), run.layout, config.engine.sharding)
+    if method.reference == "on_the_fly":
+        reference = OnTheFly(assembly.load_reference(run, model))
     objective = build_objective(method, reference)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)

@@ -46,8 +46,8 @@ def stage(config: PretrainConfig) -> None:
     run = Run.open(config)
     tokenizer = run.main_first(lambda: build_tokenizer(config, run.cache))
     trained = build_model(config, tokenizer)
-    model = spread(trained, run.layout, config.engine.sharding)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
+    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
     text = (streamed_text if config.data.streaming else prepared_text)(config, run, tokenizer, parameters)
     run.say(f"{parameters:,} parameters, {text.plan.steps} steps, {text.summary}")
 
@@ -161,7 +161,7 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """A model with random weights that follow from the seed, or the one of `model.init_from`."""
     if config.model.init_from:
-        model = assembly.load_policy(config.model.init_from)
+        model = assembly.load_start(config)
         if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"tokenizer: it has {tokenizer.vocab_size} tokens, but the model in {config.model.init_from} only "

@@ -12,6 +12,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import (
     AlignConfig,
     GrpoConfig,
+    LoraConfig,
     OnlineDpoConfig,
     PpoConfig,
     ReinforceConfig,
@@ -29,6 +30,7 @@ from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Replica, Rollouts, SampledAnswers
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.models.lora import VALUE_SET, AdaptedActorCritic, initialise_adapters
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.kl import AdaptiveKL, KLStop
@@ -71,7 +73,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
     rows = load_rows(run, method, policy, tokenizer)
     check_expected(reward, rows)
-    learner = LEARNERS[type(method)](run, method, policy)
+    learner = LEARNERS[type(method)](run, method, run.adapt(policy))
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
@@ -119,11 +121,11 @@ def load_rows(
 def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Learner:
     """Proximal policy optimisation, with a value model."""
     config, layout = run.config, run.layout
-    trained = with_values(policy, method.value_model, config.reward_model)
+    trained = with_values(run, policy, method.value_model)
     model = spread(trained, layout, config.engine.sharding)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
     estimator = PpoEstimator(
-        model=model, reference=assembly.load_reference(run), settings=method, kl=kl,
+        model=model, reference=assembly.load_reference(run, model, values=False), settings=method, kl=kl,
         kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.micro_batch_rows, layout=layout,
         autocast=run.autocast,
     )  # fmt: skip
@@ -136,12 +138,17 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
     )  # fmt: skip
 
 
-def with_values(policy: LanguageModel, kind: str | None, reward_model: str | None) -> AnyActorCritic:
+def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:
     """The policy with a value model; `kind` is `method.value_model`."""
+    adapter, reward_model = run.config.adapter, run.config.reward_model
     if kind == "shared":
         return SharedActorCritic(policy)
+    if isinstance(adapter, LoraConfig) and kind != "reward_model":
+        trained = AdaptedActorCritic(policy, adapter)
+        initialise_adapters(policy, run.config.seed, "value adapter", adapters=VALUE_SET)
+        return trained
     if reward_model is not None and kind != "policy":
-        return ActorCritic(policy, assembly.load_reward_model(reward_model))
+        return ActorCritic(policy, run.adapt(assembly.load_reward_model(reward_model)))
     # the generator is for a score head whose weights are set to zero at once
     return ActorCritic(policy, ScalarModel.from_language_model(policy, torch.Generator()).zero_score())
 
@@ -177,7 +184,7 @@ def several_updates(
     """What GRPO and RLOO share: groups, and several updates for each rollout."""
     model = spread(policy, run.layout, run.config.engine.sharding)
     estimator = AnswerEstimator(
-        model=model, reference=reference_if(method.kl_coefficient, run), advantages=advantages,
+        model=model, reference=reference_if(method.kl_coefficient, run, model), advantages=advantages,
         temperature=method.temperature, epochs=method.epochs, minibatches=method.minibatches,
         kl_stop=kl_stop(method.kl_limit, run.layout), micro_batch_rows=run.config.train.micro_batch_rows,
         autocast=run.autocast, **options,
@@ -194,7 +201,7 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
     baseline: Callable[[Tensor], Tensor] = mean_of_all if method.baseline == "batch" else torch.clone
     model = spread(policy, run.layout, run.config.engine.sharding)
     estimator = AnswerEstimator(
-        model=model, reference=reference_if(method.kl_coefficient, run),
+        model=model, reference=reference_if(method.kl_coefficient, run, model),
         advantages=whitened(baseline, run.layout) if method.whiten_advantages else baseline,
         temperature=method.temperature, kl_in_reward=method.kl_coefficient,
         micro_batch_rows=run.config.train.micro_batch_rows, autocast=run.autocast,
@@ -204,9 +211,9 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
     )
 
 
-def reference_if(kl_coefficient: float, run: Run[AlignConfig]) -> LanguageModel | None:
+def reference_if(kl_coefficient: float, run: Run[AlignConfig], model: nn.Module) -> nn.Module | None:
     """The reference, unless its KL counts for nothing."""
-    return assembly.load_reference(run) if kl_coefficient else None
+    return assembly.load_reference(run, model) if kl_coefficient else None
 
 
 def whitened(advantages: Callable[[Tensor], Tensor], layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -228,9 +235,10 @@ def kl_stop(limit: float | None, layout: Layout) -> KLStop | None:
 def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageModel) -> Learner:
     """Direct preference optimisation on pairs of the policy's own answers."""
     loss = functools.partial(dpo_loss, beta=method.beta, label_smoothing=method.label_smoothing)
+    model = spread(policy, run.layout, run.config.engine.sharding)
     return Learner(
-        trained=policy, model=spread(policy, run.layout, run.config.engine.sharding), learn_from=best_and_worst,
-        objective=Preference(loss, OnTheFly(assembly.load_reference(run)), beta=method.beta),
+        trained=policy, model=model, learn_from=best_and_worst,
+        objective=Preference(loss, OnTheFly(assembly.load_reference(run, model)), beta=method.beta),
         group_rows=method.samples_per_prompt,
     )  # fmt: skip
 

@@ -41,11 +41,11 @@ def stage(config: RewardConfig) -> None:
     run = Run.open(config)
     folder = assembly.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
-    policy = assembly.load_policy(folder)
+    policy = assembly.load_start(config)
     length = assembly.fitting_length(config, policy)
     rows, held_out = build_rankings(run, policy, tokenizer, length)
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
-    model = spread(trained, run.layout, config.engine.sharding)
+    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
 
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)

@@ -28,7 +28,7 @@ def stage(config: SftConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
     tokenizer = build_tokenizer(config)
-    trained = assembly.load_policy(assembly.parent(config))
+    trained = assembly.load_start(config)
     length = assembly.fitting_length(config, trained)
 
     def load(split: Split, limit: int | None) -> dict[str, list[TokenRow]]:
@@ -39,7 +39,7 @@ def stage(config: SftConfig) -> None:
         )
 
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
-    model = spread(trained, run.layout, config.engine.sharding)
+    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
 
     said = row_digests(config.data, rows)
     batches, plan = build_batches(config, run, rows, said, length, tokenizer.pad_id)

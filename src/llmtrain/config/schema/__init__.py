@@ -5,6 +5,7 @@ The string under a field is its documentation: it feeds `llmtrain STAGE --help` 
 Nothing here imports torch, so a wrong config is refused before torch is loaded.
 """
 
+from llmtrain.config.schema.adapter import AdapterConfig, LoraConfig, NoAdapterConfig
 from llmtrain.config.schema.commands import (
     AlignConfig,
     DoctorConfig,
@@ -71,6 +72,7 @@ from llmtrain.config.schema.training import (
 __all__ = [
     "PAIR_METHODS",
     "PREFERENCE_METHODS",
+    "AdapterConfig",
     "AlignConfig",
     "CheckpointConfig",
     "CleaningConfig",
@@ -88,9 +90,11 @@ __all__ = [
     "IpoConfig",
     "KtoConfig",
     "LengthWarmupConfig",
+    "LoraConfig",
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "NoAdapterConfig",
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from llmtrain.config.schema.adapter import AdapterConfig, NoAdapterConfig
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
@@ -34,6 +35,7 @@ class StageConfig:
     seed: int = Field(default=0, ge=0)
     """Decides the initial weights, the order of the data and every random draw."""
     model: ModelConfig = Field(default_factory=ModelConfig)
+    adapter: AdapterConfig = Field(default_factory=NoAdapterConfig, discriminator="name")
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

@@ -14,6 +14,8 @@ class ModelConfig:
 
     init_from: str | None = None
     """Start from this folder's weights and architecture: a run, a checkpoint or a Transformers folder."""
+    adapter_from: str | None = None
+    """Add the LoRA weights of this folder, as peft saves them, to those of `init_from`."""
     num_layers: int = Field(default=4, ge=1)
     """Number of blocks."""
     hidden_size: int = Field(default=128, ge=1)

@@ -19,7 +19,8 @@ class ReferenceConfig:
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference."""
     reference: Literal["on_the_fly", "precomputed"] = "on_the_fly"
-    """Where its log-probabilities come from: a second model in memory, or one pass before training, kept on disk."""
+    """Where its log-probabilities come from: a second model in memory (with adapter=lora the policy itself, adapters
+    switched off), or one pass before training, kept on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

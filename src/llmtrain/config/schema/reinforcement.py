@@ -40,7 +40,8 @@ class PpoConfig(SampledAnswersConfig):
     """Clip of the policy ratio."""
     value_model: Literal["reward_model", "policy", "shared"] | None = None
     """The value model: a copy of the reward model; a copy of the policy with a value head of zeros; or such a head on
-    the policy itself (shared). Null: reward_model where there is one, else policy."""
+    the policy itself (shared). Null: reward_model where there is one, else policy. With adapter=lora,
+    policy, which null stands for then, is a second set of adapters on the policy's trunk, with such a head."""
     value_clip_range: float = Field(default=0.2, gt=0)
     """Clip of the value update."""
     value_weight: float = Field(default=0.1, ge=0)
