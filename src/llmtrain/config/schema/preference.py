@@ -51,7 +51,7 @@ class IpoConfig(PairsWithReferenceConfig):
     """Which method."""
     length_normalised: bool = True
     """Divide the log-ratio of an answer by its tokens, as in the paper's experiments; its equations have the sum. The
-    margin aimed at, 1 / (2 beta) nats, is then one for each token: a beta of 1 asks for as much as 0.05 of 20 summed."""
+    margin aimed at, 1 / (2 beta) nats, is then one for each token: beta=1 asks for as much as 0.05 of 20 summed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
