@@ -221,13 +221,18 @@ GAP = 36
 
 def drawing(rows: Sequence[Mapping[str, Any]]) -> str:
     """The curves of exact match, means over seeds, one panel for each group, as a file of SVG."""
-    panels = []
-    for group, names in GROUPS.items():
-        curves = {name: mean_curve([row["curve"] for row in rows if row["method"] == name]) for name in names}
-        panels.append((f"exact match: {group}", {name: points for name, points in curves.items() if points}))
-    trap = [row["reward"] for row in rows if row["method"] == "overoptimised"]
-    panels.append(("a trap: the reward that is learned from", {"reward": mean_curve(trap)}))
-    parts = [panel(title, curves, 10, n * (HEIGHT + GAP)) for n, (title, curves) in enumerate(panels) if curves]
+    of = {name: [row for row in rows if row["method"] == name] for name in METHODS}
+    panels = {
+        f"exact match: {group}": {name: mean_curve([row["curve"] for row in of[name]]) for name in names}
+        for group, names in GROUPS.items()
+    }
+    panels["a trap: the reward that is learned from"] = {
+        "reward": mean_curve([row["reward"] for row in of["overoptimised"]])
+    }
+    # what has not been run has no curve
+    drawn = {title: {name: points for name, points in curves.items() if points} for title, curves in panels.items()}
+    panels = {title: curves for title, curves in drawn.items() if curves}
+    parts = [panel(title, curves, 10, n * (HEIGHT + GAP)) for n, (title, curves) in enumerate(panels.items())]
     width, height = WIDTH + 20, len(panels) * (HEIGHT + GAP) + 10
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{1.6 * width:.0f}">'

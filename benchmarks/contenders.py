@@ -1,10 +1,17 @@
-"""Contenders in processes of their own that take turns: a few steps each, round after round, in turning order."""
+"""What comparisons share: contenders in processes of their own that take turns, ratios over rounds, the report.
 
+A turn is a few steps; contenders take turns round after round, in turning order.
+"""
+
+import importlib.metadata
 import json
+import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -47,3 +54,27 @@ class Contender:
             if line.startswith(("[", "{")):
                 return json.loads(line)
         raise SystemExit("a contender ended early; its error is above")
+
+
+def ratios(above: Sequence[float], below: Sequence[float], digits: int) -> dict[str, float]:
+    """The ratio in each round: median, lowest and highest."""
+    found = sorted(one / other for one, other in zip(above, below, strict=True))
+    shown = {"median": statistics.median(found), "low": found[0], "high": found[-1]}
+    return {name: round(value, digits) for name, value in shown.items()}
+
+
+def report(result: Mapping[str, Any], output: Path | None, *libraries: str) -> None:
+    """Prints a result with the versions of torch and of these libraries and the machine; appends it to `output`."""
+    import torch
+
+    result = {
+        **result,
+        "torch": torch.__version__,
+        **{library: importlib.metadata.version(library) for library in libraries},
+        "cpus": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(result, indent=1))
+    if output:
+        with output.open("a") as file:
+            file.write(json.dumps(result) + "\n")

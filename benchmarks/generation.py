@@ -17,14 +17,14 @@ ours float32 weights under autocast, as in a rollout.
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from contenders import ratios, report
 
 VOCAB_SIZE = 8192
 INIT_STD = 0.1
@@ -115,10 +115,7 @@ def compare(model: str, dtype: str, batch: int, count: int, new_tokens: int, rou
     for name, values in speeds.items():
         result[f"{name}_tokens_per_second"] = round(statistics.median(values), 1)
     for name in ("dynamic", "static"):
-        ratios = sorted(own / other for own, other in zip(speeds["ours"], speeds[name], strict=True))
-        result[f"ours_over_{name}"] = {
-            "median": round(statistics.median(ratios), 2), "low": round(ratios[0], 2), "high": round(ratios[-1], 2),
-        }  # fmt: skip
+        result[f"ours_over_{name}"] = ratios(speeds["ours"], speeds[name], 2)
     return result
 
 
@@ -133,22 +130,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="append the result to this JSON-lines file")
     arguments = parser.parse_args()
-    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     count = arguments.prompts or 4 * arguments.batch
     result = compare(arguments.model, arguments.dtype, arguments.batch, count, arguments.new_tokens, arguments.rounds)
-    result |= {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpus": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-    }
-    print(json.dumps(result, indent=1))
-    if arguments.output:
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    report(result, arguments.output, "transformers")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ default, fused AdamW.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contenders import Contender, turns
+from contenders import Contender, ratios, report, turns
 
 VOCAB_SIZE = 8192
 PROMPTS, GROUP_ROWS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH_ROWS = 4, 8, 64, 64, 8
@@ -168,10 +166,7 @@ def compare(dtype: str, stops: int, rounds: int, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {"model": "bench_b", "dtype": dtype, "stops": stops, "rounds": rounds, "steps": steps}
     for name, values in seconds.items():
         result[f"{name}_answers_per_second"] = round(ANSWERS / statistics.median(values), 2)
-    ratios = sorted(other / own for own, other in zip(seconds["grpo"], seconds["trl"], strict=True))
-    result["grpo_over_trl"] = {
-        "median": round(statistics.median(ratios), 2), "low": round(ratios[0], 2), "high": round(ratios[-1], 2),
-    }  # fmt: skip
+    result["grpo_over_trl"] = ratios(seconds["trl"], seconds["grpo"], 2)
     return result
 
 
@@ -192,22 +187,8 @@ def main() -> None:
         ours(arguments.contender, arguments.folder, arguments.dtype, arguments.stops)
     if arguments.contender:
         return
-    import torch
-    import transformers
-    import trl as trl_library
-
     result = compare(arguments.dtype, arguments.stops, arguments.rounds, arguments.steps)
-    result |= {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl_library.__version__,
-        "cpus": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-    }
-    print(json.dumps(result, indent=1))
-    if arguments.output:
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    report(result, arguments.output, "transformers", "trl")
 
 
 if __name__ == "__main__":

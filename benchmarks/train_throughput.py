@@ -13,8 +13,6 @@ ours: `Trainer.fit` as the pretrain stage builds it, metrics written at every st
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contenders import Contender, turns
+from contenders import Contender, ratios, report, turns
 
 ROWS = {"bench_a": 16, "bench_b": 8}
 VOCAB_SIZE = 8192
@@ -172,12 +170,7 @@ def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
     for name, values in medians.items():
         result[f"{name}_tokens_per_second"] = round(4096 / statistics.median(values))
     for name in ("hf", "bare"):
-        ratios = sorted(other / own for other, own in zip(medians[name], medians["ours"], strict=True))
-        result[f"ours_over_{name}"] = {
-            "median": round(statistics.median(ratios), 3),
-            "low": round(ratios[0], 3),
-            "high": round(ratios[-1], 3),
-        }
+        result[f"ours_over_{name}"] = ratios(medians[name], medians["ours"], 3)
     return result
 
 
@@ -195,20 +188,8 @@ def main() -> None:
         contender = {"ours": ours, "bare": bare, "hf": hf}[arguments.contender]
         contender(build_config(arguments.model, arguments.dtype), ROWS[arguments.model], arguments.dtype)
         return
-    import torch
-    import transformers
-
     result = compare(arguments.model, arguments.dtype, arguments.rounds, arguments.steps)
-    result |= {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpus": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-    }
-    print(json.dumps(result, indent=1))
-    if arguments.output:
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    report(result, arguments.output, "transformers")
 
 
 if __name__ == "__main__":

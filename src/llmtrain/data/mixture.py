@@ -249,11 +249,9 @@ def _quotas(weights: list[float]) -> list[int]:
     exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not its nearest binary fraction
     shares = [weight / sum(exact) for weight in exact]
     whole = math.lcm(*(share.denominator for share in shares))
-    if whole > MAX_WHOLE:
-        return _in_lowest_terms([max(1, int(share * (MAX_WHOLE - len(shares)))) for share in shares])
-    return [int(share * whole) for share in shares]
-
-
-def _in_lowest_terms(quotas: list[int]) -> list[int]:
-    divisor = math.gcd(*quotas)
-    return [quota // divisor for quota in quotas]
+    if whole <= MAX_WHOLE:
+        return [int(share * whole) for share in shares]
+    # in lowest terms, so that these quotas as weights give themselves: a ledger keeps them
+    rounded = [max(1, int(share * (MAX_WHOLE - len(shares)))) for share in shares]
+    divisor = math.gcd(*rounded)
+    return [quota // divisor for quota in rounded]
