@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.models.attention import KVCache, rounded_up
-from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.heads import LanguageModel
+from llmtrain.models.linear import Linear
 
 PLAIN = (nn.Linear, Linear)  # layers that are a product and nothing else
 # Matrices are packed from so many weights on; smaller models live in the processor's caches, and calls cost more.

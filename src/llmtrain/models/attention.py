@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models import cpu_attention
-from llmtrain.models.cpu_linear import Linear
+from llmtrain.kernels import cpu_attention
 from llmtrain.models.document_attention import Documents, document_attention
+from llmtrain.models.linear import Linear
 from llmtrain.models.positions import RotaryTables, rotate
 
 # Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same

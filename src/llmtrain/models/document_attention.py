@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.models import cpu_attention
+from llmtrain.kernels import cpu_attention
 
 # What `scaled_dot_product_attention` itself calls on a CPU; here for the log-sum-exp that the backward pass needs.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -92,7 +92,7 @@ def _spans(numbers: Tensor) -> Iterator[tuple[slice, slice, slice]]:
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """One document: attended values [1, Q, n, D] and log-sum-exp [1, Q, n], where the backward pass needs that."""
     if cpu_attention.is_faster(query):
-        return cpu_attention.attend(query, key, value), torch.zeros(())
+        return cpu_attention.attend(query, key, value)[0], torch.zeros(())
     return _flash(query, key, value, 0.0, True)
 
 
@@ -101,7 +101,7 @@ def _differentiate_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_backward` of one document."""
     if cpu_attention.is_faster(query):
-        return cpu_attention.differentiate(grad, query, key, value)
+        return cpu_attention.differentiate(grad, query, key, value, kept=query.new_empty(0))
     return _flash_backward(grad, query, key, value, attended, normaliser, 0.0, True)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.cpu_linear import Linear
+from llmtrain.models.linear import Linear
 
 # The gate makes a third matrix; 8/3 x hidden keeps the parameter count of 4 x hidden without one.
 SWIGLU_MULTIPLE = 64

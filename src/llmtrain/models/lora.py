@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import LoraConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.models.cpu_linear import Linear
 from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorCritic
 from llmtrain.models.layouts import their_parts
+from llmtrain.models.linear import Linear
 
 OWN_SET, VALUE_SET = "default", "value"  # the names of a model's own adapters, and of those of a value model on it
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.kernels.cpu_product import times_transposed
+
 # Elements of a portion's logits, by device: small enough not to matter, large enough that the products are efficient.
 PORTION_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 
@@ -108,14 +110,14 @@ class _CrossEntropySum(torch.autograd.Function):
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
-            probabilities, normaliser, chosen = _read(states @ weight.T, target)
+            probabilities, normaliser, chosen = _read(times_transposed(states, weight), target)
             nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
             penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
             if hidden_needed or weight_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
                 grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float()).to(dtype)
             if hidden_grad is not None:
-                hidden_grad[portion] = grad @ weight
+                hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_grad is not None:
                 weight_grad += grad.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -145,7 +147,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
-            logits = (hidden[portion].to(dtype) @ weight.T).float() * inverse_temperature
+            logits = times_transposed(hidden[portion].to(dtype), weight).float() * inverse_temperature
             probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
@@ -166,11 +168,11 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
         for portion in _portions(hidden, weight):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            logits = (states @ weight.T).float() * ctx.inverse_temperature
+            logits = times_transposed(states, weight).float() * ctx.inverse_temperature
             grad = logits.softmax(dim=-1).mul_(-slope[:, None])
             grad = _add_at(grad, targets[portion, None], slope).to(ctx.dtype)
             if hidden_grad is not None:
-                hidden_grad[portion] = grad @ weight
+                hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_grad is not None:
                 weight_grad += grad.T @ states
         return hidden_grad, weight_grad, None, None, None, None, None

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models import cpu_attention
+from llmtrain.kernels import cpu_attention
 from llmtrain.models.heads import LanguageModel
 
 
@@ -22,7 +22,14 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", [2, 63, 64, 200])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_equals_softmax_attention(length: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("kept_length", [512, 0])
+@pytest.mark.parametrize("whole_length", [256, 0])
+def test_equals_softmax_attention(
+    length: int, kv_heads: int, kept_length: int, whole_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks and whole, with probabilities kept and made again."""
+    monkeypatch.setattr(cpu_attention, "KEPT_LENGTH", kept_length)
+    monkeypatch.setattr(cpu_attention, "WHOLE_LENGTHS", {torch.bfloat16: whole_length, torch.float32: whole_length})
     generator = torch.Generator().manual_seed(length)
     shapes = [(2, heads, length, 16) for heads in (6, kv_heads, kv_heads, 6)]
     *tensors, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -59,7 +66,7 @@ def test_model_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_lengths_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short rows in float32 and very long ones keep torch's kernel."""
+    """Short rows in float32 and very long ones stay with torch's kernel."""
     monkeypatch.setattr(cpu_attention, "PRODUCTS_WITHOUT_TILES", True)
     found = {
         (str(dtype).removeprefix("torch."), length): cpu_attention.is_faster(torch.empty(1, 1, length, 8, dtype=dtype))
@@ -71,9 +78,19 @@ def test_lengths_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lengths_may_be_left_open_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "PRODUCTS_WITHOUT_TILES", True)
     seen = torch.compile(lambda query: query * cpu_attention.is_faster(query), backend="eager", dynamic=True)
-    for length in (511, 512, 700):
+    for length in (255, 256, 700):
         query = torch.ones(1, 1, length, 8)
-        assert torch.equal(seen(query), query * (length >= 512))
+        assert torch.equal(seen(query), query * (length >= 256))
+
+
+def test_is_compiled_with_a_length_left_open() -> None:
+    compiled = torch.compile(cpu_attention.causal_attention, backend="aot_eager", dynamic=True)
+    for length in (65, 70, 140):
+        heads = [torch.randn(2, count, length, 8) for count in (4, 2, 2)]
+        grad = torch.randn(2, 4, length, 8)
+        expected = _run(cpu_attention.causal_attention, heads, grad, torch.float32)
+        for one, other in zip(_run(compiled, heads, grad, torch.float32), expected, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_several_portions_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:

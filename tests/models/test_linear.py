@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models import cpu_linear
+from llmtrain.kernels import cpu_product
 from llmtrain.models.heads import LanguageModel
+from llmtrain.models.linear import Linear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -28,9 +29,9 @@ def test_equals_the_layer_of_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch
     inputs, grad = torch.randn(3, 7, 24, dtype=torch.float64), torch.randn(3, 7, 40, dtype=torch.float64)
     expected = _gradients(exact, inputs, grad)
     calls = []
-    monkeypatch.setattr(cpu_linear, "is_faster", lambda *_, **__: calls.append(1) or True)
+    monkeypatch.setattr(cpu_product, "is_faster", lambda *_, **__: calls.append(1) or True)
     errors = []
-    for kind in (cpu_linear.Linear, nn.Linear):
+    for kind in (Linear, nn.Linear):
         layer = kind(24, 40, bias=bias)
         layer.load_state_dict(exact.state_dict())
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -44,22 +45,22 @@ def test_equals_the_layer_of_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch
 
 
 def test_taken_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "HAS_ONEDNN", True)
-    monkeypatch.setattr(cpu_linear, "FEWEST_MULTIPLICATIONS", 1000)
+    monkeypatch.setattr(cpu_product, "HAS_ONEDNN", True)
+    monkeypatch.setattr(cpu_product, "FEWEST_MULTIPLICATIONS", 1000)
     weight, many, few = torch.zeros(10, 5), torch.zeros(4, 5, 5), torch.zeros(1, 5)
-    assert cpu_linear.is_faster(many, weight, torch.float32, has_bias=False)
-    assert cpu_linear.is_faster(many, weight, torch.bfloat16, has_bias=True)
-    assert not cpu_linear.is_faster(many, weight, torch.bfloat16, has_bias=False)
-    assert not cpu_linear.is_faster(few, weight, torch.float32, has_bias=True)
-    assert not cpu_linear.is_faster(many, weight, torch.float64, has_bias=True)
-    assert not cpu_linear.is_faster(many.to("meta"), weight, torch.float32, has_bias=True)
+    assert cpu_product.is_faster(many, weight, torch.float32, has_bias=False)
+    assert cpu_product.is_faster(many, weight, torch.bfloat16, has_bias=True)
+    assert not cpu_product.is_faster(many, weight, torch.bfloat16, has_bias=False)
+    assert not cpu_product.is_faster(few, weight, torch.float32, has_bias=True)
+    assert not cpu_product.is_faster(many, weight, torch.float64, has_bias=True)
+    assert not cpu_product.is_faster(many.to("meta"), weight, torch.float32, has_bias=True)
 
 
 @needs_onednn
 def test_operator_is_sound_for_compilers() -> None:
     for bias in (None, torch.randn(4, requires_grad=True)):
         tensors = (torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True), bias)
-        torch.library.opcheck(cpu_linear._product, tensors)
+        torch.library.opcheck(cpu_product.onednn_product, tensors)
 
 
 @needs_onednn
@@ -72,8 +73,8 @@ def test_a_model_learns_the_same_with_it(monkeypatch: pytest.MonkeyPatch, dtype:
     tokens = torch.arange(20)[None].expand(2, -1).contiguous()
     found = []
     for fewest in (1, 2**62):
-        monkeypatch.setattr(cpu_linear, "HAS_ONEDNN", True)
-        monkeypatch.setattr(cpu_linear, "FEWEST_MULTIPLICATIONS", fewest)
+        monkeypatch.setattr(cpu_product, "HAS_ONEDNN", True)
+        monkeypatch.setattr(cpu_product, "FEWEST_MULTIPLICATIONS", fewest)
         model = LanguageModel(config, 61).initialise(torch.Generator().manual_seed(0))
         run = torch.compile(model, dynamic=False) if compiled else model
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
