@@ -12,6 +12,7 @@ from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
+from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
@@ -65,25 +66,6 @@ def shown_run(view: View) -> Iterator[Finding]:
     else:
         yield from no_effect(view, "overrides", "the run has its own config", "run")
         yield from no_effect(view, "stage", "the run has its own stage", "run")
-
-
-def attention_shape(view: View) -> Iterator[Finding]:
-    """Heads divide the width, key-value heads divide the heads, rope turns pairs."""
-    hidden, heads = view["model.hidden_size"], view["model.num_heads"]
-    kv_heads = view["model.num_kv_heads"]
-    if hidden % heads:
-        yield finding(f"{heads} does not divide model.hidden_size={hidden}", "model.num_heads", "model.hidden_size")
-    elif (hidden // heads) % 2 and view["model.positions"] == "rope":
-        problem = f"{hidden} / {heads} heads = {hidden // heads} per head; rope needs an even number"
-        yield finding(problem, "model.hidden_size", "model.num_heads")
-    if kv_heads is not None and heads % kv_heads:
-        yield finding(f"{kv_heads} does not divide model.num_heads={heads}", "model.num_kv_heads", "model.num_heads")
-
-
-def rope_theta(view: View) -> Iterator[Finding]:
-    """Only rotary positions have a base."""
-    if view["model.positions"] != "rope":
-        yield from no_effect(view, "model.rope_theta", "model.positions=learned has no frequencies", "model.positions")
 
 
 def sequence_fits(view: View) -> Iterator[Finding]:
@@ -321,8 +303,7 @@ def pipeline_overrides(view: View) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     run_name,
     shown_run,
-    attention_shape,
-    rope_theta,
+    *MODEL_CHECKS,
     sequence_fits,
     architecture_from_folder,
     run_length,

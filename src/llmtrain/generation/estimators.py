@@ -161,8 +161,10 @@ def first_portions(batch: Rollout, micro_batch_rows: int | None) -> Iterator[Ten
 def answer_token_logprobs(model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [B, T] of the sampled tokens, zero outside the answer; read as the policy's are."""
 
-    def read(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        return token_logprobs(hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature)
+    def read(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+        return token_logprobs(
+            hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature, softcap=softcap
+        )
 
     logprobs: Tensor = model(tokens, read=read)
     return logprobs

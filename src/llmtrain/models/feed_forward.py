@@ -3,6 +3,9 @@
 Shapes: B rows, T positions, H hidden size, F inner size.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,47 +13,67 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.models.linear import Linear
 
 # The gate makes a third matrix; 8/3 x hidden keeps the parameter count of 4 x hidden without one.
-SWIGLU_MULTIPLE = 64
+GATED_MULTIPLE = 64
+
+
+def squared_relu(inputs: Tensor) -> Tensor:
+    """max(x, 0)² (So et al. 2021, arXiv 2109.08668)."""
+    return F.relu(inputs).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": squared_relu,
+}
+# Of the gate, by the name that it has together with its activation (Shazeer 2020, arXiv 2002.05202).
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def inner_size(config: ModelConfig) -> int:
-    """F: `ffn_hidden_size`, or its default, 4 H (GELU) or 8/3 H rounded up to a multiple of 64 (SwiGLU)."""
+    """F: `ffn_hidden_size`, or its default, 4 H, with a gate 8/3 H rounded up to a multiple of 64."""
     if config.ffn_hidden_size is not None:
         return config.ffn_hidden_size
-    if config.activation != "swiglu":
+    if config.activation not in GATES:
         return 4 * config.hidden_size
-    return -(-8 * config.hidden_size // (3 * SWIGLU_MULTIPLE)) * SWIGLU_MULTIPLE
+    return -(-8 * config.hidden_size // (3 * GATED_MULTIPLE)) * GATED_MULTIPLE
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))), [B, T, H] → [B, T, H] (Radford et al. 2019; GELU: arXiv 1606.08415, eq. 2)."""
+    """down(f(up(x))), [B, T, H] → [B, T, H] (Radford et al. 2019; f = GELU: arXiv 1606.08415, eq. 2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.approximation = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.up = Linear(config.hidden_size, inner_size(config), bias=config.bias)
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.hidden_size, inner_size(config), bias=config.has_bias("mlp"))
+        self.down = Linear(inner_size(config), config.hidden_size, bias=config.has_bias("mlp"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden), approximate=self.approximation))
+        return self.down(self.activation(self.up(hidden)))
 
 
 class GatedFeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)), [B, T, H] → [B, T, H] (SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 6).
+    """down(f(gate(x)) · up(x)), [B, T, H] → [B, T, H] (f = SiLU is SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 6).
 
     `gate_up` holds both matrices, the gate's rows first, so that one product computes both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * inner_size(config), bias=config.bias)
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.activation = GATES[config.activation]
+        self.gate_up = Linear(config.hidden_size, 2 * inner_size(config), bias=config.has_bias("mlp"))
+        self.down = Linear(inner_size(config), config.hidden_size, bias=config.has_bias("mlp"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [B, T, F] each
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
 def make_feed_forward(config: ModelConfig) -> nn.Module:
     """The feed-forward part that `activation` names."""
-    return GatedFeedForward(config) if config.activation == "swiglu" else FeedForward(config)
+    return GatedFeedForward(config) if config.activation in GATES else FeedForward(config)

@@ -1,6 +1,6 @@
 """Models in and out of folders: config.json and safetensors, as the Transformers library and vLLM read them.
 
-Nothing is ever unpickled. `layouts.py` holds the names.
+Nothing is ever unpickled. `layouts/` holds the names.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
+from llmtrain.models.layouts.table import to_config
 
 MAX_FILE_BYTES = 5_000_000_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -176,7 +177,7 @@ def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise UserError(f"{folder / 'config.json'} asks for what is not supported:{listed}")
     try:
-        return ModelConfig(**ours), int(fields["vocab_size"])
+        return to_config(ours), int(fields["vocab_size"])
     except ValidationError as error:
         listed = "".join(f"\n  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"{folder / 'config.json'} describes no valid architecture:{listed}") from error
@@ -190,7 +191,9 @@ def _read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-    heads = ("lm_head.", "score.")
+    for before, after in layout.renamed:
+        tensors = {re.sub(f"^{re.escape(before)}", after, name): tensors[name] for name in tensors}
+    heads = (f"{layout.head}.", "score.")
     if not any(name.startswith(layout.trunk_prefix) for name in tensors):
         tensors = {name if name.startswith(heads) else layout.trunk_prefix + name: tensors[name] for name in tensors}
     return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(layout.ignored, name)}
@@ -218,9 +221,9 @@ def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[s
     """Puts the tensors in place of the model's own, which are on the meta device."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = their_shapes(layout, model.config, shapes)
-    if "lm_head.weight" not in expected:
+    if f"{layout.head}.weight" not in expected:
         # tied, or a head that a score model has no use for
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        tensors = {name: tensor for name, tensor in tensors.items() if name != f"{layout.head}.weight"}
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -235,7 +238,7 @@ def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[s
     if any(faults.values()):
         listed = "".join(f"\n  {kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise UserError(f"the weights in {folder} do not fit its config.json:{listed}")
-    model.load_state_dict(to_ours(layout, list(shapes), tensors), assign=True, strict=False)
+    model.load_state_dict(to_ours(layout, model.config, list(shapes), tensors), assign=True, strict=False)
 
 
 def _listed(names: list[str]) -> str:

@@ -15,12 +15,23 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
 from llmtrain.models.transformer import Transformer, flops_per_weight
 
-# What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward.
-Read = Callable[[Tensor, Tensor], Any]
+# What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward; where the
+# logits are capped, it is called with the keyword `softcap`.
+Read = Callable[..., Any]
+
+
+def logits(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+    """[..., V] of hidden states [..., H] and the head's weight [V, H]; capped to c tanh(z / c) with `softcap` c."""
+    return capped(F.linear(hidden, head_weight), softcap)
+
+
+def capped(values: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(z / c) in the dtype of z, or z without a cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token: logits = head · hidden.
+    """Predicts the next token: logits = head · hidden, scaled and capped where the architecture says so.
 
     The weights are random in torch's own way until `initialise` is called or a state is loaded.
     """
@@ -71,7 +82,10 @@ class LanguageModel(nn.Module):
         are those of `Transformer.forward`.
         """
         hidden = self.trunk(tokens, positions, cache, documents)
-        return (read or F.linear)(hidden, self.head_weight)
+        if self.config.logit_scale != 1.0:
+            hidden = hidden * self.config.logit_scale
+        softcap = {} if self.config.logit_softcap is None else {"softcap": self.config.logit_softcap}
+        return (read or logits)(hidden, self.head_weight, **softcap)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
@@ -215,8 +229,8 @@ class SharedActorCritic(nn.Module):
     def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
         """As that of `ActorCritic`."""
 
-        def both(hidden: Tensor, head_weight: Tensor) -> tuple[Any, Tensor]:
-            return (read or F.linear)(hidden, head_weight), self.values(hidden)
+        def both(hidden: Tensor, head_weight: Tensor, **softcap: float) -> tuple[Any, Tensor]:
+            return (read or logits)(hidden, head_weight, **softcap), self.values(hidden)
 
         return self.policy(tokens, read=both if values else read)
 

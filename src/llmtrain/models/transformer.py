@@ -1,9 +1,10 @@
-"""A pre-norm decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
+"""A decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
 
-    embedding (+ learned positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
+    embedding (+ positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
 
 With learned positions, LayerNorm, GELU and biases this is GPT-2 (Radford et al. 2019); with rotary positions,
-RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288).
+RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288). The other
+families differ in where the norms stand, in what a layer sees, and in single parts.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
@@ -14,38 +15,67 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.attention import Attention, KVCache
+from llmtrain.models.attention import Attention, KVCache, Shared
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
-from llmtrain.models.positions import RotaryTables, rotary_tables
+from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
 
 # The two projections of a block whose outputs are added to the residual stream.
 INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and added to the stream, [B, T, H] → [B, T, H].
+    """Attention A and feed-forward part F, added to the stream x, [B, T, H] → [B, T, H]; n are norms of their own.
 
-    Pre-norm: Xiong et al. 2020 (arXiv 2002.04745, table 1).
+    - pre: x + A(n(x)), then x + F(n(x)) (Xiong et al. 2020, arXiv 2002.04745, table 1).
+    - post: n(x + A(x)), then n(x + F(x)) (Vaswani et al. 2017, arXiv 1706.03762).
+    - reordered: x + n(A(x)), then x + n(F(x)) (OLMo 2, arXiv 2501.00656, section 3.2).
+    - sandwich: x + n(A(n(x))), then x + n(F(n(x))) (Ding et al. 2021, arXiv 2105.13290; Gemma 2).
+    - pre, parallel: x + A(n(x)) + F(n(x)), both behind one norm or each behind its own (GPT-J, GPT-NeoX).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = make_norm(config)
+        self.window = config.windows[layer]
+        self.placement, self.order = config.norm_placement, config.block
+        has_first, has_last = self.placement != "reordered", self.placement in ("reordered", "sandwich")
+        has_second = has_first and self.order != "parallel_shared_norm"
+        self.attention_norm = make_norm(config) if has_first else None
         self.attention = Attention(config, layer)
-        self.feed_forward_norm = make_norm(config)
+        self.attention_output_norm = make_norm(config) if has_last else None
+        self.feed_forward_norm = make_norm(config) if has_second else None
         self.feed_forward = make_feed_forward(config)
+        self.feed_forward_output_norm = make_norm(config) if has_last else None
 
-    def forward(
-        self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:  # fmt: skip
-        attended = self.attention(self.attention_norm(hidden), rotary, cache, documents)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        transformed = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + F.dropout(transformed, self.dropout, self.training)
+    def forward(self, hidden: Tensor, shared: Shared, cache: KVCache | None = None) -> Tensor:
+        if self.order != "sequential":
+            return self._parallel(hidden, shared, cache)
+        attended = self.attention(self._before(self.attention_norm, hidden), shared, cache)
+        hidden = self._added(hidden, attended, self.attention_norm, self.attention_output_norm)
+        transformed = self.feed_forward(self._before(self.feed_forward_norm, hidden))
+        return self._added(hidden, transformed, self.feed_forward_norm, self.feed_forward_output_norm)
+
+    def _parallel(self, hidden: Tensor, shared: Shared, cache: KVCache | None) -> Tensor:
+        normed = self._before(self.attention_norm, hidden)
+        attended = self.attention(normed, shared, cache)
+        transformed = self.feed_forward(normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden))
+        return (
+            hidden
+            + F.dropout(attended, self.dropout, self.training)
+            + F.dropout(transformed, self.dropout, self.training)
+        )
+
+    def _before(self, norm: nn.Module | None, hidden: Tensor) -> Tensor:
+        return hidden if norm is None or self.placement == "post" else norm(hidden)
+
+    def _added(self, hidden: Tensor, branch: Tensor, norm: nn.Module | None, output_norm: nn.Module | None) -> Tensor:
+        if output_norm is not None:
+            branch = output_norm(branch)
+        hidden = hidden + F.dropout(branch, self.dropout, self.training)
+        return norm(hidden) if self.placement == "post" and norm is not None else hidden
 
 
 class Transformer(nn.Module):
@@ -59,11 +89,14 @@ class Transformer(nn.Module):
         _check_sizes(config)
         self.config = config
         self.vocab_size = vocab_size
+        self.windows = {*config.windows}
+        scale = config.embedding_scale
+        self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.max_sequence_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config) if config.norm_placement != "post" else nn.Identity()
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
@@ -80,45 +113,65 @@ class Transformer(nn.Module):
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout)
+        lengths: Tensor | int = tokens.shape[1]
         if positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
             positions = cache.begin(tokens)
         elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
-        hidden, rotary = self._embed(tokens, positions)
+        if cache is not None:
+            lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
+        hidden = self._embed(tokens, positions)
+        shared = {window: self._shared(window, positions, lengths, tokens.shape[1], within) for window in self.windows}
         for block in self.blocks:
-            hidden = block(hidden, rotary, cache, within)
+            hidden = block(hidden, shared[block.window], cache)
         return self.final_norm(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
-        `flops_per_weight` for each weight in a matrix product, and 6 T H for each layer's attention: half of the usual
-        12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed.
+        `flops_per_weight` for each weight in a matrix product, and 6 T Q D for each layer's attention: half of the
+        usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window.
         """
         products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
-        return products + 6.0 * self.config.num_layers * sequence_length * self.config.hidden_size
+        seen = sum(_mean_seen(window, sequence_length) for window in self.config.windows)
+        return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         hidden = self.token_embedding(tokens)  # [B, T, H]
-        rotary = None
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         if self.config.positions == "learned":
             hidden = hidden + self.position_embedding(positions)
-        else:
-            rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
-        return F.dropout(hidden, self.config.dropout, self.training), rotary
+        elif self.config.positions == "sinusoidal":
+            hidden = hidden + sinusoids(positions, self.config.hidden_size).to(hidden.dtype)
+        return F.dropout(hidden, self.config.dropout, self.training)
+
+    def _shared(
+        self, window: int | None, positions: Tensor, lengths: Tensor | int, length: int, documents: Documents | None
+    ) -> Shared:
+        """For the layers with this window: T = `length` positions [B or 1, T] of sequences that are `lengths` long."""
+        rotary = rotary_tables(self.config, positions, window, lengths) if self.config.positions == "rope" else None
+        if not needs_mask(self.config, window, length):
+            whole = documents is None or documents.mask is not None
+            mask = None if documents is None else documents.mask
+            return Shared(rotary, mask, None if whole or documents is None else documents.numbers)
+        columns = torch.arange(length, device=positions.device)
+        numbers = None if documents is None else documents.numbers
+        return Shared(rotary, score_mask(self.config, window, columns[None], columns, numbers), None)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draws all weights anew: N(0, init_std²), into the residual stream init_std / sqrt(2 num_layers); biases 0.
 
-        Radford et al. 2019, section 2.3. Drawn on the CPU in the order of the parameters, whatever device they
-        are on, from a CPU generator.
+        Radford et al. 2019, section 2.3. Norms begin as if they had no weight. Drawn on the CPU in the order of the
+        parameters, whatever device they are on, from a CPU generator.
         """
+        no_weight = 0.0 if self.config.norm == "zero_centred_rmsnorm" else 1.0
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else no_weight)
                 continue
             std = self.config.init_std
             if name.endswith(INTO_RESIDUAL):
@@ -134,16 +187,25 @@ def flops_per_weight(weight: Tensor) -> float:
     return 6.0 if weight.requires_grad else 4.0
 
 
+def _mean_seen(window: int | None, length: int) -> float:
+    """How many of `length` positions one sees on average: T / 2, or w - w² / 2T with a window w."""
+    reach = length if window is None else min(window, length)
+    return reach - reach * reach / (2.0 * length)
+
+
 def _check_sizes(config: ModelConfig) -> None:
-    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-    if config.hidden_size % heads:
+    heads, kv_heads = config.num_heads, config.kv_heads
+    if config.head_dim is None and config.hidden_size % heads:
         raise ConfigError(
-            f"model.num_heads={heads} does not divide model.hidden_size={config.hidden_size}: change one of them"
+            f"model.num_heads={heads} does not divide model.hidden_size={config.hidden_size}: change one of them,"
+            " or give model.head_dim"
         )
     if heads % kv_heads:
         raise ConfigError(f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: change one of them")
-    if config.positions == "rope" and (config.hidden_size // heads) % 2:
+    rotated = rotated_size(config)
+    if config.positions == "rope" and (rotated == 0 or rotated % 2):
         raise ConfigError(
-            f"model.hidden_size={config.hidden_size} / model.num_heads={heads} is odd, but rotary positions turn"
-            " dimensions in pairs: choose an even head size, or model.positions=learned"
+            f"{rotated} of {config.head_size} dimensions of a head would be rotated (model.hidden_size="
+            f"{config.hidden_size}, model.num_heads={heads}, model.head_dim, model.partial_rotary_factor), which is odd"
+            " or nothing, but rotary positions turn dimensions in pairs: change one, or take other model.positions"
         )

@@ -4,6 +4,8 @@ The head's logits are the largest tensor of a training step: in float32 they are
 over. Here they are made for a portion of the tokens, used and dropped. Products are taken in the autocast dtype;
 everything between them (log-sum-exp, softmax, losses) is float32.
 
+With a softcap c, the logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2).
+
 Shapes: N tokens, H hidden size, V vocabulary; leading dimensions `...` such as [B, T].
 """
 
@@ -20,8 +22,9 @@ PORTION_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 
 
 def cross_entropy_sum(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over the masked positions of −log p(target) + z_loss · (log-sum-exp)², and −log p(target) of each.
 
     Logits are made once: the gradients are computed along with the loss and only scaled in the backward pass.
@@ -32,6 +35,7 @@ def cross_entropy_sum(
         targets: [...] int64, the token that each position predicts.
         mask: [...] bool, the positions that count.
         z_loss: weight of the squared log-normaliser (PaLM, arXiv 2204.02311, section 5).
+        softcap: what bounds the logits; null leaves them.
 
     Returns:
         The sum (0-dim float32, differentiable) and the negative log-likelihoods ([...] float32, zero where not masked,
@@ -39,35 +43,40 @@ def cross_entropy_sum(
     """
     kept = _Kept(hidden, targets, mask)
     total, nll = _CrossEntropySum.apply(
-        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, _product_dtype(hidden), torch.is_grad_enabled()
-    )
+        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, softcap, _product_dtype(hidden),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     return total, kept.spread(nll)
 
 
 def token_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
-) -> Tensor:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Log-probability of each target, [...] float32, zero where not masked; logits are divided by `temperature`.
 
     Shapes as in `cross_entropy_sum`. The backward pass makes the logits again.
     """
-    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=False)[0]
+    return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=False)[0]
 
 
 def token_logprobs_and_entropy(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`token_logprobs`, and the entropy in nats of the distribution at each position (not differentiable)."""
-    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=True)
+    return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=True)
 
 
 def _logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, *, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
+    softcap: float | None, *, with_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = _Kept(hidden, targets, torch.ones_like(targets, dtype=torch.bool) if mask is None else mask)
     logprobs, entropy = _TokenLogprobs.apply(
-        kept.hidden, head_weight, kept.targets, kept.mask, 1.0 / temperature, _product_dtype(hidden), with_entropy
-    )
+        kept.hidden, head_weight, kept.targets, kept.mask, 1.0 / temperature, softcap, _product_dtype(hidden),
+        with_entropy,
+    )  # fmt: skip
     return kept.spread(logprobs), kept.spread(entropy)
 
 
@@ -100,6 +109,7 @@ class _CrossEntropySum(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor,
         z_loss: float,
+        softcap: float | None,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -110,12 +120,15 @@ class _CrossEntropySum(torch.autograd.Function):
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
-            probabilities, normaliser, chosen = _read(times_transposed(states, weight), target)
+            logits = times_transposed(states, weight)
+            logits = logits if softcap is None else _capped(logits, softcap)
+            probabilities, normaliser, chosen = _read(logits, target)
             nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
             penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
             if hidden_needed or weight_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
-                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float()).to(dtype)
+                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float())
+                grad = (grad if softcap is None else grad.mul_(_slope_of_cap(logits, softcap))).to(dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_grad is not None:
@@ -127,7 +140,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -141,20 +154,22 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor,
         inverse_temperature: float,
+        softcap: float | None,
         dtype: torch.dtype,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
-            logits = times_transposed(hidden[portion].to(dtype), weight).float() * inverse_temperature
+            logits = times_transposed(hidden[portion].to(dtype), weight).float()
+            logits = (logits if softcap is None else _capped(logits, softcap)) * inverse_temperature
             probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
                 mean_logit = probabilities.mul_(logits).sum(dim=-1)
                 entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
         ctx.save_for_backward(hidden, head_weight, targets, mask)
-        ctx.inverse_temperature, ctx.dtype = inverse_temperature, dtype
+        ctx.inverse_temperature, ctx.softcap, ctx.dtype = inverse_temperature, softcap, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -168,14 +183,16 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
         for portion in _portions(hidden, weight):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            logits = times_transposed(states, weight).float() * ctx.inverse_temperature
-            grad = logits.softmax(dim=-1).mul_(-slope[:, None])
-            grad = _add_at(grad, targets[portion, None], slope).to(ctx.dtype)
+            logits = times_transposed(states, weight).float()
+            logits = logits if ctx.softcap is None else _capped(logits, ctx.softcap)
+            grad = (logits * ctx.inverse_temperature).softmax(dim=-1).mul_(-slope[:, None])
+            grad = _add_at(grad, targets[portion, None], slope)
+            grad = (grad if ctx.softcap is None else grad.mul_(_slope_of_cap(logits, ctx.softcap))).to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_grad is not None:
                 weight_grad += grad.T @ states
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -193,6 +210,16 @@ def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     normaliser = logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
     return probabilities, normaliser, logits.gather(-1, target)[:, 0].float()
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(z / c), float32."""
+    return softcap * torch.tanh(logits.float() / softcap)
+
+
+def _slope_of_cap(capped: Tensor, softcap: float) -> Tensor:
+    """The derivative of `_capped` where it has given these: 1 - tanh²."""
+    return 1.0 - (capped / softcap).square()
 
 
 def _add_at(matrix: Tensor, column: Tensor, values: Tensor) -> Tensor:

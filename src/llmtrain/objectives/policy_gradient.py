@@ -33,9 +33,14 @@ def logprobs_reader(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What makes these log-probabilities and entropies of hidden states [B, S, H] and the head's weight [V, H]."""
 
-    def read(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def read(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         return token_logprobs_and_entropy(
-            hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature
+            hidden[:, :-1],
+            head_weight,
+            tokens[:, 1:],
+            response_mask[:, 1:],
+            temperature=temperature,
+            softcap=softcap,
         )
 
     return read

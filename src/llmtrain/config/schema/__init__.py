@@ -58,6 +58,13 @@ from llmtrain.config.schema.reinforcement import (
     SamplingMethod,
 )
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
+from llmtrain.config.schema.rope import (
+    DynamicScalingConfig,
+    LinearScalingConfig,
+    Llama3ScalingConfig,
+    RopeScaling,
+    YarnScalingConfig,
+)
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -81,6 +88,7 @@ __all__ = [
     "CpoConfig",
     "DoctorConfig",
     "DpoConfig",
+    "DynamicScalingConfig",
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
@@ -90,6 +98,8 @@ __all__ = [
     "IpoConfig",
     "KtoConfig",
     "LengthWarmupConfig",
+    "LinearScalingConfig",
+    "Llama3ScalingConfig",
     "LoraConfig",
     "MixedSourceConfig",
     "ModelConfig",
@@ -113,6 +123,7 @@ __all__ = [
     "RewardModelConfig",
     "RlooConfig",
     "RobustConfig",
+    "RopeScaling",
     "RowSourceConfig",
     "RowsConfig",
     "SampledAnswersConfig",
@@ -128,4 +139,5 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
+    "YarnScalingConfig",
 ]

@@ -1,0 +1,93 @@
+"""Tensors from our names to a layout's and back, by its rules; no bit of a tensor changes."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.models.layouts.table import Layout, Rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def their_shapes(layout: Layout, config: ModelConfig, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the layout of tensors that have these names and shapes here."""
+    theirs: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        names, rule = _their_names(layout, name)
+        for part, rows in zip(names, _rows(config, names, shape), strict=True):
+            split = (rows, *shape[1:])
+            theirs[part] = split[::-1] if rule.transposed else split
+    return theirs
+
+
+def their_parts(layout: Layout, config: ModelConfig, module: str, rows: int) -> dict[str, int]:
+    """The modules that a module of ours with so many rows is in the layout, and the rows of each, in their order."""
+    names, _ = _their_names(layout, f"{module}.weight")
+    parts = zip(names, _rows(config, names, (rows,)), strict=True)
+    return {name.removesuffix(".weight"): part_rows for name, part_rows in parts}
+
+
+def to_theirs(layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors by the layout's names, contiguous and on the CPU, each with memory of its own."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names, rule = _their_names(layout, name)
+        tensor = in_their_order(layout, config, name, tensor.detach())
+        parts = tensor.split(_rows(config, names, tuple(tensor.shape)))
+        for part, value in zip(names, parts, strict=True):
+            turned = value.T if rule.transposed and value.ndim == 2 else value
+            theirs[part] = turned.to("cpu", copy=True).contiguous()
+    return theirs
+
+
+def in_their_order(layout: Layout, config: ModelConfig, name: str, rows: Tensor) -> Tensor:
+    """The rows [O, ...] of a tensor of ours, or as many that belong to them, in the layout's order."""
+    _, rule = _their_names(layout, name)
+    return rows[_grouped_rows(config).to(rows.device)] if rule.grouped else rows
+
+
+def to_ours(layout: Layout, config: ModelConfig, names: list[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of these names of ours, float32, each with memory of its own."""
+    state: dict[str, Tensor] = {}
+    for name in names:
+        parts, rule = _their_names(layout, name)
+        values = [theirs[part].T if rule.transposed and theirs[part].ndim == 2 else theirs[part] for part in parts]
+        if rule.grouped:
+            values = [values[0][_grouped_rows(config).argsort()]]
+        state[name] = torch.cat(values).float() if len(values) > 1 else _own_float(values[0])
+    return state
+
+
+def _own_float(tensor: Tensor) -> Tensor:
+    # A copy always: tensors of a safetensors file are windows onto the file.
+    return tensor.to(torch.float32, copy=True).contiguous()
+
+
+def _their_names(layout: Layout, name: str) -> tuple[list[str], Rule]:
+    module, _, leaf = name.rpartition(".")
+    layer = re.search(r"\.blocks\.(\d+)\.", name)
+    pattern = re.sub(r"\.blocks\.\d+\.", ".blocks.{i}.", module)
+    rule = next((rule for rule in layout.rules if rule.ours == pattern), Rule(pattern, (pattern,)))
+    return [f"{part.replace('{i}', layer[1] if layer else '')}.{leaf}" for part in rule.theirs], rule
+
+
+def _rows(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list[int]:
+    """How many rows of our tensor each of their parts has: all, query/key/value, or gate/up."""
+    if len(names) == 1:
+        return [shape[0]]
+    if len(names) == 2:
+        return [shape[0] // 2] * 2
+    key = config.kv_heads * config.head_size
+    return [shape[0] - 2 * key, key, key]
+
+
+def _grouped_rows(config: ModelConfig) -> Tensor:
+    """Which of our rows of queries, keys and values stands in each row of theirs: queries, key and value by group."""
+    kv_heads = config.kv_heads
+    heads = torch.arange(config.num_heads + 2 * kv_heads)
+    queries, keys, values = heads.split((config.num_heads, kv_heads, kv_heads))
+    order = torch.cat((queries.view(kv_heads, -1), keys[:, None], values[:, None]), dim=1).flatten()
+    return (order[:, None] * config.head_size + torch.arange(config.head_size)).flatten()

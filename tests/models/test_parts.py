@@ -1,0 +1,402 @@
+"""Each part of the network against a slow formula in float64."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.config.schema import (
+    DynamicScalingConfig,
+    LinearScalingConfig,
+    Llama3ScalingConfig,
+    ModelConfig,
+    YarnScalingConfig,
+)
+from llmtrain.models.attention import Attention, Shared, attend_one, attend_one_capped
+from llmtrain.models.document_attention import Documents
+from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.heads import LanguageModel
+from llmtrain.models.masks import added, score_mask
+from llmtrain.models.norms import make_norm
+from llmtrain.models.positions import alibi_slopes, rotary_tables, rotate, rotated_size, sinusoids
+from llmtrain.models.transformer import Block, Transformer
+
+LENGTH = 13
+CONFIG = ModelConfig(num_layers=2, hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=4, max_sequence_length=64)
+
+
+def with_parts(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(CONFIG, **changes)
+
+
+@torch.no_grad()
+def drawn(module: Any, seed: int = 0) -> Any:
+    """All weights N(0, 0.3²), in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.3, generator=generator))
+    return module.double().eval()
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Rotary embedding
+
+
+def turned(head: Tensor, angles: list[float]) -> Tensor:
+    """Each pair (x_d, x_d+R/2) by the matrix [[cos, -sin], [sin, cos]]; what is behind R stays."""
+    found, half = head.clone(), len(angles)
+    for d, angle in enumerate(angles):
+        matrix = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
+        found[[d, d + half]] = matrix @ head[[d, d + half]]
+    return found
+
+
+SCALINGS = {
+    "plain": (None, lambda theta, d, size: theta ** (-2 * d / size)),
+    "linear": (LinearScalingConfig(factor=3.0), lambda theta, d, size: theta ** (-2 * d / size) / 3.0),
+    "dynamic": (
+        DynamicScalingConfig(factor=3.0, original_max_sequence_length=10),
+        lambda theta, d, size: (theta * (3.0 * 40 / 10 - 2.0) ** (size / (size - 2))) ** (-2 * d / size),
+    ),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rotation_is_that_of_pairs(name: str, share: float) -> None:
+    scaling, frequency = SCALINGS[name]
+    config = with_parts(head_dim=16, rope_theta=70.0, rope_scaling=scaling, partial_rotary_factor=share)
+    size, heads = rotated_size(config), normal(1, 40, 2, 16)
+    found = rotate(heads, rotary_tables(config, torch.arange(40)[None], lengths=40))
+    for position in (0, 1, 7, 39):
+        angles = [position * frequency(70.0, d, size) for d in range(size // 2)]
+        for head in range(2):
+            expected = turned(heads[0, position, head], angles)
+            torch.testing.assert_close(found[0, position, head], expected, atol=1e-5, rtol=0)
+
+
+def test_dynamic_scaling_begins_beyond_the_trained_length_and_goes_by_each_row() -> None:
+    plain = with_parts(head_dim=16)
+    config = with_parts(head_dim=16, rope_scaling=DynamicScalingConfig(factor=4.0, original_max_sequence_length=32))
+    positions = torch.arange(20)[None]
+    together = rotary_tables(config, positions, lengths=torch.tensor([20, 32, 50]))[0]
+    for row, length in enumerate((20, 32, 50)):
+        torch.testing.assert_close(together[row], rotary_tables(config, positions, lengths=length)[0][0])
+    torch.testing.assert_close(together[0], rotary_tables(plain, positions)[0][0])
+    torch.testing.assert_close(together[1], together[0])
+    assert not torch.allclose(together[2], together[0])
+
+
+def frequencies(config: ModelConfig) -> Tensor:
+    """From the angles at position 1, which are below π."""
+    cosines, sines = rotary_tables(config, torch.tensor([[1]]))
+    half = cosines.shape[-1] // 2
+    return torch.atan2(-sines[0, 0, 0, :half], cosines[0, 0, 0, :half]).double()
+
+
+def test_llama3_scaling_by_wave_length() -> None:
+    scaling = Llama3ScalingConfig(
+        factor=8.0, original_max_sequence_length=512, low_freq_factor=1.0, high_freq_factor=4.0
+    )
+    config = with_parts(head_dim=64, rope_theta=5000.0, rope_scaling=scaling)
+    kinds = set()
+    for d, found in enumerate(frequencies(config).tolist()):
+        plain = 5000.0 ** (-2 * d / 64)
+        wave = 2 * math.pi / plain
+        kind = "long" if wave > 512 / 1.0 else "short" if wave < 512 / 4.0 else "between"
+        smooth = (512 / wave - 1.0) / (4.0 - 1.0)
+        expected = {"long": plain / 8, "short": plain, "between": (1 - smooth) * plain / 8 + smooth * plain}[kind]
+        assert found == pytest.approx(expected, rel=1e-5)
+        kinds.add(kind)
+    assert kinds == {"long", "short", "between"}
+
+
+def test_yarn_by_number_of_turns() -> None:
+    """Pairs that turn often keep their frequency, rare ones get 1 / factor; queries and keys grow by 1 + ln(s) / 10."""
+    scaling = YarnScalingConfig(factor=4.0, original_max_sequence_length=256, beta_fast=16.0, beta_slow=2.0)
+    config = with_parts(head_dim=64, rope_theta=5000.0, rope_scaling=scaling)
+
+    def pair(turns: float) -> float:  # the d for which 256 theta^(-2d/64) / 2π is the number of turns
+        return 64 * math.log(256 / (turns * 2 * math.pi)) / (2 * math.log(5000.0))
+
+    first, last = math.floor(pair(16.0)), math.ceil(pair(2.0))
+    assert 0 < first < last < 31
+    for d, found in enumerate(frequencies(config).tolist()):
+        plain, ramp = 5000.0 ** (-2 * d / 64), min(max((d - first) / (last - first), 0.0), 1.0)
+        assert found == pytest.approx(ramp * plain / 4.0 + (1 - ramp) * plain, rel=1e-5)
+    cosines, sines = rotary_tables(config, torch.tensor([[3]]))
+    grown = (cosines.square() + sines.square()).sqrt()
+    torch.testing.assert_close(grown, torch.full_like(grown, 1 + 0.1 * math.log(4.0)))
+    given = dataclasses.replace(scaling, attention_factor=1.5)
+    cosines, sines = rotary_tables(dataclasses.replace(config, rope_scaling=given), torch.tensor([[3]]))
+    torch.testing.assert_close((cosines.square() + sines.square()).sqrt(), torch.full_like(grown, 1.5))
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scores_depend_on_distance_alone(name: str) -> None:
+    config = with_parts(head_dim=16, rope_theta=70.0, rope_scaling=SCALINGS[name][0], partial_rotary_factor=0.5)
+    tables = rotary_tables(config, torch.arange(40)[None], lengths=40)
+    query, key = (rotate(normal(1, 1, 1, 16, seed=seed).expand(1, 40, 1, 16), tables)[0, :, 0] for seed in (1, 2))
+    scores = query @ key.T
+    for distance in (0, 1, 5, 20):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=0)
+    assert (scores[30, 30] - scores[30, 25]).abs() > 1e-2
+
+
+def test_local_layers_have_their_own_base() -> None:
+    config = with_parts(
+        rope_local_theta=10.0, rope_theta=1000.0, rope_scaling=LinearScalingConfig(factor=2.0), sliding_window=4
+    )
+    positions = torch.arange(9)[None]
+    local, own = rotary_tables(config, positions, window=4), rotary_tables(with_parts(rope_theta=10.0), positions)
+    torch.testing.assert_close(local, own)
+    torch.testing.assert_close(rotary_tables(config, positions), rotary_tables(plain, positions))
+
+
+# Other positions
+
+
+def test_sinusoids() -> None:
+    found = sinusoids(torch.tensor([[0, 3, 100]]), 8)
+    for column, position in enumerate((0, 3, 100)):
+        for i in range(4):
+            angle = position / 10_000 ** (2 * i / 8)
+            expected = [math.sin(angle), math.cos(angle)]
+            torch.testing.assert_close(found[0, column, 2 * i : 2 * i + 2], torch.tensor(expected))
+
+
+def test_alibi_slopes_of_the_paper() -> None:
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(16) == pytest.approx([2.0 ** (-i / 2) for i in range(1, 17)])
+    # 12 heads: those of 8, then every second of 16's, as the authors' get_slopes gives them
+    assert alibi_slopes(12) == pytest.approx([*alibi_slopes(8), 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    assert alibi_slopes(1) == [2.0**-8]
+
+
+# Attention
+
+
+def attended_by_loops(
+    config: ModelConfig, query: Tensor, key: Tensor, value: Tensor, window: int | None, documents: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Queries [B, Q, T, D] over [B, K, T, D], one number after the other."""
+    found, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
+    scale = config.attention_scale or query.shape[-1] ** -0.5
+    for row, head, i in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
+        seen = [j for j in range(i + 1) if window is None or i - j < window]
+        seen = [j for j in seen if documents is None or documents[row, i] == documents[row, j]]
+        scores = []
+        for j in seen:
+            score = float(query[row, head, i] @ key[row, head // group, j]) * scale
+            if config.attention_softcap:
+                score = config.attention_softcap * math.tanh(score / config.attention_softcap)
+            scores.append(
+                score - (alibi_slopes(config.num_heads)[head] * (i - j) if config.positions == "alibi" else 0)
+            )
+        weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        found[row, head, i] = sum(w * value[row, head // group, j] for w, j in zip(weights, seen, strict=True))
+    return found
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"sliding_window": 4},
+    "window as long as the row": {"sliding_window": LENGTH},
+    "window of one": {"sliding_window": 1},
+    "alibi": {"positions": "alibi"},
+    "alibi in a window": {"positions": "alibi", "sliding_window": 5},
+    "softcap": {"attention_softcap": 1.5},
+    "softcap in a window": {"attention_softcap": 1.5, "sliding_window": 4},
+    "softcap and alibi": {"attention_softcap": 1.5, "positions": "alibi"},
+    "scale": {"attention_scale": 0.9},
+    "scale, softcap, window": {"attention_scale": 0.9, "attention_softcap": 1.5, "sliding_window": 4},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def shared_of(config: ModelConfig, documents: Tensor | None = None) -> Shared:
+    """What a model gives its first layer; positions are learned or ALiBi's, so that nothing is rotated."""
+    trunk = Transformer(config, 5)
+    numbers = None if documents is None else Documents.of(documents, 0.0)
+    return trunk._shared(config.windows[0], torch.arange(LENGTH)[None], LENGTH, LENGTH, numbers)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "several"])
+def test_attention_is_that_of_loops(kind: str, packed: bool) -> None:
+    config = with_parts(**{"positions": "none", **KINDS[kind]})
+    documents = torch.tensor([[0] * 6 + [1] * 7, [0] * 1 + [1] * 2 + [2] * 10]) if packed else None
+    attention = Attention(config, 0).double()
+    query, key, value = normal(2, 6, LENGTH, 4), normal(2, 2, LENGTH, 4, seed=2), normal(2, 2, LENGTH, 4, seed=3)
+    found = attention._attend_all(query * attention.query_factor, key, value, shared_of(config, documents))
+    expected = attended_by_loops(config, query, key, value, config.windows[0], documents)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_one_query_at_a_time_is_the_last_row(kind: str, kv_heads: int) -> None:
+    """What the cache does for one token more, against loops; the columns behind hold other numbers."""
+    config = with_parts(**{"positions": "none", **KINDS[kind]})
+    query, key, value = normal(2, 6, 1, 4), normal(2, kv_heads, 32, 4, seed=2), normal(2, kv_heads, 32, 4, seed=3)
+    places = torch.tensor([[8], [25]])
+    mask = added(score_mask(config, config.windows[0], places, torch.arange(32)), torch.float32)
+    attention = Attention(dataclasses.replace(config, num_kv_heads=kv_heads), 0)
+    scaled = query.float() * attention.query_factor
+    if config.attention_softcap:
+        found = attend_one_capped(scaled, key.float(), value.float(), mask, config.attention_softcap)
+    else:
+        found = attend_one(scaled, key.float(), value.float(), mask)
+    for row, place in enumerate(places.flatten().tolist()):
+        queries = torch.zeros(1, 6, place + 1, 4, dtype=torch.float64)
+        queries[0, :, place] = query[row, :, 0]
+        before = slice(row, row + 1), slice(None), slice(place + 1)
+        expected = attended_by_loops(config, queries, key[before], value[before], config.windows[0], None)
+        torch.testing.assert_close(found[row, :, 0].double(), expected[0, :, place], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "zero_centred_rmsnorm"])
+def test_query_key_norm(kind: Any, norm: Any) -> None:
+    config = with_parts(qk_norm=kind, norm=norm, positions="none", bias=True)
+    attention = drawn(Attention(config, 0))
+    hidden = normal(1, LENGTH, 24)
+    query, key, value = attention.qkv(hidden).split((24, 8, 8), dim=-1)
+    query_norm, key_norm = attention.query_norm, attention.key_norm
+    if kind == "head":
+        heads = [query_norm(part) for part in query.split(4, dim=-1)], [key_norm(part) for part in key.split(4, dim=-1)]
+    else:
+        heads = query_norm(query).split(4, dim=-1), key_norm(key).split(4, dim=-1)
+    query, key = (torch.stack(tuple(each), dim=1) for each in heads)
+    value = torch.stack(value.split(4, dim=-1), dim=1)
+    expected = attended_by_loops(config, query, key, value, None, None).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(
+        attention(hidden, Shared(None, None, None)), attention.output(expected), atol=1e-6, rtol=0
+    )
+
+
+# Norms, feed-forward parts, blocks, heads
+
+
+def test_zero_centred_norm() -> None:
+    norm, hidden = drawn(make_norm(with_parts(norm="zero_centred_rmsnorm"))), normal(2, 3, 24)
+    root = (sum(hidden[..., d] ** 2 for d in range(24)) / 24 + CONFIG.norm_eps).sqrt()
+    torch.testing.assert_close(norm(hidden), (1 + norm.weight) * hidden / root[..., None], atol=1e-6, rtol=0)
+
+
+FORMULAS = {
+    "swiglu": lambda x: x / (1 + math.exp(-x)),
+    "geglu": lambda x: x * 0.5 * (1 + math.erf(x / 2**0.5)),
+    "geglu_tanh": lambda x: x * 0.5 * (1 + math.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu": lambda x: x * 0.5 * (1 + math.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + math.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: max(x, 0.0),
+    "relu_squared": lambda x: max(x, 0.0) ** 2,
+}
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_feed_forward_parts(activation: Any) -> None:
+    part, hidden = drawn(make_feed_forward(with_parts(activation=activation, bias=True))), normal(5, 24)
+    function = FORMULAS[activation]
+    if activation in ("swiglu", "geglu", "geglu_tanh"):
+        gate, up = (hidden @ part.gate_up.weight.T + part.gate_up.bias).chunk(2, dim=-1)
+        inner = gate.clone().apply_(function) * up
+    else:
+        inner = (hidden @ part.up.weight.T + part.up.bias).apply_(function)
+    torch.testing.assert_close(part(hidden), inner @ part.down.weight.T + part.down.bias, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("placement", "order", "formula"),
+    [
+        ("pre", "sequential", lambda b, a, f, x: (h := x + a(b.attention_norm(x))) + f(b.feed_forward_norm(h))),
+        ("post", "sequential", lambda b, a, f, x: b.feed_forward_norm((h := b.attention_norm(x + a(x))) + f(h))),
+        ("reordered", "sequential",
+         lambda b, a, f, x: (h := x + b.attention_output_norm(a(x))) + b.feed_forward_output_norm(f(h))),
+        ("sandwich", "sequential",
+         lambda b, a, f, x: (h := x + b.attention_output_norm(a(b.attention_norm(x))))
+         + b.feed_forward_output_norm(f(b.feed_forward_norm(h)))),
+        ("pre", "parallel", lambda b, a, f, x: x + a(b.attention_norm(x)) + f(b.feed_forward_norm(x))),
+        ("pre", "parallel_shared_norm", lambda b, a, f, x: x + a(b.attention_norm(x)) + f(b.attention_norm(x))),
+    ],
+)  # fmt: skip
+def test_where_norms_stand(placement: Any, order: Any, formula: Any) -> None:
+    block = drawn(Block(with_parts(norm_placement=placement, block=order, positions="none"), 0))
+    hidden, shared = normal(2, LENGTH, 24), Shared(None, None, None)
+    expected = formula(block, lambda x: block.attention(x, shared), block.feed_forward, hidden)
+    torch.testing.assert_close(block(hidden, shared), expected, atol=1e-10, rtol=0)
+    norms = {name for name, _ in block.named_parameters() if "norm" in name}
+    assert len(norms) == {"sandwich": 4}.get(placement, 1 if order == "parallel_shared_norm" else 2)
+
+
+def test_scales_and_cap_of_embeddings_and_logits() -> None:
+    plain = with_parts(positions="none", num_layers=1)
+    model = drawn(LanguageModel(plain, 11))
+    config = dataclasses.replace(plain, embedding_scale="sqrt_hidden_size", logit_scale=0.3, logit_softcap=2.0)
+    changed = LanguageModel(config, 11).double().eval()
+    changed.load_state_dict(model.state_dict())
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = F.linear(changed.trunk(tokens), changed.head_weight) * 0.3
+        torch.testing.assert_close(changed(tokens), 2.0 * torch.tanh(expected / 2.0))
+        model.trunk.token_embedding.weight *= 24**0.5
+        torch.testing.assert_close(changed.trunk(tokens), model.trunk(tokens))
+
+
+def test_learned_part_of_position_is_not_scaled() -> None:
+    config = with_parts(positions="sinusoidal", embedding_scale=3.0)
+    trunk, tokens = drawn(Transformer(config, 11)), torch.arange(9)[None]
+    found = trunk._embed(tokens, torch.arange(9)[None])
+    expected = 3.0 * trunk.token_embedding.weight[:9] + sinusoids(torch.arange(9), 24).double()
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_without_positions_the_order_before_is_not_seen() -> None:
+    model, row = drawn(LanguageModel(with_parts(positions="none", num_layers=1), 11)), torch.tensor([[1, 2, 3, 4, 5]])
+    swapped = torch.tensor([[3, 1, 2, 4, 5]])
+    torch.testing.assert_close(model(row)[:, -1], model(swapped)[:, -1])
+    rotated = drawn(LanguageModel(with_parts(num_layers=1), 11))
+    assert not torch.allclose(rotated(row)[:, -1], rotated(swapped)[:, -1])
+
+
+def test_biases_one_by_one() -> None:
+    config = with_parts(norm="layernorm", qkv_bias=True, norm_bias=True)
+    names = {name.split("blocks.0.")[-1] for name, _ in Transformer(config, 5).named_parameters() if "blocks.0" in name}
+    assert {name for name in names if name.endswith("bias")} == {
+        "attention.qkv.bias", "attention_norm.bias", "feed_forward_norm.bias",
+    }  # fmt: skip
+    others = dataclasses.replace(config, bias=True, qkv_bias=False, norm_bias=False)
+    names = {name.split("blocks.0.")[-1] for name, _ in Transformer(others, 5).named_parameters() if "blocks.0" in name}
+    assert {name for name in names if name.endswith("bias")} == {
+        "attention.output.bias", "feed_forward.gate_up.bias", "feed_forward.down.bias",
+    }  # fmt: skip
+
+
+def test_patterns_are_repeated_over_the_layers() -> None:
+    config = with_parts(num_layers=5, sliding_window=7, attention_pattern=["sliding", "sliding", "full"])
+    assert config.windows == [7, 7, None, 7, 7]
+    assert with_parts(sliding_window=7).windows == [7, 7]
+    assert CONFIG.windows == [None, None]
+
+
+def test_flops_of_a_window() -> None:
+    """By counting what each position sees."""
+    config = with_parts(num_layers=2, sliding_window=4, attention_pattern=["sliding", "full"])
+    plain = Transformer(with_parts(), 5).flops_per_token(16) - Transformer(config, 5).flops_per_token(16)
+    full, window = 16 / 2, (4 - 4 * 4 / (2 * 16))  # half a position's own score counts, as in T / 2
+    assert plain == pytest.approx(12 * 24 * (full - window))
+
+
+def test_norms_begin_without_weight() -> None:
+    trunk = Transformer(with_parts(norm="zero_centred_rmsnorm", norm_placement="sandwich", qk_norm="head"), 5)
+    drawn(trunk).float().initialise(torch.Generator().manual_seed(0))
+    assert all(not parameter.any() for name, parameter in trunk.named_parameters() if "norm" in name)
