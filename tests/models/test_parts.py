@@ -152,9 +152,8 @@ def test_scores_depend_on_distance_alone(name: str) -> None:
 
 
 def test_local_layers_have_their_own_base() -> None:
-    config = with_parts(
-        rope_local_theta=10.0, rope_theta=1000.0, rope_scaling=LinearScalingConfig(factor=2.0), sliding_window=4
-    )
+    plain = with_parts(rope_theta=1000.0, rope_scaling=LinearScalingConfig(factor=2.0))
+    config = dataclasses.replace(plain, rope_local_theta=10.0, sliding_window=4)
     positions = torch.arange(9)[None]
     local, own = rotary_tables(config, positions, window=4), rotary_tables(with_parts(rope_theta=10.0), positions)
     torch.testing.assert_close(local, own)
