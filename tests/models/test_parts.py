@@ -351,7 +351,7 @@ def test_scales_and_cap_of_embeddings_and_logits() -> None:
         torch.testing.assert_close(changed.trunk(tokens), model.trunk(tokens))
 
 
-def test_learned_part_of_position_is_not_scaled() -> None:
+def test_positions_are_added_to_scaled_embeddings() -> None:
     config = with_parts(positions="sinusoidal", embedding_scale=3.0)
     trunk, tokens = drawn(Transformer(config, 11)), torch.arange(9)[None]
     found = trunk._embed(tokens, torch.arange(9)[None])

@@ -239,7 +239,6 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Ten
         mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
     if heads == kv_heads and query.device.type == "cpu":
         grouped = grouped.expand(-1, -1, 2, -1)
-        mask = mask.expand(-1, -1, 2, -1)
     attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return attended[:, :, : heads // kv_heads].reshape(query.shape)
 

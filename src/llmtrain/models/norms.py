@@ -18,9 +18,9 @@ class ZeroCentredRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.float()
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (scaled * (1.0 + self.weight.float())).to(hidden.dtype)
+        return (scaled * (1.0 + self.weight.to(wide.dtype))).to(hidden.dtype)
 
 
 def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:

@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         _check_sizes(config)
         self.config = config
         self.vocab_size = vocab_size
-        self.windows = {*config.windows}
+        self.windows = tuple(dict.fromkeys(config.windows))
         scale = config.embedding_scale
         self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)

@@ -38,7 +38,7 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = Field(default=None, gt=0)
     """Base in layers with a sliding window, unscaled there (Gemma 3: 10,000). Null: the same rotation in all layers."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = Field(default=None, discriminator="name")
     """Longer sequences than were trained on: linear, dynamic (NTK), yarn or llama3, each with its factor."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     """Share of each head that is rotated, from its beginning (GPT-NeoX: 0.25)."""

@@ -1,6 +1,6 @@
 """Rotary positions on longer sequences than a model was trained on."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -64,6 +64,4 @@ class Llama3ScalingConfig:
     """Shorter waves than original / this are kept; in between it changes smoothly."""
 
 
-RopeScaling = Annotated[
-    LinearScalingConfig | DynamicScalingConfig | YarnScalingConfig | Llama3ScalingConfig, Field(discriminator="name")
-]
+RopeScaling = LinearScalingConfig | DynamicScalingConfig | YarnScalingConfig | Llama3ScalingConfig

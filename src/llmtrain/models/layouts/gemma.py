@@ -7,7 +7,6 @@ from llmtrain.models.layouts.rope import Rope, RopeByLayer, WindowByLayer
 from llmtrain.models.layouts.table import (
     AttentionDropout,
     Fields,
-    Inexpressible,
     Key,
     Layout,
     Only,
@@ -24,15 +23,12 @@ class ScaleOfQueries:
     default: int = 256
 
     def write(self, ours: Fields) -> Fields:
-        number = round(ours["attention_scale"] ** -2)
-        if abs(number**-0.5 / ours["attention_scale"] - 1.0) > 1e-8:
-            raise Inexpressible
-        return {self.theirs: number}
+        scale = ours["attention_scale"]
+        return {self.theirs: ours["head_dim"] if scale is None else max(round(scale**-2), 1)}
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
         number = look_up(theirs, self.theirs, self.default)
-        of_heads = ours.get("head_dim")
-        return ({} if number == of_heads else {"attention_scale": float(number) ** -0.5}), []
+        return ({} if number == ours.get("head_dim") else {"attention_scale": float(number) ** -0.5}), []
 
 
 NORMS = (

@@ -6,7 +6,6 @@ from typing import Any
 
 from llmtrain.models.layouts.table import Fields, Inexpressible
 
-ALL_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 # Our options of scalings, and theirs.
 OPTIONS = {
     "factor": "factor",
@@ -16,6 +15,13 @@ OPTIONS = {
     "attention_factor": "attention_factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
+}
+# Those that each scaling has.
+HELD = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_sequence_length"),
+    "yarn": ("factor", "original_max_sequence_length", "beta_fast", "beta_slow", "attention_factor"),
+    "llama3": ("factor", "original_max_sequence_length", "low_freq_factor", "high_freq_factor"),
 }
 # Options of theirs with which something else is computed, and the values with which it is not.
 REFUSED: dict[str, Any] = {"mscale": None, "mscale_all_dim": None, "truncate": True}
@@ -33,11 +39,11 @@ class Rope:
     fraction: str = "partial_rotary_factor"
     default_theta: float = 10_000.0
     default_fraction: float | None = None
-    scalings: tuple[str, ...] = ALL_SCALINGS
+    scalings: tuple[str, ...] = tuple(HELD)
 
     def write(self, ours: Fields) -> Fields:
         scaling = ours["rope_scaling"]
-        if scaling and scaling["name"] not in self.scalings:
+        if ours["positions"] != "rope" or (scaling and scaling["name"] not in self.scalings):
             raise Inexpressible
         theirs: Fields = {"rope_parameters": _written(ours["rope_theta"], scaling), self.theta: ours["rope_theta"]}
         if scaling:
@@ -75,7 +81,7 @@ class RopeByLayer:
     def write(self, ours: Fields) -> Fields:
         scaling, theta = ours["rope_scaling"], ours["rope_theta"]
         local = ours["rope_local_theta"] or theta
-        if scaling and scaling["name"] == "dynamic":
+        if ours["positions"] != "rope" or (scaling and scaling["name"] == "dynamic"):
             raise Inexpressible
         return {
             "rope_parameters": {FULL: _written(theta, scaling), SLIDING: _written(local, None)},
@@ -181,5 +187,4 @@ def _read(rope: Fields, max_length: Any, supported: tuple[str, ...]) -> tuple[Fi
         scaling["original_max_sequence_length"] = max_length
     elif name != "linear":
         scaling.setdefault("original_max_sequence_length", max_length)
-    allowed = {"linear": ("factor",), "dynamic": ("factor", "original_max_sequence_length")}.get(name, tuple(scaling))
-    return {"name": name, **{key: scaling[key] for key in allowed if key in scaling}}, faults
+    return {"name": name, **{key: scaling[key] for key in HELD[name] if key in scaling}}, faults

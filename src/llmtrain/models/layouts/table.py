@@ -196,15 +196,18 @@ def to_config(ours: Fields) -> ModelConfig:
 
 
 def described(config: ModelConfig) -> Fields:
-    """The architecture by our keys and `windows`, nulls and `bias` replaced by what they stand for."""
-    ours, scale = asdict(config), config.attention_scale or config.head_size**-0.5
+    """The architecture by our keys and `windows`, with `bias` and nulls replaced by what they stand for.
+
+    But for `attention_scale`, which is null where it is the usual one.
+    """
+    ours = asdict(config)
     by_width = config.embedding_scale == "sqrt_hidden_size"
     ours |= {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_size,
         "ffn_hidden_size": inner_size(config),
         "windows": config.windows,
-        "attention_scale": float(f"{scale:.9g}"),
+        "attention_scale": None if config.attention_scale == config.head_size**-0.5 else config.attention_scale,
         "embedding_scale": config.hidden_size**0.5 if by_width else config.embedding_scale,
         **{f"{part}_bias": config.has_bias(part) for part in BIASES},
     }
