@@ -34,9 +34,9 @@ def rotary_tables(
     `window` is that of the layers which they are for; `lengths` [B], or one for all rows, are those of the sequences,
     which dynamic scaling goes by.
     """
-    is_local = window is not None and config.rope_local_theta is not None
-    theta = config.rope_local_theta if is_local else config.rope_theta
-    scaling = None if is_local else config.rope_scaling
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if window is not None and config.rope_local_theta is not None:
+        theta, scaling = config.rope_local_theta, None
     size = rotated_size(config)
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
     frequencies = 1.0 / theta**exponents if scaling is None else _scaled(scaling, theta, exponents, size, lengths)

@@ -39,7 +39,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.window = config.windows[layer]
         self.placement, self.order = config.norm_placement, config.block
         has_first, has_last = self.placement != "reordered", self.placement in ("reordered", "sandwich")
         has_second = has_first and self.order != "parallel_shared_norm"
@@ -89,7 +88,7 @@ class Transformer(nn.Module):
         _check_sizes(config)
         self.config = config
         self.vocab_size = vocab_size
-        self.windows = tuple(dict.fromkeys(config.windows))
+        self.windows = config.windows
         scale = config.embedding_scale
         self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
@@ -123,9 +122,11 @@ class Transformer(nn.Module):
         if cache is not None:
             lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
         hidden = self._embed(tokens, positions)
-        shared = {window: self._shared(window, positions, lengths, tokens.shape[1], within) for window in self.windows}
-        for block in self.blocks:
-            hidden = block(hidden, shared[block.window], cache)
+        shared = {
+            window: self._shared(window, positions, lengths, tokens.shape[1], within) for window in {*self.windows}
+        }
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            hidden = block(hidden, shared[window], cache)
         return self.final_norm(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
         usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window.
         """
         products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
-        seen = sum(_mean_seen(window, sequence_length) for window in self.config.windows)
+        seen = sum(_mean_seen(window, sequence_length) for window in self.windows)
         return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

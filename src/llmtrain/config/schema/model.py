@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 from llmtrain.config.schema.rope import RopeScaling
 from llmtrain.config.schema.strict import STRICT
 
+BiasedPart = Literal["qkv", "attention_output", "mlp", "norm"]
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
@@ -104,7 +106,7 @@ class ModelConfig:
         kinds = (pattern[layer % len(pattern)] for layer in range(self.num_layers))
         return [self.sliding_window if kind == "sliding" else None for kind in kinds]
 
-    def has_bias(self, part: Literal["qkv", "attention_output", "mlp", "norm"]) -> bool:
+    def has_bias(self, part: BiasedPart) -> bool:
         """Whether the layers of this part have biases; norms only where they are LayerNorm."""
         if part == "norm" and self.norm != "layernorm":
             return False

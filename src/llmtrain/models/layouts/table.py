@@ -12,12 +12,13 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema.model import BiasedPart
 from llmtrain.models.feed_forward import inner_size
 
 Fields = dict[str, Any]
 # Of the config, and no part of the architecture.
 NOT_SHAPE = ("init_from", "adapter_from", "dropout", "init_std")
-BIASES = ("qkv", "attention_output", "mlp", "norm")
+BIASES: tuple[BiasedPart, ...] = ("qkv", "attention_output", "mlp", "norm")
 # Only rotary positions have these; only layers with a window the second.
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -225,7 +226,7 @@ def _shortened(ours: Fields) -> Fields:
     biases = {ours.get(f"{part}_bias") for part in BIASES if part != "norm" or ours.get("norm") == "layernorm"}
     if len(biases) == 1 and None not in biases:
         ours = {key: value for key, value in ours.items() if not key.endswith("_bias")} | {"bias": biases.pop()}
-    sizes = [ours.get(key) for key in ("head_dim", "num_heads", "hidden_size")]
+    sizes: list[Any] = [ours.get(key) for key in ("head_dim", "num_heads", "hidden_size")]
     if all(isinstance(size, int) for size in sizes) and sizes[0] * sizes[1] == sizes[2]:
         ours = {key: value for key, value in ours.items() if key != "head_dim"}
     return ours
