@@ -399,3 +399,80 @@ def test_norms_begin_without_weight() -> None:
     trunk = Transformer(with_parts(norm="zero_centred_rmsnorm", norm_placement="sandwich", qk_norm="head"), 5)
     drawn(trunk).float().initialise(torch.Generator().manual_seed(0))
     assert all(not parameter.any() for name, parameter in trunk.named_parameters() if "norm" in name)
+
+
+# Whole models
+
+WHOLE = {
+    "gemma": with_parts(
+        sliding_window=5, attention_pattern=["sliding", "full"], attention_softcap=5.0, logit_softcap=4.0,
+        norm="zero_centred_rmsnorm", norm_placement="sandwich", activation="geglu_tanh",
+        embedding_scale="sqrt_hidden_size", rope_local_theta=50.0, qk_norm="head",
+    ),
+    "olmo": with_parts(norm_placement="reordered", qk_norm="full"),
+    "mpt": with_parts(positions="alibi", norm="layernorm", activation="gelu", sliding_window=6),
+    "neox": with_parts(block="parallel", norm="layernorm", bias=True, partial_rotary_factor=0.5),
+    "falcon": with_parts(block="parallel_shared_norm", norm="layernorm", norm_bias=True, num_kv_heads=1),
+    "first": with_parts(norm_placement="post", positions="sinusoidal", activation="relu", norm="layernorm"),
+    "scaled": with_parts(rope_scaling=YarnScalingConfig(factor=2.0, original_max_sequence_length=16)),
+}  # fmt: skip
+EVERY_MODEL = pytest.mark.parametrize("name", WHOLE)
+
+
+def built(name: str) -> LanguageModel:
+    config = dataclasses.replace(WHOLE[name], init_std=0.2)
+    return LanguageModel(config, 31).initialise(torch.Generator().manual_seed(0)).eval()
+
+
+def row_of_tokens(rows: int = 2) -> Tensor:
+    return torch.randint(0, 31, (rows, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+@EVERY_MODEL
+def test_every_parameter_learns_and_nothing_ahead_is_seen(name: str) -> None:
+    model, tokens = built(name), row_of_tokens()
+    model(tokens).logsumexp(dim=-1).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 31
+    torch.testing.assert_close(model(changed)[:, :7], model(tokens)[:, :7])
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("masked", [False, True], ids=["one by one", "masked"])
+def test_documents_in_a_row_are_as_alone(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if masked:  # as on other devices, and with dropout
+        of = Documents.of
+        monkeypatch.setattr(Documents, "of", lambda numbers, dropout: of(numbers, 0.1))
+    model, tokens = built(name), row_of_tokens(1)
+    together = model(tokens, documents=torch.tensor([[0] * 4 + [1] * 9]))
+    torch.testing.assert_close(together[:, :4], model(tokens[:, :4]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[:, 4:], model(tokens[:, 4:]), atol=1e-5, rtol=0)
+
+
+@EVERY_MODEL
+def test_bfloat16_autocast_is_close(name: str) -> None:
+    model, tokens = built(name), row_of_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+        packed = model(tokens, documents=torch.zeros(2, LENGTH, dtype=torch.int32))
+    expected = model(tokens)
+    for found in (logits, packed):
+        assert (found.float() - expected).square().mean().sqrt() < 0.03 * expected.std()
+
+
+@pytest.mark.slow
+@EVERY_MODEL
+def test_compiles_in_one_graph(name: str) -> None:
+    model, tokens = built(name), row_of_tokens()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-4)
+
+
+@EVERY_MODEL
+def test_dropout_acts_in_training_only(name: str) -> None:
+    model, tokens = built(name), row_of_tokens()
+    dropped = LanguageModel(dataclasses.replace(model.config, dropout=0.3), 31)
+    dropped.load_state_dict(model.state_dict())
+    torch.testing.assert_close(dropped.eval()(tokens), model(tokens))
+    assert not torch.allclose(dropped.train()(tokens), model(tokens))

@@ -50,6 +50,9 @@ def rope_scaling(view: View) -> Iterator[Finding]:
             yield finding(problem, f"{key}.{low}", f"{key}.{high}")
     if scaling["name"] != "dynamic":
         return
+    head_dim = view["model.head_dim"] or view["model.hidden_size"] // view["model.num_heads"]
+    if int(head_dim * view["model.partial_rotary_factor"]) == 2:
+        yield finding("dynamic needs heads of which more than 2 dimensions are rotated", f"{key}.name")
     longest, length = scaling["original_max_sequence_length"], view["train.sequence_length"]
     if length > longest:
         problem = (

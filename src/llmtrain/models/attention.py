@@ -186,12 +186,13 @@ class Attention(nn.Module):
 
     def _normalised(self, query_key: Tensor) -> Tensor:
         """Queries and keys [B, T, Q + K, D], each head by itself (Qwen3) or all heads together (OLMo 2)."""
-        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
+        wide = query_key.to(next(self.query_norm.parameters()).dtype)  # under autocast the projections are not
+        query, key = wide.split((self.num_heads, self.num_kv_heads), dim=2)
         if self.qk_norm == "full":
             query, key = self.query_norm(query.flatten(2)).view_as(query), self.key_norm(key.flatten(2)).view_as(key)
         else:
             query, key = self.query_norm(query), self.key_norm(key)
-        return torch.cat((query, key), dim=2)
+        return torch.cat((query, key), dim=2).to(query_key.dtype)
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, shared: Shared) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, T, D] of the same positions → [B, Q, T, D]."""

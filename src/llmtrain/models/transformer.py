@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.models.attention import Attention, KVCache, Shared
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
     def _added(self, hidden: Tensor, branch: Tensor, norm: nn.Module | None, output_norm: nn.Module | None) -> Tensor:
         if output_norm is not None:
-            branch = output_norm(branch)
+            branch = output_norm(branch.to(hidden.dtype))  # under autocast it is of another
         hidden = hidden + F.dropout(branch, self.dropout, self.training)
         return norm(hidden) if self.placement == "post" and norm is not None else hidden
 
@@ -204,6 +204,8 @@ def _check_sizes(config: ModelConfig) -> None:
     if heads % kv_heads:
         raise ConfigError(f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: change one of them")
     rotated = rotated_size(config)
+    if config.positions == "rope" and isinstance(config.rope_scaling, DynamicScalingConfig) and rotated == 2:
+        raise ConfigError("model.rope_scaling.name=dynamic needs heads of which more than 2 dimensions are rotated")
     if config.positions == "rope" and (rotated == 0 or rotated % 2):
         raise ConfigError(
             f"{rotated} of {config.head_size} dimensions of a head would be rotated (model.hidden_size="

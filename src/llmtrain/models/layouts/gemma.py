@@ -11,6 +11,7 @@ from llmtrain.models.layouts.table import (
     Layout,
     Only,
     Rule,
+    WholeHeads,
     look_up,
 )
 
@@ -58,6 +59,7 @@ GEMMA2 = Layout(
         *sizes(max_length=8192, norm_eps=1e-6, tied=True, head_dim=256),
         GELU,
         CAUSAL,
+        WholeHeads(),
         *BIAS_OF_ATTENTION,
         ScaleOfQueries(),
         WindowByLayer(period=2),
@@ -80,6 +82,7 @@ GEMMA3 = Layout(
         *sizes(max_length=131_072, norm_eps=1e-6, tied=True, head_dim=256),
         GELU,
         CAUSAL,
+        WholeHeads(),
         *BIAS_OF_ATTENTION,
         ScaleOfQueries(),
         WindowByLayer(period=6),

@@ -83,11 +83,10 @@ class RopeByLayer:
         local = ours["rope_local_theta"] or theta
         if ours["positions"] != "rope" or (scaling and scaling["name"] == "dynamic"):
             raise Inexpressible
-        return {
-            "rope_parameters": {FULL: _written(theta, scaling), SLIDING: _written(local, None)},
-            "rope_theta": theta,
-            "rope_local_base_freq": local,
-        }
+        older = {"rope_theta": theta, "rope_local_base_freq": local}
+        if scaling:
+            older["rope_scaling"] = _written(theta, scaling)
+        return {"rope_parameters": {FULL: _written(theta, scaling), SLIDING: _written(local, None)}, **older}
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
         rope = theirs.get("rope_parameters") or {}
