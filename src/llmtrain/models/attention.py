@@ -37,7 +37,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.config = config
+        self.config, self.windows = config, {*config.windows}
         shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.lengths = torch.tensor(lengths, device=device)  # [R]
@@ -64,7 +64,7 @@ class KVCache:
         self.places = (starts.view(rows, kv_heads) + columns).flatten()  # [R 2K], of R 2K S
         keys, dtype = torch.arange(self.width, device=tokens.device), self.layers[0].dtype
         self.masks = {  # of each kind of layer, [R, 1 or Q, 1, width]
-            window: added(score_mask(self.config, window, columns, keys), dtype) for window in {*self.config.windows}
+            window: added(score_mask(self.config, window, columns, keys), dtype) for window in self.windows
         }
         self.lengths = columns[:, 0] + 1
         self.longest += 1
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.qk_norm != "none":
-            query_key = self._normalised(query_key)
+            query_key = self._normalised(query_key.to(hidden.dtype)).to(query_key.dtype)  # autocast's is another
         if shared.rotary is not None:
             query_key = rotate(query_key, shared.rotary)
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
@@ -186,13 +186,12 @@ class Attention(nn.Module):
 
     def _normalised(self, query_key: Tensor) -> Tensor:
         """Queries and keys [B, T, Q + K, D], each head by itself (Qwen3) or all heads together (OLMo 2)."""
-        wide = query_key.to(next(self.query_norm.parameters()).dtype)  # under autocast the projections are not
-        query, key = wide.split((self.num_heads, self.num_kv_heads), dim=2)
+        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if self.qk_norm == "full":
             query, key = self.query_norm(query.flatten(2)).view_as(query), self.key_norm(key.flatten(2)).view_as(key)
         else:
             query, key = self.query_norm(query), self.key_norm(key)
-        return torch.cat((query, key), dim=2).to(query_key.dtype)
+        return torch.cat((query, key), dim=2)
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, shared: Shared) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, T, D] of the same positions → [B, Q, T, D]."""
