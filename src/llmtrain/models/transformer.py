@@ -154,13 +154,12 @@ class Transformer(nn.Module):
     ) -> Shared:
         """For the layers with this window: T = `length` positions [B or 1, T] of sequences that are `lengths` long."""
         rotary = rotary_tables(self.config, positions, window, lengths) if self.config.positions == "rope" else None
-        if not needs_mask(self.config, window, length):
-            whole = documents is None or documents.mask is not None
-            mask = None if documents is None else documents.mask
-            return Shared(rotary, mask, None if whole or documents is None else documents.numbers)
-        columns = torch.arange(length, device=positions.device)
         numbers = None if documents is None else documents.numbers
-        return Shared(rotary, score_mask(self.config, window, columns[None], columns, numbers), None)
+        if needs_mask(self.config, window, length):
+            columns = torch.arange(length, device=positions.device)
+            return Shared(rotary, score_mask(self.config, window, columns[None], columns, numbers), None)
+        mask = None if documents is None else documents.mask
+        return Shared(rotary, mask, numbers if mask is None else None)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
