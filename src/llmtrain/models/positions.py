@@ -16,10 +16,26 @@ def rotary_tables(positions: Tensor, head_size: int, theta: float) -> RotaryTabl
     computed in each forward pass rather than kept as buffers: a buffer would follow the weights to bfloat16, and
     would have to be rebuilt after a start on the meta device.
     """
+    make = _opaque_tables if torch.compiler.is_compiling() else _tables
+    tables: RotaryTables = make(positions, head_size, theta)
+    return tables
+
+
+def _tables(positions: Tensor, head_size: int, theta: float) -> RotaryTables:
     exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angles = positions.to(torch.float32)[..., None, None] * (1.0 / theta**exponents)  # [B or 1, T, 1, D/2]
     cosines, sines = angles.cos(), angles.sin()
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
+
+
+# The compiler would make cosines and sines anew in every layer, for every row, rather than read them from a table.
+_opaque_tables = torch.library.custom_op("llmtrain::rotary_tables", _tables, mutates_args=())
+
+
+@_opaque_tables.register_fake
+def _table_shapes(positions: Tensor, head_size: int, theta: float) -> RotaryTables:
+    cosines = positions.new_empty((*positions.shape, 1, head_size), dtype=torch.float32)
+    return cosines, torch.empty_like(cosines)
 
 
 def rotate(heads: Tensor, tables: RotaryTables) -> Tensor:
