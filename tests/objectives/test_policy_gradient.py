@@ -147,7 +147,7 @@ class Readable(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, *, read):
+    def forward(self, tokens, *, read, same_as=None):
         return read(self.model.model(tokens).last_hidden_state, self.model.lm_head.weight)
 
 

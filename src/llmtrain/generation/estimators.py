@@ -20,6 +20,7 @@ from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop, kl_k1
 from llmtrain.objectives.logprobs import token_logprobs
 from llmtrain.objectives.policy_gradient import over_mask, policy_logprobs
 from llmtrain.objectives.ppo import policy_and_values
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory
 
 
@@ -142,10 +143,11 @@ class AnswerEstimator:
         with self.autocast():
             for rows in first_portions(batch, self.micro_batch_rows):
                 tokens, mask = batch.tokens[rows], batch.response_mask[rows]
+                how = (tokens, mask, self.temperature, batch.group_rows)
                 if logprobs is not None:
-                    logprobs[rows] = policy_logprobs(self.model, tokens, mask, self.temperature)[0]
+                    logprobs[rows] = policy_logprobs(self.model, *how)[0]
                 if self.reference is not None:
-                    reference[rows] = answer_token_logprobs(self.reference, tokens, mask, self.temperature)
+                    reference[rows] = answer_token_logprobs(self.reference, *how)
         return batch, reference if self.reference is not None else None
 
     def _wants_logprobs(self) -> bool:
@@ -166,11 +168,14 @@ def first_portions(batch: Rollout, micro_batch_rows: int | None) -> Iterator[Ten
         yield from minibatch.split(micro_batch_rows or len(minibatch))
 
 
-def answer_token_logprobs(model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
+def answer_token_logprobs(
+    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float, group_rows: int = 1
+) -> Tensor:
     """Log-probabilities [B, T] of the sampled tokens, zero outside the answer; read as the policy's are."""
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows))
 
     def read(hidden: Tensor, head_weight: Tensor) -> Tensor:
         return token_logprobs(hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature)
 
-    logprobs: Tensor = model(tokens, read=read)
+    logprobs: Tensor = model(tokens, read=read, same_as=same_as)
     return logprobs

@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.kl import kl_k1, kl_k3
 from llmtrain.objectives.logprobs import token_logprobs_and_entropy
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout
 
 LossAverage = Literal["sequence", "token", "constant"]
 
 
 def policy_logprobs(
-    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float
+    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float, group_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, [B, T] float32 each, zero outside the answer.
 
-    Rollouts and updates both read the model through this function, so the ratio of the first update is 1.
+    The prompt of a group, as many rows as stand side by side here, is computed once. Rollouts and updates both read the
+    model through this function, so the ratio of the first update is 1.
     """
-    read: tuple[Tensor, Tensor] = model(tokens, read=logprobs_reader(tokens, response_mask, temperature))
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows))
+    reader = logprobs_reader(tokens, response_mask, temperature)
+    read: tuple[Tensor, Tensor] = model(tokens, read=reader, same_as=same_as)
     return read
 
 
@@ -135,7 +139,9 @@ class Grpo:
         reference), where the rollout could not tell it for want of log-probabilities.
         """
         mask = batch.learned_mask()
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
         old = batch.old_logprobs(logprobs)
         per_token = clipped_policy_loss(
             logprobs, old, batch.advantages[:, None], mask,
@@ -182,7 +188,9 @@ class Reinforce:
         sampled) and entropy in nats.
         """
         mask = batch.learned_mask()
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
         old = batch.old_logprobs(logprobs)
         # the differences are summed, not the log-probabilities: so equal ones give a ratio of exactly 1
         change = torch.where(mask, logprobs - old, 0.0).sum(dim=1)
