@@ -1,6 +1,7 @@
 """Answers of a step with their rewards, and what each method makes of them."""
 
 import dataclasses
+import unittest.mock
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -183,11 +184,28 @@ def test_without_a_reference_there_is_no_kl() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"kl_in_loss": True}, False), ({"kl_in_loss": True, "epochs": 2}, True), ({"minibatches": 2}, True),
+        ({"kl_in_reward": 0.1}, True), ({"mask_unfinished": True}, False),
+        ({"kl_in_reward": 0.1, "reference": None}, False),
+    ],
+)  # fmt: skip
+def test_the_policy_is_read_before_the_update_only_where_that_counts(options: dict[str, Any], wanted: bool) -> None:
+    made = dataclasses.replace(estimator(), **options)
+    model = made.model = unittest.mock.Mock(wraps=made.model)
+    batch = made(sampled({"length": length}))
+    assert model.called == (batch.logprobs is not None) == wanted
+    assert ("align/kl" in batch.metrics()) == (wanted and made.reference is not None)
+
+
+@torch.no_grad()
 def test_cut_off_answers_can_be_left_out_of_the_loss() -> None:
     answers = sampled({"length": length})
     batch = estimator(mask_unfinished=True)(answers)
-    assert torch.equal(batch.response_mask.any(dim=1), answers.finished)
-    assert torch.equal(batch.response_mask[answers.finished], answers.response_mask[answers.finished])
+    assert torch.equal(batch.response_mask, answers.response_mask)
+    assert torch.equal(batch.learned_mask(), answers.response_mask[:, 1:] & answers.finished[:, None])
     assert torch.equal(batch.advantages, estimator()(answers).advantages)
 
 

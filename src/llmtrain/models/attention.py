@@ -15,6 +15,7 @@ from llmtrain.kernels import cpu_attention
 from llmtrain.models.document_attention import Documents, document_attention
 from llmtrain.models.linear import Linear
 from llmtrain.models.positions import RotaryTables, rotate
+from llmtrain.models.shared_rows import SharedRows, taken
 
 # Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same
 # bits whatever stands behind its own columns.
@@ -123,7 +124,8 @@ def rounded_up(columns: int) -> int:
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(D)) v per head, each position seeing itself and what is before it, [B, T, H] → [B, T, H].
 
-    With `documents`, it sees what is before it in its own document. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
+    With `documents`, it sees what is before it in its own document; with `shared`, B is 1, T what is computed, and a
+    position sees what is before it in its row. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
     Q/K query heads share a key-value head (Ainslie et al. 2023, arXiv 2305.13245). `qkv` holds the three projections,
     query rows first, so that one product computes all.
     """
@@ -141,7 +143,7 @@ class Attention(nn.Module):
 
     def forward(
         self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | None = None, shared: SharedRows | None = None,
     ) -> Tensor:  # fmt: skip
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
@@ -150,6 +152,8 @@ class Attention(nn.Module):
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if cache is not None and cache.adding:
             attended = cache.attend(self.layer, query, key, value)
+        elif shared is not None:
+            attended = self._attend_shared(query[0], key[0], value[0], shared)
         else:
             attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), documents)
             if cache is not None:
@@ -164,13 +168,30 @@ class Attention(nn.Module):
             return document_attention(query, key, value, documents.numbers)
         return self._attend(query, key, value, mask=documents.mask)
 
+    def _attend_shared(self, query: Tensor, key: Tensor, value: Tensor, shared: SharedRows) -> Tensor:
+        """Queries [N, Q, D] over keys and values [N, K, D] of the rows that they stand in → [1, Q, N, D]."""
+
+        def rows(heads: Tensor, which: Tensor) -> Tensor:  # [N, heads, D], [R, T] → [R, heads, T, D]
+            return taken(heads.flatten(1), which).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+        whole, others = shared.sources[shared.leaders], shared.sources[shared.followers]
+        attended = [self._attend(rows(query, whole), rows(key, whole), rows(value, whole), causal=True)]
+        if len(others):
+            own = rows(query, others[:, shared.first_own :])
+            attended.append(self._attend(own, rows(key, others), rows(value, others), causal=True))
+        found = torch.cat([each.transpose(1, 2).flatten(2).flatten(0, 1) for each in attended])  # [L T + F U, H]
+        return taken(found, shared.attended).unflatten(-1, (-1, self.head_size)).transpose(0, 1)[None]
+
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]."""
+        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]; `causal`: of the last T positions."""
         dropout = self.dropout if self.training else 0.0
-        if causal and dropout == 0.0 and cpu_attention.is_faster(query):
+        if causal and dropout == 0.0 and cpu_attention.is_faster(key):
             return cpu_attention.causal_attention(query, key, value)
+        if causal and query.shape[2] < key.shape[2]:  # torch's own mask would be that of the first ones
+            everything = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask, causal = everything.tril(key.shape[2] - query.shape[2]), False
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -19,6 +19,7 @@ from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotary_tables
+from llmtrain.models.shared_rows import SharedRows
 
 # The two projections of a block whose outputs are added to the residual stream.
 INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
@@ -40,9 +41,9 @@ class Block(nn.Module):
 
     def forward(
         self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
-        documents: Documents | None = None,
+        documents: Documents | None = None, shared: SharedRows | None = None,
     ) -> Tensor:  # fmt: skip
-        attended = self.attention(self.attention_norm(hidden), rotary, cache, documents)
+        attended = self.attention(self.attention_norm(hidden), rotary, cache, documents, shared)
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         transformed = self.feed_forward(self.feed_forward_norm(hidden))
         return hidden + F.dropout(transformed, self.dropout, self.training)
@@ -67,7 +68,7 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | None = None, same_as: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -75,12 +76,18 @@ class Transformer(nn.Module):
         `cache.begin` has given where they are set. With a cache, the first call takes the right-padded prompts and
         every later one a single token for each row.
         `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
+        `same_as` [B, T] int64: number b · T + t of the position that is computed in the place of each, itself or one
+        with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
         """
         assert cache is None or documents is None, "a cache holds one document for each row"
+        assert same_as is None or (positions is None and cache is None and documents is None), "whole rows alone"
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout)
-        if positions is None and within is not None:
+        shared = None if same_as is None else SharedRows.of(same_as)
+        if shared is not None:
+            tokens, positions = shared.gather(tokens), shared.positions()  # [1, N] each
+        elif positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
             positions = cache.begin(tokens)
@@ -88,8 +95,9 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
         hidden, rotary = self._embed(tokens, positions)
         for block in self.blocks:
-            hidden = block(hidden, rotary, cache, within)
-        return self.final_norm(hidden)
+            hidden = block(hidden, rotary, cache, within, shared)
+        hidden = self.final_norm(hidden)
+        return hidden if shared is None else shared.spread(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.

@@ -38,7 +38,7 @@ class Batch:
         return {}
 
     def num_tokens(self) -> int:
-        """Tokens the model is run over, padding included: the elements of the integer matrices."""
+        """Tokens of all rows, padding and shared prompts included: the elements of the integer matrices."""
         tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
         return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2)
 
