@@ -46,10 +46,11 @@ class PpoEstimator:
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._reduce)
         advantages, returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
-        measured = self._measured(batch, reference, returns)
+        moved = answer_kl(batch.logprobs, reference, mask)
+        measured = answers.measured | self._measured(batch, moved, returns)
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=self._reduce)
-        return dataclasses.replace(batch, advantages=advantages, returns=returns, measured=answers.measured | measured)
+        return dataclasses.replace(batch, advantages=advantages, returns=returns, kl=moved, measured=measured)
 
     def _read(self, answers: SampledAnswers) -> tuple[Trajectory, Tensor]:
         """The answers with the policy's log-probabilities and values, and the reference's log-probabilities."""
@@ -67,10 +68,9 @@ class PpoEstimator:
                 reference[rows] = answer_token_logprobs(self.reference, tokens, mask, temperature)
         return dataclasses.replace(batch, logprobs=logprobs, values=values), reference
 
-    def _measured(self, batch: Trajectory, reference: Tensor, returns: Tensor) -> Metrics:
-        """KL per answer and its coefficient, which adapts to it; how well the values foretold the returns."""
+    def _measured(self, batch: Trajectory, kl: Tensor, returns: Tensor) -> Metrics:
+        """KL per answer [B] and its coefficient, which adapts to it; how well the values foretold the returns."""
         mask = batch.response_mask[:, 1:]
-        kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
         count = kl.new_tensor(float(len(kl)))
         measured: Metrics = {"align/kl": means(kl), "align/kl_coefficient": (self.kl.coefficient * count, count)}
         measured |= over_mask(mask, **{"align/value_error": (returns - batch.values).square()})
@@ -116,17 +116,16 @@ class AnswerEstimator:
     def __call__(self, answers: SampledAnswers) -> JudgedAnswers:
         """One advantage for each answer."""
         batch, reference = self._read(answers)
-        rewards, measured = answers.rewards, answers.measured
+        rewards, measured, kl = answers.rewards, answers.measured, None
         if reference is not None:
-            mask = answers.response_mask[:, 1:]
-            kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
+            kl = answer_kl(batch.logprobs, reference, answers.response_mask[:, 1:])
             rewards, measured = rewards - self.kl_in_reward * kl, measured | {"align/kl": means(kl)}
         learned = answers.response_mask
         if self.mask_unfinished:
             learned = learned & answers.finished[:, None]
         return dataclasses.replace(
             batch, response_mask=learned, advantages=self.advantages(rewards),
-            reference_logprobs=reference if self.kl_in_loss else None, measured=measured,
+            reference_logprobs=reference if self.kl_in_loss else None, kl=kl, measured=measured,
         )  # fmt: skip
 
     def _read(self, answers: SampledAnswers) -> tuple[JudgedAnswers, Tensor | None]:
@@ -156,6 +155,11 @@ def first_portions(batch: Rollout, micro_batch_rows: int | None) -> Iterator[Ten
     """Row numbers, in the very portions that the first epoch trains on: so the first update's ratio is exactly 1."""
     for minibatch in islice(batch.update_rows(), batch.minibatches):
         yield from minibatch.split(micro_batch_rows or len(minibatch))
+
+
+def answer_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each answer, [B], from log-probabilities [B, T]: an estimate (k1) of its KL in nats."""
+    return torch.where(mask, kl_k1(logprobs, reference_logprobs), 0.0).sum(dim=1)
 
 
 def answer_token_logprobs(model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
