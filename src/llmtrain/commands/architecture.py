@@ -1,7 +1,7 @@
 """What a model consists of and what it costs, from its config alone: built on the meta device, without a number."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +25,6 @@ from llmtrain.models.heads import LanguageModel
 from llmtrain.optim.optimizers import state_bytes_per_weight
 from llmtrain.stages import handover
 from llmtrain.stages.planning import rows_per_step
-
-Lines = Iterable[tuple[str, int]]
 
 
 def show_model(model: str, overrides: Sequence[str], console: Console) -> None:
@@ -94,28 +92,24 @@ def _print_flops(console: Console, model: LanguageModel, lengths: list[int]) -> 
 
 def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig) -> None:
     """Of a process that holds the whole model."""
-    parameters, architecture = num_parameters(model), model.config
-    rows = config.train.micro_batch_rows or math.ceil(rows_per_step(config.train) / config.engine.processes)
-    tokens = rows * config.train.sequence_length
+    parameters, optimizer = num_parameters(model), config.optimizer
+    rows, length = config.train.micro_batch_rows, config.train.sequence_length
+    rows = rows or math.ceil(rows_per_step(config.train) / config.engine.processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
-    product_bytes = 2 if config.engine.precision == "bfloat16" else 4
-    kept = activation_bytes(architecture, tokens, product_bytes)
-    ends = head_bytes(architecture, model.vocab_size, tokens, device)
-    lines = [
-        ("weights, float32", 4 * parameters),
-        ("gradients, float32", 4 * parameters),
-        (f"state of {config.optimizer.target.rpartition('.')[2]}", round(state_bytes_per_weight(config.optimizer) * parameters)),
-        *([("weights in bfloat16, for products", 2 * num_active(model))] if product_bytes == 2 else []),
-        ("activations of the blocks", sum(kept.values())),
-        *((f"  {name}", size) for name, size in kept.items()),
-        *ends.items(),
-    ]  # fmt: skip
-    whole = sum(size for name, size in lines if not name.startswith("  "))
-    title = (
-        f"memory for {rows:,} rows of {config.train.sequence_length:,} tokens, products in {config.engine.precision}"
-    )
-    table = _table(title, "GiB", "share")
-    for name, size in [*lines, ("together", whole)]:
+    in_bfloat16 = config.engine.precision == "bfloat16"
+    kept = activation_bytes(model.config, rows * length, 2 if in_bfloat16 else 4)
+    lines = {
+        "weights, float32": 4 * parameters,
+        "gradients, float32": 4 * parameters,
+        f"state of {optimizer.target.rpartition('.')[2]}": round(state_bytes_per_weight(optimizer) * parameters),
+        **({"weights in bfloat16, for products": 2 * num_active(model)} if in_bfloat16 else {}),
+        **{f"activations of blocks: {name}": size for name, size in kept.items()},
+        **head_bytes(model.config, model.vocab_size, rows * length, device),
+    }
+    whole = sum(lines.values())
+    sums = {"activations of blocks together": sum(kept.values()), "all together": whole}
+    table = _table(f"memory with {rows:,} rows of {length:,}, products in {config.engine.precision}", "GiB", "share")
+    for name, size in (lines | sums).items():
         table.add_row(name, f"{size / 2**30:,.2f}", f"{size / whole:.1%}")
     console.print(table)
 
