@@ -55,29 +55,30 @@ def test_parameters_are_those_of_the_reference(name: str) -> None:
     assert num_parameters(gallery(name)) == EXACT[name]
 
 
-# In the digits of the papers: GPT-3's table 2.1 (arXiv 2005.14165) and LLaMA's table 2 (arXiv 2302.13971).
-# GPT-3's 13.0B are of a width of 5140, which its heads do not divide; with 5120 they are 12.9B.
-# LLaMA's largest is cut to 65.2B: rounded it is 65.3B.
-PRINTED = {
-    "gpt3_small": (125e6, 1e6),
-    "gpt3_medium": (350e6, 10e6),
-    "gpt3_large": (760e6, 10e6),
-    "gpt3_xl": (1.3e9, 0.1e9),
-    "gpt3_2_7b": (2.7e9, 0.1e9),
-    "gpt3_6_7b": (6.7e9, 0.1e9),
-    "gpt3_13b": (13.0e9, 0.4e9),
-    "gpt3_175b": (175.0e9, 1e9),
-    "llama_7b": (6.7e9, 0.1e9),
-    "llama_13b": (13.0e9, 0.1e9),
-    "llama_33b": (32.5e9, 0.1e9),
-    "llama_65b": (65.2e9, 0.2e9),
+# As printed: GPT-3's table 2.1 (arXiv 2005.14165) and LLaMA's table 2 (arXiv 2302.13971), in two or three digits.
+GPT_3 = {
+    "gpt3_small": 125e6,
+    "gpt3_medium": 350e6,
+    "gpt3_large": 760e6,
+    "gpt3_xl": 1.3e9,
+    "gpt3_2_7b": 2.7e9,
+    "gpt3_6_7b": 6.7e9,
+    "gpt3_13b": 13.0e9,
+    "gpt3_175b": 175.0e9,
 }
+LLAMA_1 = {"llama_7b": 6.7e9, "llama_13b": 13.0e9, "llama_33b": 32.5e9, "llama_65b": 65.2e9}
 
 
-@pytest.mark.parametrize("name", PRINTED)
-def test_parameters_are_those_of_the_papers_to_the_digits_they_print(name: str) -> None:
-    printed, unit = PRINTED[name]
-    assert num_parameters(gallery(name)) == pytest.approx(printed, abs=unit / 2 + 1e6)
+@pytest.mark.parametrize("name", GPT_3)
+def test_gpt_3_has_the_parameters_of_the_paper_as_far_as_it_prints_them(name: str) -> None:
+    """Within 2 %: 1.7 and 1.8 % are the rounding of 350M and 2.7B, 1.1 % the paper's width of 5140 for 13B."""
+    assert num_parameters(gallery(name)) == pytest.approx(GPT_3[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", LLAMA_1)
+def test_llama_has_the_parameters_of_the_paper_in_its_three_digits(name: str) -> None:
+    """Cut, not rounded: the largest has 65.29B."""
+    assert math.floor(num_parameters(gallery(name)) / 1e8) * 1e8 == LLAMA_1[name]
 
 
 def test_gpt_3_differs_from_what_the_lora_paper_counts_by_less_than_its_embedding() -> None:
