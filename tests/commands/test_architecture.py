@@ -9,6 +9,7 @@ from llmtrain.commands import show
 from llmtrain.commands.architecture import vocabulary
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
+from llmtrain.config.overrides import for_stage
 from llmtrain.config.schema import ModelConfig, OptimizerConfig, ShowConfig, TokenizerConfig
 from llmtrain.data.tokenizers import train_tokenizer
 from llmtrain.models.formats import save_model
@@ -106,6 +107,12 @@ def test_what_the_optimizer_keeps_is_seen_from_a_step() -> None:
 def test_what_belongs_to_rows_has_no_effect_on_a_model(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config("show", overrides)
+
+
+def test_on_the_command_line_a_model_is_shows_own_key_and_the_rest_is_pretrains() -> None:
+    config = load_config("show", for_stage(["model=gpt2_small", "model.num_layers=3", "train.micro_batch_rows=2"]))
+    assert config.model == "gpt2_small"
+    assert config.overrides == ["model.num_layers=3", "train.micro_batch_rows=2"]
 
 
 def test_an_unknown_model_is_told_with_the_known_ones() -> None:

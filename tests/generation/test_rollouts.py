@@ -172,7 +172,7 @@ def test_shown_answers_say_what_the_batch_and_its_metrics_say() -> None:
         assert each["reward"] == 0.5 * len(tokens) + 2.0
     for name, key in (("align/reward", "reward"), ("align/kl", "kl"), ("align/answer_tokens", "tokens")):
         wanted = mean(batch.metrics(), name)
-        assert sum(each[key] for each in batch.samples) / ROWS == pytest.approx(wanted, rel=1e-6), name
+        assert sum(each[key] for each in batch.samples) / ROWS == pytest.approx(wanted, rel=1e-5), name
 
 
 def test_methods_without_a_reference_show_no_kl() -> None:
