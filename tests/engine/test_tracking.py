@@ -218,6 +218,8 @@ def test_wandb_stays_in_the_run_folder_and_resumes_its_run(tmp_path: Path) -> No
     script = (
         "import sys; from pathlib import Path; from llmtrain.config.schema import TrackerConfig\n"
         "from llmtrain.engine.tracking import Tracker\n"
+        "from accelerate import PartialState\n"
+        "PartialState(cpu=True)\n"  # as every run has it
         "start = int(sys.argv[2])\n"
         "config = TrackerConfig(wandb='offline')\n"
         "tracker = Tracker(Path(sys.argv[1]), config, steps=9, is_main=True, run='a/b', run_config={'seed': 1})\n"
