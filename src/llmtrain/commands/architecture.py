@@ -60,7 +60,7 @@ def _print_layers(console: Console, model: LanguageModel) -> None:
     table = _table("layers", "shape", "number", "parameters", "share")
     for each in weights_by_name(model):
         shape = " x ".join(map(str, each.shape))
-        table.add_row(each.name, shape, f"{each.count:,}", f"{each.numel:,}", f"{each.numel / total:.2%}")
+        table.add_row(each.name, shape, f"{each.number:,}", f"{each.numel:,}", f"{each.numel / total:.2%}")
     if model.config.tied_embeddings:
         table.add_row("head", "the token embedding", "", "", "")
     console.print(table)

@@ -4,6 +4,7 @@ Shapes: N tokens of a micro-batch, T positions, H hidden size, F inner size, V v
 K key-value heads.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Weights(NamedTuple):
     name: str
     """With `*` for the number of a repeated part."""
     shape: tuple[int, ...]
-    count: int
+    number: int
     """How many there are."""
     numel: int
     """Numbers in all of them."""
@@ -33,14 +34,7 @@ def weights_by_name(model: nn.Module) -> list[Weights]:
     for name, parameter in model.named_parameters():
         key = re.sub(r"\.\d+(?=\.|$)", ".*", name), tuple(parameter.shape)
         found[key] = found.get(key, 0) + 1
-    return [Weights(name, shape, count, count * _product(shape)) for (name, shape), count in found.items()]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    return [Weights(name, shape, number, number * math.prod(shape)) for (name, shape), number in found.items()]
 
 
 def num_parameters(model: nn.Module) -> int:
