@@ -32,7 +32,7 @@ def test_gpt_3_is_answered_from_shapes_alone(
     )  # fmt: skip
     assert "vocabulary of 50,257" in out
     assert "total 174,604,259,328 175G" in out
-    assert "trunk.blocks.*.attention.qkv.weight 36864 x 12288 96 43,486,543,872 24.91%" in out
+    assert "blocks.*.attention.qkv 36864 x 12288 96 43,486,543,872 24.91%" in out
     # 6 for each weight in products, 6 T H for each layer's attention
     training = 6 * (96 * 12 * 12288**2 + 50_257 * 12_288) + 6 * 96 * 2048 * 12288
     assert f"forward and backward {training / 1e12:.3g}T" in out
@@ -61,7 +61,7 @@ def test_keys_of_pretrain_change_what_is_shown(
 ) -> None:
     out = shown(capsys, monkeypatch, "llama_tiny", "model.num_layers=2", "train.micro_batch_rows=3", "optimizer=sgd")
     assert "vocabulary of 2,048" in out
-    assert "trunk.blocks.*.attention.qkv.weight 384 x 128 2" in out
+    assert "blocks.*.attention.qkv 384 x 128 2" in out
     assert "memory with 3 rows of 256, products in float32" in out
     assert "state of SGD" in out
 

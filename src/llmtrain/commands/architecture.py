@@ -60,7 +60,8 @@ def _print_layers(console: Console, model: LanguageModel) -> None:
     table = _table("layers", "shape", "number", "parameters", "share")
     for each in weights_by_name(model):
         shape = " x ".join(map(str, each.shape))
-        table.add_row(each.name, shape, f"{each.number:,}", f"{each.numel:,}", f"{each.numel / total:.2%}")
+        name = each.name.removeprefix("trunk.").removesuffix(".weight")
+        table.add_row(name, shape, f"{each.number:,}", f"{each.numel:,}", f"{each.numel / total:.2%}")
     if model.config.tied_embeddings:
         table.add_row("head", "the token embedding", "", "", "")
     console.print(table)
@@ -116,7 +117,7 @@ def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig
 
 def _table(title: str, *headings: str) -> Table:
     table = Table()
-    table.add_column(title)
+    table.add_column(title, overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
