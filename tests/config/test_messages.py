@@ -238,6 +238,12 @@ BAD = [
     ),
     ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
     ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
+    ("sft tracker.samples=2", "tracker.samples: has no effect: only align with method=ppo, grpo,"),
+    ("align tracker.samples_every_steps=5", "tracker.samples_every_steps: has no effect: only align with method=ppo,"),
+    (
+        "align method=ppo tracker.samples=0 tracker.samples_every_steps=5",
+        "tracker.samples_every_steps: has no effect: tracker.samples=0 keeps none",
+    ),
     ("align method=grpo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
+from llmtrain.engine.tracking import read_samples
 from llmtrain.stages import assembly
 
 ALONE: list[str] = []
@@ -180,6 +181,7 @@ def rewind(folder: Path, step: int) -> None:
 
 def assert_same_run(folder: Path, expected: Path) -> None:
     """The same metrics at the same steps: what was consumed exactly, what was computed within rounding."""
+    assert_same_samples(folder, expected)
     rows, others = ([json.loads(line) for line in (place / "metrics.jsonl").open()] for place in (folder, expected))
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, other in zip(rows, others, strict=True):
@@ -189,3 +191,16 @@ def assert_same_run(folder: Path, expected: Path) -> None:
                 assert row[name] == value, name
             elif not name.startswith("perf/"):
                 assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} at step {row['step']}"
+
+
+def assert_same_samples(folder: Path, expected: Path) -> None:
+    """The same answers in the same order, where any were sampled."""
+    found, wanted = read_samples(folder), read_samples(expected)
+    assert len(found) == len(wanted)
+    for sample, other in zip(found, wanted, strict=True):
+        assert sample == {name: near(value) for name, value in other.items()}
+
+
+def near(value: object) -> object:
+    """Numbers within rounding, all else as it is."""
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value

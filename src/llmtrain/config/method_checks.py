@@ -77,4 +77,22 @@ def best_of(view: View) -> Iterator[Finding]:
         yield from no_effect(view, key, "eval.problems is not set")
 
 
-METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (groups, kl_penalty, one_update, value_model, best_of)
+def samples(view: View) -> Iterator[Finding]:
+    """Answers are kept where they are sampled."""
+    key, every = "tracker.samples", "tracker.samples_every_steps"
+    count, why = view[key], f"only align with method={', '.join(SAMPLING)} samples answers"
+    if view.command != "align" or view["method.name"] not in SAMPLING:
+        yield from no_effect(view, key, why)
+        yield from no_effect(view, every, why)
+    elif count == 0:
+        yield from no_effect(view, every, "tracker.samples=0 keeps none", key)
+
+
+METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    groups,
+    kl_penalty,
+    one_update,
+    value_model,
+    best_of,
+    samples,
+)

@@ -16,9 +16,9 @@ from llmtrain.engine.distributed import Layout, total
 from llmtrain.generation.rollouts import SampledAnswers, means
 from llmtrain.objectives.advantages import gae, token_rewards, whiten
 from llmtrain.objectives.batch import Metrics
-from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop, kl_k1
+from llmtrain.objectives.kl import KL_ESTIMATORS, AdaptiveKL, KLStop
 from llmtrain.objectives.logprobs import token_logprobs
-from llmtrain.objectives.policy_gradient import over_mask, policy_logprobs
+from llmtrain.objectives.policy_gradient import answer_kl, over_mask, policy_logprobs
 from llmtrain.objectives.ppo import policy_and_values
 from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory
@@ -47,10 +47,11 @@ class PpoEstimator:
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._reduce)
         advantages, returns = gae(rewards, batch.values, mask, gamma=settings.gamma, lam=settings.gae_lambda)
-        measured = self._measured(batch, reference, returns)
+        moved = answer_kl(batch.logprobs, reference, mask)
+        measured = answers.measured | self._measured(batch, moved, returns)
         if settings.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=self._reduce)
-        return dataclasses.replace(batch, advantages=advantages, returns=returns, measured=answers.measured | measured)
+        return dataclasses.replace(batch, advantages=advantages, returns=returns, kl=moved, measured=measured)
 
     def _read(self, answers: SampledAnswers) -> tuple[Trajectory, Tensor]:
         """The answers with the policy's log-probabilities and values, and the reference's log-probabilities."""
@@ -68,10 +69,9 @@ class PpoEstimator:
                 reference[rows] = answer_token_logprobs(self.reference, tokens, mask, temperature)
         return dataclasses.replace(batch, logprobs=logprobs, values=values), reference
 
-    def _measured(self, batch: Trajectory, reference: Tensor, returns: Tensor) -> Metrics:
-        """KL per answer and its coefficient, which adapts to it; how well the values foretold the returns."""
+    def _measured(self, batch: Trajectory, kl: Tensor, returns: Tensor) -> Metrics:
+        """KL per answer [B] and its coefficient, which adapts to it; how well the values foretold the returns."""
         mask = batch.response_mask[:, 1:]
-        kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
         count = kl.new_tensor(float(len(kl)))
         measured: Metrics = {"align/kl": means(kl), "align/kl_coefficient": (self.kl.coefficient * count, count)}
         measured |= over_mask(mask, **{"align/value_error": (returns - batch.values).square()})
@@ -121,14 +121,13 @@ class AnswerEstimator:
     def __call__(self, answers: SampledAnswers) -> JudgedAnswers:
         """One advantage for each answer."""
         batch, reference = self._read(answers)
-        rewards, measured = answers.rewards, answers.measured
+        rewards, measured, kl = answers.rewards, answers.measured, None
         if reference is not None and batch.logprobs is not None:
-            mask = answers.response_mask[:, 1:]
-            kl = torch.where(mask, kl_k1(batch.logprobs, reference), 0.0).sum(dim=1)
+            kl = answer_kl(batch.logprobs, reference, answers.response_mask[:, 1:])
             rewards, measured = rewards - self.kl_in_reward * kl, measured | {"align/kl": means(kl)}
         return dataclasses.replace(
             batch, learned=answers.finished if self.mask_unfinished else None, advantages=self.advantages(rewards),
-            reference_logprobs=reference if self.kl_in_loss else None, measured=measured,
+            reference_logprobs=reference if self.kl_in_loss else None, kl=kl, measured=measured,
         )  # fmt: skip
 
     def _read(self, answers: SampledAnswers) -> tuple[JudgedAnswers, Tensor | None]:

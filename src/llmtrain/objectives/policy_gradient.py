@@ -83,10 +83,9 @@ def over_mask(mask: Tensor, **values: Tensor) -> Metrics:
     }  # fmt: skip
 
 
-def kl_of_answers(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-ratios (k1) of each answer's tokens, summed: over answers as (sum, number)."""
-    kl = torch.where(mask, kl_k1(logprobs, reference_logprobs), 0.0).sum(dim=1)
-    return kl.sum(), kl.new_tensor(float(len(kl)))
+def answer_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each answer, [B], from log-probabilities [B, T]: an estimate (k1) of its KL in nats."""
+    return torch.where(mask, kl_k1(logprobs, reference_logprobs), 0.0).sum(dim=1)
 
 
 def tell_stop(batch: Rollout, metrics: Metrics) -> None:
@@ -154,7 +153,8 @@ class Grpo:
             kl = torch.where(mask, kl_k3(logprobs, batch.reference_logprobs), 0.0)
             measured["reference_kl"] = kl
             if batch.logprobs is None:
-                metrics["align/kl"] = kl_of_answers(old, batch.reference_logprobs, batch.response_mask[:, 1:])
+                moved = answer_kl(old, batch.reference_logprobs, batch.response_mask[:, 1:])
+                metrics["align/kl"] = moved.sum(), moved.new_tensor(float(len(moved)))
             per_token = per_token + self.kl_coefficient * (kl * ratio if self.unbiased_kl else kl)
         if self.loss_average == "sequence":
             per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -43,6 +43,9 @@ class Rollout(Batch):
     """The training step that this is the rollout of."""
     kl_stop: KLStop | None = None
     """Ends the updates early. The objective tells it how far the policy has moved."""
+    kl: Tensor | None = None
+    """[B] float32, nats: the log-ratio of the sampling policy to the reference, summed over the answer. None: there is
+    no reference, or nothing was read before the update, which then tells the metric `align/kl`."""
     measured: Metrics = dataclasses.field(default_factory=dict)
     """What is known of the rollout before it is trained on: rewards, KL."""
 

@@ -81,8 +81,8 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
         policy=policy, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
         learn_from=learner.learn_from, decode=tokenizer.decode, stop_tokens=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id, settings=method, batch_rows=config.train.batch_rows, group_rows=learner.group_rows,
-        minibatches=learner.minibatches, replacements=learner.replacements, seed=config.seed, layout=run.layout,
-        autocast=run.autocast,
+        minibatches=learner.minibatches, replacements=learner.replacements, shown_rows=config.tracker.samples,
+        seed=config.seed, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     run.say(
         f"{method.name}: {plan.steps} steps of {config.train.batch_rows} answers "

@@ -139,6 +139,11 @@ class TrackerConfig:
 
     every_steps: int = Field(default=1, ge=1)
     """Write a row of metrics every n steps."""
+    samples: int = Field(default=4, ge=0)
+    """Sampled answers that are kept each time with their rewards (methods of `align` that sample): in `rollouts.jsonl`,
+    the report and the trackers. 0: none."""
+    samples_every_steps: int | None = Field(default=None, ge=1)
+    """Keep them at every n-th step, and at the first and the last. Null: at every tenth part of the run."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
