@@ -238,6 +238,8 @@ BAD = [
     ),
     ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
     ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
+    ("align eval.max_prompts=4", "eval.max_prompts: has no effect: only align with method=ppo, grpo,"),
+    ("sft eval.max_prompts=4", "eval.max_prompts: has no effect: only align with method=ppo, grpo,"),
     ("align method=grpo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
