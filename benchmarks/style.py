@@ -221,15 +221,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     ):  # fmt: skip
         cells = [spread([row[key][when] for row in rows], factor, unit) for when in ("before", "after")]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
+    judge = spread([row["pair_accuracy"] for row in rows], 100, " %")
     lines.append(f"| KL to the fine-tuned model, nats an answer | 0 | {spread([row['kl'] for row in rows])} |")
-    lines.append(f"| the reward model's accuracy on held-out pairs | {accuracy(rows)} | |")
+    lines.append(f"| the reward model's accuracy on held-out pairs | {judge} | |")
     lines.append(f"| minutes: all, PPO | | {minutes(rows)} |")
     return "\n".join(lines)
-
-
-def accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of the reward models."""
-    return spread([row["pair_accuracy"] for row in rows], 100, " %")
 
 
 def minutes(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -248,6 +244,11 @@ def examples(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def answers(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Those of the samples, before and after."""
+    return {moment: [each["answer"] for each in samples] for moment, samples in row["samples"].items()}
+
+
 def main() -> None:
     """Write the data, run what is missing, print the tables, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,7 +264,9 @@ def main() -> None:
     rows = [row | ({"seconds": None} if arguments.shared else {}) for row in rows]
     print(table(rows), examples(rows[0]), sep="\n\n")
     if arguments.output:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        # of the samples the answers alone: the prompts are the data's
+        kept = [row | {"samples": answers(row)} for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
         (arguments.output / "style.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
