@@ -20,7 +20,7 @@ from llmtrain.stages import align, evaluators
 from llmtrain.stages.evaluators import HeldOutPrompts
 
 SETTINGS = SampledAnswersConfig(max_new_tokens=7)
-REWARD = WeightedSum({"length": Length(maximum=9), "digit": Regex(pattern="[0-9]")}, {"length": 2.0, "digit": 0.0})
+REWARD = WeightedSum({"length": Length(maximum=9), "letter": Regex(pattern="[a-z]")}, {"length": 2.0, "letter": 0.0})
 
 
 def held_out(parent: Path, seed: int) -> HeldOutPrompts:
@@ -40,12 +40,12 @@ def test_the_held_out_reward_is_that_of_each_answer_alone(parent: Path, monkeypa
         stops = set(measure.tokenizer.stop_ids)
         (tokens,) = generate(measure.model(), [row.tokens], max_new_tokens=7, stop_tokens=stops, seeds=seeds)
         text = measure.tokenizer.decode(tokens)
-        digit = float(any(each in "0123456789" for each in text))
-        found.append((2.0 * -min(1.0, len(tokens) / 9), digit, len(tokens), tokens[-1] not in stops))
-    reward, digit, length, unfinished = torch.tensor(found).double().mean(0).tolist()
-    assert 0 < digit < 1, "the test wants answers that differ"
+        letter = float(any("a" <= each <= "z" for each in text))
+        found.append((2.0 * -min(1.0, len(tokens) / 9), letter, len(tokens), tokens[-1] not in stops))
+    reward, letter, length, unfinished = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    assert 0 < letter < 1, "the test wants answers that differ"
     assert values == pytest.approx({
-        "eval/reward": reward, "eval/length/reward": reward / 2, "eval/digit/reward": digit,
+        "eval/reward": reward, "eval/length/reward": reward / 2, "eval/letter/reward": letter,
         "eval/answer_tokens": length, "eval/unfinished": unfinished,
     }, rel=1e-6)  # fmt: skip
     assert measure() == values, "the same draws at every measurement"
