@@ -176,10 +176,15 @@ def sampled(policy: LanguageModel, reference: LanguageModel, folder: Path) -> di
     right, kl = 0, 0.0
     for row, answer in zip(rows, answers, strict=True):
         right += is_right(tokenizer.decode(answer), row.answer or "")
-        tokens = torch.tensor([[*row.tokens, *answer]])
-        new, old = (model(tokens)[0, len(row.tokens) - 1 : -1].log_softmax(-1) for model in (policy, reference.eval()))
-        kl += float((new.exp() * (new - old)).sum())
+        kl += exact_kl(policy, reference.eval(), row.tokens, answer)
     return {"sampled": right / len(rows), "kl": kl / len(rows)}
+
+
+def exact_kl(policy: LanguageModel, reference: LanguageModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """KL of the policy to the reference in nats, summed over the positions of an answer, each over all tokens."""
+    tokens = torch.tensor([[*prompt, *answer]])
+    new, old = (model(tokens)[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (policy, reference))
+    return float((new.exp() * (new - old)).sum())
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -21,7 +21,10 @@ TINY = {
     "sft": [*ROWS, *PROBLEMS],
     "reward": ROWS,
     "dpo": [*ROWS, *PROBLEMS],
-    "ppo": [*ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100"],
+    "ppo": [
+        *ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100",
+        "eval.max_prompts=3",
+    ],
 }  # fmt: skip
 # A reward that tells short answers from long ones, so that a model which knows nothing gets different ones.
 LENGTH = ["rewards=length", "rewards.length.options.maximum=8", "rewards.length.options.buffer=8"]

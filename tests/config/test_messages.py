@@ -244,6 +244,8 @@ BAD = [
         "align method=ppo tracker.samples=0 tracker.samples_every_steps=5",
         "tracker.samples_every_steps: has no effect: tracker.samples=0 keeps none",
     ),
+    ("align eval.max_prompts=4", "eval.max_prompts: has no effect: only align with method=ppo, grpo,"),
+    ("sft eval.max_prompts=4", "eval.max_prompts: has no effect: only align with method=ppo, grpo,"),
     ("align method=grpo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),
     ("sft data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect: only reward and align method=dpo"),
     ("align method=ppo data.sampled_pairs.share=0.1", "data.sampled_pairs: has no effect"),

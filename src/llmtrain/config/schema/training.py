@@ -128,6 +128,9 @@ class EvalConfig:
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Answer this many held-out prompts of each source of `data` as well, sampled as in rollouts, and judge the answers
+    (methods of `align` that sample): `eval/reward`. Null: none."""
     best_of: int | None = Field(default=None, ge=2)
     """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
     that sample): a baseline, best-of-n."""
