@@ -13,7 +13,8 @@ GRPO = [*LENGTH, "method=grpo", "method.samples_per_prompt=2", "method.max_new_t
 
 
 def test_all_answers_of_a_step_are_what_its_metrics_say(parent: Path, tmp_path: Path) -> None:
-    rows = run(parent, tmp_path, "all", *GRPO, "tracker.samples=4", "tracker.samples_every_steps=1")
+    shown = ["tracker.samples=4", "tracker.samples_every_steps=1"]
+    rows = run(parent, tmp_path, "all", *GRPO, *shown, "method.minibatches=2")
     samples = read_samples(tmp_path / "all")
     assert [(each["step"], each["row"]) for each in samples] == [
         (step, row) for step in range(1, 5) for row in range(4)
@@ -30,6 +31,11 @@ def test_all_answers_of_a_step_are_what_its_metrics_say(parent: Path, tmp_path: 
             assert mean == pytest.approx(row[f"align/{metric}"], rel=1e-4, abs=1e-5), metric
     page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
     assert "Answers sampled on the way" in page
+
+
+def test_the_kl_of_answers_is_not_told_before_it_is_known(parent: Path, tmp_path: Path) -> None:
+    run(parent, tmp_path, "single", *GRPO, "train.steps=1")  # one update, which reads the policy itself
+    assert {each["kl"] for each in read_samples(tmp_path / "single")} == {None}
 
 
 @pytest.mark.parametrize("every", [[], ["tracker.samples_every_steps=2"]])
