@@ -33,10 +33,16 @@ CAPPED = dataclasses.replace(WINDOWS, attention_softcap=5.0, logit_softcap=4.0, 
 DYNAMIC = dataclasses.replace(
     GROUPED, rope_scaling=DynamicScalingConfig(factor=4.0, original_max_sequence_length=16), attention_scale=0.5
 )
+NEOX = dataclasses.replace(
+    MULTI_HEAD, block="parallel", partial_rotary_factor=0.5, norm="layernorm", activation="gelu", bias=True
+)
+FALCON = dataclasses.replace(MULTI_QUERY, block="parallel_shared_norm", norm="layernorm", norm_bias=True)
+FIRST = dataclasses.replace(MULTI_HEAD, positions="sinusoidal", norm_placement="post", activation="relu")
+OLMO = dataclasses.replace(GROUPED, norm_placement="reordered", qk_norm="full", logit_scale=0.5)
 KINDS = {
     "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
-    "capped": CAPPED, "dynamic": DYNAMIC,
+    "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(

@@ -43,8 +43,8 @@ from llmtrain.objectives.kl import AdaptiveKL
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.pairs import PairBatch, answer_logprobs
-from llmtrain.objectives.policy_gradient import Grpo, Reinforce, logprobs_reader
-from llmtrain.objectives.ppo import Ppo
+from llmtrain.objectives.policy_gradient import Grpo, Reinforce, policy_logprobs
+from llmtrain.objectives.ppo import Ppo, policy_and_values
 from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
@@ -190,6 +190,10 @@ def global_batch(name: str) -> Batch:
     if name in ("next_token", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
     if name.endswith(("grpo", "reinforce")):
+        # the two rows of a group begin alike, as far as the second one's answer; some prompts outlast the first row
+        answers_begin = mask.long().argmax(dim=1, keepdim=True)
+        alike = (torch.arange(WIDTH) < answers_begin) & (torch.arange(ROWS) % 2 == 1)[:, None]
+        tokens = torch.where(alike, tokens.roll(1, dims=0), tokens)
         logprobs, reference = torch.randn(2, ROWS, WIDTH - 1, generator=draw) * mask[:, 1:]
         return JudgedAnswers(
             tokens=tokens, response_mask=mask, logprobs=(logprobs - 4) * mask[:, 1:],
@@ -253,9 +257,20 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
     found = []
     for update in batch.updates():
         model.zero_grad()
-        (objective(model, update)[0] / objective.weight(update)).backward()
+        (objective(Separately(model), update)[0] / objective.weight(update)).backward()
         found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
     return found
+
+
+class Separately(nn.Module):
+    """A model that computes every position of every row, whatever they share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, same_as: Tensor | None = None, **options: Any) -> Any:
+        return self.model(tokens, **options)
 
 
 class Recorder(torch.optim.SGD):
@@ -404,8 +419,8 @@ def first_update(name: str, layout: Layout, sharding: Any, micro: int | None) ->
         loss.backward()
         for key, values in metrics.items():
             values.append(float(found[key][0] / found[key][1]))
-        read = model(part.tokens, read=logprobs_reader(part.tokens, part.response_mask, 1.0))
-        logprobs = read[0][0] if name.endswith("ppo") else read[0]
+        how = (model, part.tokens, part.response_mask, 1.0)
+        logprobs = (policy_and_values(*how) if name.endswith("ppo") else policy_logprobs(*how, part.group_rows))[0]
         largest = max(largest, float((logprobs - part.logprobs).abs().max()))
     worst = {
         key: max(values, key=lambda value: abs(value - key.startswith("ratio"))) for key, values in metrics.items()

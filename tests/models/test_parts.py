@@ -16,7 +16,7 @@ from llmtrain.config.schema import (
     ModelConfig,
     YarnScalingConfig,
 )
-from llmtrain.models.attention import Attention, Shared, attend_one, attend_one_capped
+from llmtrain.models.attention import Attention, Context, attend_one, attend_one_capped
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.heads import LanguageModel
@@ -221,11 +221,11 @@ KINDS: dict[str, dict[str, Any]] = {
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def shared_of(config: ModelConfig, documents: Tensor | None = None) -> Shared:
+def context_of(config: ModelConfig, documents: Tensor | None = None) -> Context:
     """What a model gives its first layer; positions are learned or ALiBi's, so that nothing is rotated."""
     trunk = Transformer(config, 5)
     numbers = None if documents is None else Documents.of(documents, 0.0)
-    return trunk._shared(config.windows[0], torch.arange(LENGTH)[None], LENGTH, LENGTH, numbers)
+    return trunk._context(config.windows[0], torch.arange(LENGTH)[None], LENGTH, LENGTH, numbers, None)
 
 
 @EVERY_KIND
@@ -235,7 +235,7 @@ def test_attention_is_that_of_loops(kind: str, packed: bool) -> None:
     documents = torch.tensor([[0] * 6 + [1] * 7, [0] * 1 + [1] * 2 + [2] * 10]) if packed else None
     attention = Attention(config, 0).double()
     query, key, value = normal(2, 6, LENGTH, 4), normal(2, 2, LENGTH, 4, seed=2), normal(2, 2, LENGTH, 4, seed=3)
-    found = attention._attend_all(query * attention.query_factor, key, value, shared_of(config, documents))
+    found = attention._attend_all(query * attention.query_factor, key, value, context_of(config, documents))
     expected = attended_by_loops(config, query, key, value, config.windows[0], documents)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
@@ -262,6 +262,7 @@ def test_one_query_at_a_time_is_the_last_row(kind: str, kv_heads: int) -> None:
         torch.testing.assert_close(found[row, :, 0].double(), expected[0, :, place], atol=2e-6, rtol=0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["head", "full"])
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "zero_centred_rmsnorm"])
 def test_query_key_norm(kind: Any, norm: Any) -> None:
@@ -277,9 +278,7 @@ def test_query_key_norm(kind: Any, norm: Any) -> None:
     query, key = (torch.stack(tuple(each), dim=1) for each in heads)
     value = torch.stack(value.split(4, dim=-1), dim=1)
     expected = attended_by_loops(config, query, key, value, None, None).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(
-        attention(hidden, Shared(None, None, None)), attention.output(expected), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(attention(hidden, Context()), attention.output(expected), atol=1e-6, rtol=0)
 
 
 # Norms, feed-forward parts, blocks, heads
@@ -302,6 +301,7 @@ FORMULAS = {
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_feed_forward_parts(activation: Any) -> None:
     part, hidden = drawn(make_feed_forward(with_parts(activation=activation, bias=True))), normal(5, 24)
@@ -330,9 +330,9 @@ def test_feed_forward_parts(activation: Any) -> None:
 )  # fmt: skip
 def test_where_norms_stand(placement: Any, order: Any, formula: Any) -> None:
     block = drawn(Block(with_parts(norm_placement=placement, block=order, positions="none"), 0))
-    hidden, shared = normal(2, LENGTH, 24), Shared(None, None, None)
-    expected = formula(block, lambda x: block.attention(x, shared), block.feed_forward, hidden)
-    torch.testing.assert_close(block(hidden, shared), expected, atol=1e-10, rtol=0)
+    hidden, context = normal(2, LENGTH, 24), Context()
+    expected = formula(block, lambda x: block.attention(x, context), block.feed_forward, hidden)
+    torch.testing.assert_close(block(hidden, context), expected, atol=1e-10, rtol=0)
     norms = {name for name, _ in block.named_parameters() if "norm" in name}
     assert len(norms) == {"sandwich": 4}.get(placement, 1 if order == "parallel_shared_norm" else 2)
 

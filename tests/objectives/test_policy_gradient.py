@@ -41,6 +41,37 @@ def test_first_update_has_ratio_one(kit, objective):
     assert mean(metrics, "entropy") > 0
 
 
+@pytest.mark.parametrize("micro_batch_rows", [4, None])
+@pytest.mark.parametrize("objective", [Grpo(temperature=TEMPERATURE), Reinforce(temperature=TEMPERATURE)])
+def test_a_single_update_needs_no_log_probabilities_of_the_sampler(kit, objective, micro_batch_rows):
+    model = kit.language_model(0)
+    known = judged(kit, model, kit.language_model(2))
+    unknown = dataclasses.replace(known, logprobs=None)
+    wanted, found = (objective(model, batch) for batch in (known, unknown))
+    assert found[0] == wanted[0]
+    of_answers = found[1].pop("align/kl", None)  # the rollout tells it where it knows the log-probabilities
+    assert found[1] == wanted[1]
+    if isinstance(objective, Grpo):
+        mask = known.response_mask[:, 1:]
+        kl = ((known.logprobs - known.reference_logprobs) * mask).sum(dim=1)
+        assert float(of_answers[0] / of_answers[1]) == pytest.approx(float(kl.mean()), rel=1e-6)
+    gradients = [kit.gradients(objective, model, batch, micro_batch_rows) for batch in (known, unknown)]
+    for name, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+def test_answers_can_be_left_out_of_the_loss_but_not_of_the_kl(kit, average):
+    model, objective = kit.language_model(0), Grpo(loss_average=average, temperature=TEMPERATURE)
+    whole = dataclasses.replace(judged(kit, model, kit.language_model(2)), logprobs=None)
+    learned = torch.arange(8) % 3 > 0
+    some = dataclasses.replace(whole, learned=learned)
+    gone = dataclasses.replace(whole, response_mask=whole.response_mask & learned[:, None])
+    assert objective.weight(some) == objective.weight(gone)
+    kit.assert_same_gradients(kit.gradients(objective, model, some), kit.gradients(objective, model, gone))
+    assert objective(model, some)[1]["align/kl"] == objective(model, whole)[1]["align/kl"]
+
+
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])
 def test_losses_are_averaged_over_what_is_said(kit, average):
     model = kit.language_model(0)
@@ -116,7 +147,7 @@ class Readable(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, *, read):
+    def forward(self, tokens, *, read, same_as=None):
         return read(self.model.model(tokens).last_hidden_state, self.model.lm_head.weight)
 
 

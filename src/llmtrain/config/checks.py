@@ -55,10 +55,13 @@ def _from_folder(view: View) -> bool:
 
 
 def shown_run(view: View) -> Iterator[Finding]:
-    """`show` takes a stage, or a run and what of it is to be shown."""
+    """`show` takes a stage, or a model, or a run and what of it is to be shown."""
     if view.command != "show":
         return
-    if view["run"] is None:
+    if view["model"] is not None:
+        for key in ("run", "stage", "rows", "step", "document"):
+            yield from no_effect(view, key, "a model is shown: leave model= away", "model")
+    elif view["run"] is None:
         for key in ("step", "document"):
             yield from no_effect(view, key, "name the run that is meant: run=NAME")
     elif view["step"] is None and view["document"] is None:

@@ -66,15 +66,33 @@ def value_model(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "method.value_warmup_steps", why, "method.value_model")
 
 
-def best_of(view: View) -> Iterator[Finding]:
-    """The best of several answers is the one with the highest reward."""
-    key = "eval.best_of"
-    if view[key] is None:
-        return
+def judged_answers(view: View) -> Iterator[Finding]:
+    """Held-out answers are judged where there are rewards; the best of several is the one with the highest."""
+    for key in ("eval.max_prompts", "eval.best_of"):
+        if view[key] is None:
+            continue
+        if view.command != "align" or view["method.name"] not in SAMPLING:
+            yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
+        elif key == "eval.best_of" and view["eval.problems"] is None:
+            yield from no_effect(view, key, "eval.problems is not set")
+
+
+def samples(view: View) -> Iterator[Finding]:
+    """Answers are kept where they are sampled."""
+    key, every = "tracker.samples", "tracker.samples_every_steps"
+    count, why = view[key], f"only align with method={', '.join(SAMPLING)} samples answers"
     if view.command != "align" or view["method.name"] not in SAMPLING:
-        yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
-    elif view["eval.problems"] is None:
-        yield from no_effect(view, key, "eval.problems is not set")
+        yield from no_effect(view, key, why)
+        yield from no_effect(view, every, why)
+    elif count == 0:
+        yield from no_effect(view, every, "tracker.samples=0 keeps none", key)
 
 
-METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (groups, kl_penalty, one_update, value_model, best_of)
+METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    groups,
+    kl_penalty,
+    one_update,
+    value_model,
+    judged_answers,
+    samples,
+)

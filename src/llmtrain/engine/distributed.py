@@ -16,7 +16,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -194,6 +194,15 @@ def agree(value: Any, layout: Layout) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(values: Sequence[Any], layout: Layout) -> list[Any]:
+    """The values of all processes, in the order of processes, on every one of them."""
+    if layout.world == 1:
+        return list(values)
+    boxes: list[Any] = [None] * layout.world
+    dist.all_gather_object(boxes, list(values))
+    return [value for box in boxes for value in box]
 
 
 def barrier(layout: Layout) -> None:

@@ -24,13 +24,15 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.lora import merged_state
 from llmtrain.objectives.advantages import flat_groups
-from llmtrain.objectives.batch import Batch, Metrics
-from llmtrain.objectives.trajectories import rows_of_process, slots_of_process
+from llmtrain.objectives.batch import Batch, Metrics, Samples
+from llmtrain.objectives.trajectories import Rollout, rows_of_process, slots_of_process
 from llmtrain.rewards.answers import Answer
 from llmtrain.rewards.sums import WeightedSum
 
 # Rows are padded to a multiple of this, so that few widths occur.
 WIDTH_MULTIPLE = 8
+# Of longer texts, only the beginning and the end are shown to people.
+SHOWN_CHARACTERS = 2000
 
 
 class Replica:
@@ -138,6 +140,8 @@ class Rollouts:
     minibatches: int = 1
     replacements: int = 0
     """How many times, at most, a prompt is replaced whose answers all have the same reward."""
+    shown_rows: int = 0
+    """How many answers of a step, over all processes, people are shown."""
     seed: int
     layout: Layout
     autocast: Callable[[], torch.autocast]
@@ -146,6 +150,8 @@ class Rollouts:
         rank, world, prompts = self.layout.rank, self.layout.world, self.batch_rows // self.group_rows
         self.replica = Replica(self.policy)
         rows = rows_of_process(rank, world, self.batch_rows, self.minibatches, self.group_rows)
+        shown = shown_rows(self.batch_rows, self.shown_rows)
+        self.shown = {row: place for place, row in enumerate(rows.tolist()) if row in shown}
         self.asked = (rows[:: self.group_rows] // self.group_rows).tolist()
         self.first_slot = slots_of_process(rank, world, prompts // self.minibatches).start
 
@@ -166,7 +172,8 @@ class Rollouts:
                 others = self._judged(policy, step, [self.asked[place] for place in flat], replacement)
                 for number, place in enumerate(flat):
                     judged[self._group(place)] = others[self._group(number)]
-        return self.learn_from(self._packed(judged, step))
+        batch = self.learn_from(self._packed(judged, step))
+        return dataclasses.replace(batch, samples=self._samples(judged, batch)) if self.shown_rows else batch
 
     def _group(self, number: int) -> slice:
         return slice(number * self.group_rows, (number + 1) * self.group_rows)
@@ -206,6 +213,23 @@ class Rollouts:
             measured=self._measured(judged, rewards),
         ).to(self.layout.device)  # fmt: skip
 
+    def _samples(self, judged: Sequence[_Judged], batch: Batch) -> Samples:
+        """What people are shown; rewards are those of the metrics `align/reward` and `align/reward/<name>`."""
+        kl = batch.kl if isinstance(batch, Rollout) else None  # what learns from pairs, or the best, has none
+        samples = []
+        for row, place in self.shown.items():
+            answer, score, parts, _ = judged[place]
+            samples.append(
+                {
+                    "row": row, "prompt": shortened(answer.prompt), "answer": shortened(answer.text),
+                    "expected": None if answer.expected is None else shortened(answer.expected), "reward": score,
+                    **{f"reward/{name}": value for name, value in parts.items()},
+                    "tokens": len(answer.tokens), "finished": answer.finished,
+                    "kl": None if kl is None else float(kl[place]),
+                }
+            )  # fmt: skip
+        return samples
+
     def _measured(self, judged: Sequence[_Judged], rewards: Tensor) -> Metrics:
         per_answer = {
             "align/reward": [each.score for each in judged],
@@ -219,6 +243,18 @@ class Rollouts:
             replaced = [float(each.replacement) for each in judged[:: self.group_rows]]
             measured["align/replacements"] = means(rewards.new_tensor(replaced))
         return measured
+
+
+def shown_rows(batch_rows: int, count: int) -> range:
+    """Which rows of a step people are shown: the same in every step, as far apart as can be, so of many prompts."""
+    count = min(batch_rows, count)
+    return range(0, batch_rows // count * count, batch_rows // count) if count else range(0)
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and its end, with the number of characters that were left out between them."""
+    left_out, half = len(text) - SHOWN_CHARACTERS, SHOWN_CHARACTERS // 2
+    return text if left_out <= 0 else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
 
 
 def means(values: Tensor) -> tuple[Tensor, Tensor]:

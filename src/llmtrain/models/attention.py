@@ -18,6 +18,7 @@ from llmtrain.models.linear import Linear
 from llmtrain.models.masks import added, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotate
+from llmtrain.models.shared_rows import SharedRows, taken
 
 # Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same
 # bits whatever stands behind its own columns.
@@ -128,20 +129,23 @@ def rounded_up(columns: int) -> int:
     return -(-columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-class Shared(NamedTuple):
-    """What all layers with the same window have in common in one forward pass."""
+class Context(NamedTuple):
+    """What the layers with the same window are given beside hidden states, made once for a forward pass."""
 
-    rotary: RotaryTables | None
-    mask: Tensor | None
-    """Of `score_mask`; None where positions see all before them, in their document."""
-    documents: Tensor | None
+    rotary: RotaryTables | None = None
+    mask: Tensor | None = None
+    """Of `score_mask`, over the positions of a row; None where one sees all before it, in its document."""
+    documents: Tensor | None = None
     """[B, T] numbers of documents that are attended to one by one."""
+    rows: SharedRows | None = None
+    """Where positions that rows share are found."""
 
 
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(D)) v per head, each position seeing itself and what is before it, [B, T, H] → [B, T, H].
 
-    With documents, it sees what is before it in its own document. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
+    With documents, it sees what is before it in its own document; with shared rows, B is 1, T what is computed, and a
+    position sees what is before it in its row. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
     Q/K query heads share a key-value head (Ainslie et al. 2023, arXiv 2305.13245). `qkv` holds the three projections,
     query rows first, so that one product computes all.
     """
@@ -166,20 +170,22 @@ class Attention(nn.Module):
             self.query_norm = make_norm(config, self.head_size * (self.num_heads if whole else 1))
             self.key_norm = make_norm(config, self.head_size * (self.num_kv_heads if whole else 1))
 
-    def forward(self, hidden: Tensor, shared: Shared, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.qk_norm != "none":
             query_key = self._normalised(query_key.to(hidden.dtype)).to(query_key.dtype)  # autocast's is another
-        if shared.rotary is not None:
-            query_key = rotate(query_key, shared.rotary)
+        if context.rotary is not None:
+            query_key = rotate(query_key, context.rotary)
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if self.query_factor != 1.0:
             query = query * self.query_factor
         if cache is not None and cache.adding:
             attended = cache.attend(self.layer, self.window, query, key, value)
+        elif context.rows is not None:
+            attended = self._attend_shared(query[0], key[0], value[0], context.rows, context.mask)
         else:
-            attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), shared)
+            attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
             if cache is not None:
                 cache.keep_prompts(self.layer, key, value)
         return self.output(attended.transpose(1, 2).flatten(2))  # [B, T, H]
@@ -193,30 +199,45 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return torch.cat((query, key), dim=2)
 
-    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, shared: Shared) -> Tensor:
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, T, D] of the same positions → [B, Q, T, D]."""
-        if shared.documents is not None:
-            return document_attention(query, key, value, shared.documents)
-        if shared.mask is None:
-            return self._attend(query, key, value, causal=True)
-        if self.softcap is not None:
-            dropout = self.dropout if self.training else 0.0
-            return attend_capped(query, key, value, shared.mask, self.softcap, dropout)
-        mask = shared.mask if shared.mask.dtype == torch.bool else shared.mask.to(query.dtype)
-        return self._attend(query, key, value, mask=mask)
+        if context.documents is not None:
+            return document_attention(query, key, value, context.documents)
+        return self._attend(query, key, value, context.mask)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]."""
+    def _attend_shared(
+        self, query: Tensor, key: Tensor, value: Tensor, shared: SharedRows, mask: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """Queries [N, Q, D] over keys and values [N, K, D] of the rows that they stand in → [1, Q, N, D]."""
+
+        def rows(heads: Tensor, which: Tensor) -> Tensor:  # [N, heads, D], [R, T] → [R, heads, T, D]
+            return taken(heads.flatten(1), which).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+        whole, others = shared.sources[shared.leaders], shared.sources[shared.followers]
+        attended = [self._attend(rows(query, whole), rows(key, whole), rows(value, whole), mask)]
+        if len(others):
+            own = rows(query, others[:, shared.first_own :])
+            own_mask = None if mask is None else mask[:, :, shared.first_own :]
+            attended.append(self._attend(own, rows(key, others), rows(value, others), own_mask))
+        found = torch.cat([each.transpose(1, 2).flatten(2).flatten(0, 1) for each in attended])  # [L T + F U, Q D]
+        return taken(found, shared.attended).unflatten(-1, (-1, self.head_size)).transpose(0, 1)[None]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]; no mask: causal, of the last T."""
         dropout = self.dropout if self.training else 0.0
-        if causal and dropout == 0.0 and cpu_attention.is_faster(query):
+        if mask is None and dropout == 0.0 and cpu_attention.is_faster(key):
             return cpu_attention.causal_attention(query, key, value)
+        causal = mask is None and query.shape[2] == key.shape[2]
+        if mask is None and not causal:  # torch's own mask would be that of the first ones
+            everything = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = everything.tril(key.shape[2] - query.shape[2])
+        if mask is not None and self.softcap is not None:
+            return attend_capped(query, key, value, mask, self.softcap, dropout)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype),
             is_causal=causal,
             dropout_p=dropout,
             enable_gqa=self.num_heads != self.num_kv_heads,
@@ -249,12 +270,13 @@ def attend_capped(
     """softmax(c tanh(q kᵀ / (c sqrt(D))) + mask) v: queries [B, Q, T, D] over [B, K, S, D] → [B, Q, T, D].
 
     Gemma 2 (arXiv 2408.00118, section 2). No kernel of torch's caps its scores: here they are made, Q T S numbers for
-    each row, and float32 from the cap to the probabilities. `mask` [B or 1, 1 or Q, T, S] as `score_mask` gives it.
+    each row, and float32 or wider from the cap to the probabilities. `mask` [B or 1, 1 or Q, T, S] is `score_mask`'s.
     """
     kv_heads, length, head_size = key.shape[1], query.shape[2], query.shape[3]
     grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, D]
     scores = (grouped @ key.mT).unflatten(2, (-1, length)).flatten(1, 2)  # [B, Q, T, S]
-    scores = softcap * torch.tanh(scores.float() * (head_size**-0.5 / softcap))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = softcap * torch.tanh(scores * (head_size**-0.5 / softcap))
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     probabilities = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
     probabilities = probabilities.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, S]

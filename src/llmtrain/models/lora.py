@@ -152,9 +152,9 @@ class WithoutAdapters(nn.Module):
         super().__init__()
         self.model, self.options = model, options
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None) -> Any:
+    def forward(self, tokens: Tensor, *, read: Read | None = None, same_as: Tensor | None = None) -> Any:
         with using(self.model, None):
-            return self.model(tokens, read=read, **self.options)
+            return self.model(tokens, read=read, same_as=same_as, **self.options)
 
 
 class AdaptedActorCritic(SharedActorCritic):
@@ -169,13 +169,15 @@ class AdaptedActorCritic(SharedActorCritic):
         """Those of the policy, and of its trunk once more."""
         return self.policy.flops_per_token(sequence_length) + self.policy.trunk.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+    def forward(
+        self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None
+    ) -> Any:
         """As that of `ActorCritic`."""
-        found = self.policy(tokens, read=read)
+        found = self.policy(tokens, read=read, same_as=same_as)
         if not values:
             return found
         with using(self.policy, VALUE_SET):
-            return found, self.values(self.policy.trunk(tokens))
+            return found, self.values(self.policy.trunk(tokens, same_as=same_as))
 
 
 @torch.no_grad()

@@ -34,18 +34,31 @@ def rotary_tables(
     `window` is that of the layers which they are for; `lengths` [B], or one for all rows, are those of the sequences,
     which dynamic scaling goes by.
     """
-    theta, scaling = config.rope_theta, config.rope_scaling
+    theta, scaling, factor = config.rope_theta, config.rope_scaling, 1.0
     if window is not None and config.rope_local_theta is not None:
         theta, scaling = config.rope_local_theta, None
+    if isinstance(scaling, YarnScalingConfig):
+        factor = scaling.attention_factor or 1.0 + 0.1 * math.log(scaling.factor)
     size = rotated_size(config)
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
     frequencies = 1.0 / theta**exponents if scaling is None else _scaled(scaling, theta, exponents, size, lengths)
+    make = _opaque_tables if torch.compiler.is_compiling() else _tables
+    tables: RotaryTables = make(positions, frequencies, factor)
+    return tables
+
+
+def _tables(positions: Tensor, frequencies: Tensor, factor: float) -> RotaryTables:
+    """Of positions [B or 1, T] and frequencies [R/2] or, of each row, [B, 1, 1, R/2]; multiplied by a factor."""
     angles = positions.to(torch.float32)[..., None, None] * frequencies  # [B or 1, T, 1, R/2]
     cosines, sines = angles.cos(), angles.sin()
-    if isinstance(scaling, YarnScalingConfig):
-        factor = scaling.attention_factor or 1.0 + 0.1 * math.log(scaling.factor)
+    if factor != 1.0:
         cosines, sines = cosines * factor, sines * factor
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
+
+
+# The compiler would make cosines and sines anew in every layer, for every row, rather than read them from a table.
+_opaque_tables = torch.library.custom_op("llmtrain::rotary_tables", _tables, mutates_args=())
+_opaque_tables.register_fake(_tables)
 
 
 def rotated_size(config: ModelConfig) -> int:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
-from llmtrain.models.attention import Attention, KVCache, Shared
+from llmtrain.models.attention import Attention, Context, KVCache
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
+from llmtrain.models.shared_rows import SharedRows
 
 # The two projections of a block whose outputs are added to the residual stream.
 INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
@@ -49,17 +50,17 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward(config)
         self.feed_forward_output_norm = make_norm(config) if has_last else None
 
-    def forward(self, hidden: Tensor, shared: Shared, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         if self.order != "sequential":
-            return self._parallel(hidden, shared, cache)
-        attended = self.attention(self._before(self.attention_norm, hidden), shared, cache)
+            return self._parallel(hidden, context, cache)
+        attended = self.attention(self._before(self.attention_norm, hidden), context, cache)
         hidden = self._added(hidden, attended, self.attention_norm, self.attention_output_norm)
         transformed = self.feed_forward(self._before(self.feed_forward_norm, hidden))
         return self._added(hidden, transformed, self.feed_forward_norm, self.feed_forward_output_norm)
 
-    def _parallel(self, hidden: Tensor, shared: Shared, cache: KVCache | None) -> Tensor:
+    def _parallel(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         normed = self._before(self.attention_norm, hidden)
-        attended = self.attention(normed, shared, cache)
+        attended = self.attention(normed, context, cache)
         transformed = self.feed_forward(normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden))
         return (
             hidden
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | None = None, same_as: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -107,27 +108,35 @@ class Transformer(nn.Module):
         `cache.begin` has given where they are set. With a cache, the first call takes the right-padded prompts and
         every later one a single token for each row.
         `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
+        `same_as` [B, T] int64: number b · T + t of the position that is computed in the place of each, itself or one
+        with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
         """
         assert cache is None or documents is None, "a cache holds one document for each row"
+        assert same_as is None or (positions is None and cache is None and documents is None), "whole rows alone"
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout)
-        lengths: Tensor | int = tokens.shape[1]
-        if positions is None and within is not None:
+        rows = None if same_as is None else SharedRows.of(same_as)
+        length = tokens.shape[1]
+        if rows is not None:
+            tokens, positions = rows.gather(tokens), rows.positions()  # [1, N] each
+        elif positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
             positions = cache.begin(tokens)
         elif positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+            positions = torch.arange(length, device=tokens.device)[None]  # [1, T]
+        lengths: Tensor | int = length
         if cache is not None:
             lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
         hidden = self._embed(tokens, positions)
-        shared = {
-            window: self._shared(window, positions, lengths, tokens.shape[1], within) for window in {*self.windows}
+        contexts = {
+            window: self._context(window, positions, length, lengths, within, rows) for window in {*self.windows}
         }
         for block, window in zip(self.blocks, self.windows, strict=True):
-            hidden = block(hidden, shared[window], cache)
-        return self.final_norm(hidden)
+            hidden = block(hidden, contexts[window], cache)
+        hidden = self.final_norm(hidden)
+        return hidden if rows is None else rows.spread(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
@@ -149,17 +158,21 @@ class Transformer(nn.Module):
             hidden = hidden + sinusoids(positions, self.config.hidden_size).to(hidden.dtype)
         return F.dropout(hidden, self.config.dropout, self.training)
 
-    def _shared(
-        self, window: int | None, positions: Tensor, lengths: Tensor | int, length: int, documents: Documents | None
-    ) -> Shared:
-        """For the layers with this window: T = `length` positions [B or 1, T] of sequences that are `lengths` long."""
+    def _context(
+        self, window: int | None, positions: Tensor, length: int, lengths: Tensor | int,
+        documents: Documents | None, rows: SharedRows | None,
+    ) -> Context:  # fmt: skip
+        """For the layers with this window.
+
+        `positions` are those that are computed, in rows of `length` columns that hold sequences of `lengths` tokens.
+        """
         rotary = rotary_tables(self.config, positions, window, lengths) if self.config.positions == "rope" else None
         numbers = None if documents is None else documents.numbers
         if needs_mask(self.config, window, length):
             columns = torch.arange(length, device=positions.device)
-            return Shared(rotary, score_mask(self.config, window, columns[None], columns, numbers), None)
+            return Context(rotary, score_mask(self.config, window, columns[None], columns, numbers), rows=rows)
         mask = None if documents is None else documents.mask
-        return Shared(rotary, mask, numbers if mask is None else None)
+        return Context(rotary, mask, numbers if mask is None else None, rows)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -189,8 +202,9 @@ def flops_per_weight(weight: Tensor) -> float:
 
 def _mean_seen(window: int | None, length: int) -> float:
     """How many of `length` positions one sees on average: T / 2, or w - w² / 2T with a window w."""
-    reach = length if window is None else min(window, length)
-    return reach - reach * reach / (2.0 * length)
+    if window is None or window >= length:
+        return length / 2.0
+    return window - window * window / (2.0 * length)
 
 
 def _check_sizes(config: ModelConfig) -> None:

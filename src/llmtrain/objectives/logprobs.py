@@ -55,7 +55,7 @@ def token_logprobs(
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, [...] float32, zero where not masked; logits are divided by `temperature`.
 
-    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again.
+    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again, unless they are those of one portion.
     """
     return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=False)[0]
 
@@ -144,7 +144,10 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities; the backward pass makes the logits again, for only then is each token's gradient known."""
+    """Log-probabilities; the backward pass needs the logits, for only then is each token's gradient known.
+
+    A single portion's are kept, several are made again.
+    """
 
     @staticmethod
     def forward(
@@ -159,23 +162,24 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
-        weight = head_weight.to(dtype)
-        for portion in _portions(hidden, weight):
-            logits = times_transposed(hidden[portion].to(dtype), weight).float()
-            logits = (logits if softcap is None else _capped(logits, softcap)) * inverse_temperature
+        weight, portions = head_weight.to(dtype), list(_portions(hidden, head_weight))
+        kept: Tensor | None = None
+        for portion in portions:
+            logits = _tempered(hidden[portion].to(dtype), weight, inverse_temperature, softcap)
+            kept = logits if len(portions) == 1 else None
             probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
                 mean_logit = probabilities.mul_(logits).sum(dim=-1)
                 entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
-        ctx.save_for_backward(hidden, head_weight, targets, mask)
+        ctx.save_for_backward(hidden, head_weight, targets, mask, kept)
         ctx.inverse_temperature, ctx.softcap, ctx.dtype = inverse_temperature, softcap, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, targets, mask = ctx.saved_tensors
+        hidden, head_weight, targets, mask, kept = ctx.saved_tensors
         hidden_needed, weight_needed = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
         weight_grad = torch.zeros_like(head_weight) if weight_needed else None
@@ -183,16 +187,24 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
         for portion in _portions(hidden, weight):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            logits = times_transposed(states, weight).float()
-            logits = logits if ctx.softcap is None else _capped(logits, ctx.softcap)
-            grad = (logits * ctx.inverse_temperature).softmax(dim=-1).mul_(-slope[:, None])
+            logits = _tempered(states, weight, ctx.inverse_temperature, ctx.softcap) if kept is None else kept
+            grad = logits.softmax(dim=-1).mul_(-slope[:, None])
             grad = _add_at(grad, targets[portion, None], slope)
-            grad = (grad if ctx.softcap is None else grad.mul_(_slope_of_cap(logits, ctx.softcap))).to(ctx.dtype)
+            if ctx.softcap is not None:
+                grad = grad.mul_(_slope_of_cap(logits, ctx.softcap * ctx.inverse_temperature))
+            grad = grad.to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_grad is not None:
                 weight_grad += grad.T @ states
         return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _tempered(states: Tensor, weight: Tensor, inverse_temperature: float, softcap: float | None) -> Tensor:
+    """The logits [n, V] of hidden states [n, H], float32, capped, then divided by the temperature."""
+    logits = times_transposed(states, weight).float()
+    logits = logits if softcap is None else _capped(logits, softcap)
+    return logits if inverse_temperature == 1.0 else logits * inverse_temperature
 
 
 def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -218,7 +230,7 @@ def _capped(logits: Tensor, softcap: float) -> Tensor:
 
 
 def _slope_of_cap(capped: Tensor, softcap: float) -> Tensor:
-    """The derivative of `_capped` where it has given these: 1 - tanh²."""
+    """The derivative of `_capped` where it has given these: 1 - tanh²; the same for values and c scaled alike."""
     return 1.0 - (capped / softcap).square()
 
 

@@ -10,21 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Metrics
-from llmtrain.objectives.kl import kl_k3
+from llmtrain.objectives.kl import kl_k1, kl_k3
 from llmtrain.objectives.logprobs import token_logprobs_and_entropy
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout
 
 LossAverage = Literal["sequence", "token", "constant"]
 
 
 def policy_logprobs(
-    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float
+    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float, group_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, [B, T] float32 each, zero outside the answer.
 
-    Rollouts and updates both read the model through this function, so the ratio of the first update is 1.
+    The prompt of a group, as many rows as stand side by side here, is computed once. Rollouts and updates both read the
+    model through this function, so the ratio of the first update is 1.
     """
-    read: tuple[Tensor, Tensor] = model(tokens, read=logprobs_reader(tokens, response_mask, temperature))
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows))
+    reader = logprobs_reader(tokens, response_mask, temperature)
+    read: tuple[Tensor, Tensor] = model(tokens, read=reader, same_as=same_as)
     return read
 
 
@@ -84,6 +88,11 @@ def over_mask(mask: Tensor, **values: Tensor) -> Metrics:
     }  # fmt: skip
 
 
+def answer_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each answer, [B], from log-probabilities [B, T]: an estimate (k1) of its KL in nats."""
+    return torch.where(mask, kl_k1(logprobs, reference_logprobs), 0.0).sum(dim=1)
+
+
 def tell_stop(batch: Rollout, metrics: Metrics) -> None:
     """Let the rollout know how far the policy has moved, where a limit is set on that."""
     if batch.kl_stop:
@@ -120,7 +129,7 @@ class Grpo:
 
     def weight(self, batch: JudgedAnswers) -> Tensor:
         """Number of answers, of tokens, or of answers times the longest they may be."""
-        mask = batch.response_mask[:, 1:]
+        mask = batch.learned_mask()
         if self.loss_average == "token":
             return mask.sum().float()
         rows = mask.new_tensor(len(mask), dtype=torch.float32)
@@ -130,24 +139,32 @@ class Grpo:
         """The summed loss.
 
         Metrics: loss, and over the sampled tokens those of `ratio_metrics`, approx_kl (k3, against the policy that
-        sampled), entropy in nats and, with a reference, reference_kl (k3).
+        sampled), entropy in nats and, with a reference, reference_kl (k3); over answers align/kl (k1, to the
+        reference), where the rollout could not tell it for want of log-probabilities.
         """
-        mask = batch.response_mask[:, 1:]
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        mask = batch.learned_mask()
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
+        old = batch.old_logprobs(logprobs)
         per_token = clipped_policy_loss(
-            logprobs, batch.logprobs, batch.advantages[:, None], mask,
+            logprobs, old, batch.advantages[:, None], mask,
             clip_range=self.clip_range, clip_range_high=self.clip_range_high,
         )  # fmt: skip
-        ratio = ratio_of(logprobs, batch.logprobs, mask)
-        measured = {"approx_kl": kl_k3(batch.logprobs, logprobs), "entropy": entropy}
+        ratio = ratio_of(logprobs, old, mask)
+        measured = {"approx_kl": kl_k3(old, logprobs), "entropy": entropy}
+        metrics: Metrics = {}
         if batch.reference_logprobs is not None:
             kl = torch.where(mask, kl_k3(logprobs, batch.reference_logprobs), 0.0)
             measured["reference_kl"] = kl
+            if batch.logprobs is None:
+                moved = answer_kl(old, batch.reference_logprobs, batch.response_mask[:, 1:])
+                metrics["align/kl"] = moved.sum(), moved.new_tensor(float(len(moved)))
             per_token = per_token + self.kl_coefficient * (kl * ratio if self.unbiased_kl else kl)
         if self.loss_average == "sequence":
             per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
         loss = per_token.sum()
-        metrics = over_mask(mask, **measured) | ratio_metrics(
+        metrics |= over_mask(mask, **measured) | ratio_metrics(
             ratio, mask, clip_range=self.clip_range, clip_range_high=self.clip_range_high
         )
         tell_stop(batch, metrics)
@@ -175,14 +192,17 @@ class Reinforce:
         Metrics: over answers loss and those of `ratio_metrics`; over tokens approx_kl (k3, against the policy that
         sampled) and entropy in nats.
         """
-        mask = batch.response_mask[:, 1:]
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        mask = batch.learned_mask()
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
+        old = batch.old_logprobs(logprobs)
         # the differences are summed, not the log-probabilities: so equal ones give a ratio of exactly 1
-        change = torch.where(mask, logprobs - batch.logprobs, 0.0).sum(dim=1)
+        change = torch.where(mask, logprobs - old, 0.0).sum(dim=1)
         everything, unmoved = torch.ones_like(change, dtype=torch.bool), torch.zeros_like(change)
         losses = clipped_policy_loss(change, unmoved, batch.advantages, everything, clip_range=self.clip_range)
         ratio = ratio_of(change, unmoved, everything)
-        metrics = over_mask(mask, approx_kl=kl_k3(batch.logprobs, logprobs), entropy=entropy)
+        metrics = over_mask(mask, approx_kl=kl_k3(old, logprobs), entropy=entropy)
         tell_stop(batch, metrics)
         return losses.sum(), metrics | over_mask(everything, loss=losses) | ratio_metrics(
             ratio, everything, clip_range=self.clip_range

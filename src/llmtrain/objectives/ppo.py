@@ -44,6 +44,7 @@ from llmtrain.objectives.policy_gradient import (
     ratio_of,
     tell_stop,
 )
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import Trajectory
 
 
@@ -105,8 +106,10 @@ def policy_and_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the sampled tokens, entropies and values of an actor-critic, [B, T] float32 each.
 
-    Log-probabilities and entropies are zero outside the answer. Rollouts and updates both read the model through this
-    function, so the ratio of the first update is 1.
+    All are zero outside the answer. Rollouts and updates both read the model through this function, so the ratio of
+    the first update is 1.
     """
-    (logprobs, entropy), values = model(tokens, read=logprobs_reader(tokens, response_mask, temperature))
-    return logprobs, entropy, values[:, :-1].float()
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows=1))  # no padding, that is
+    reader = logprobs_reader(tokens, response_mask, temperature)
+    (logprobs, entropy), values = model(tokens, read=reader, same_as=same_as)
+    return logprobs, entropy, torch.where(response_mask[:, 1:], values[:, :-1].float(), 0.0)

@@ -170,6 +170,9 @@ class ShowConfig:
     """Whose data to show."""
     rows: int = Field(default=3, ge=1)
     """How many rows."""
+    model: str | None = None
+    """A model's name (`configs/model/`) or folder, instead of a stage: show its layers, its parameters, what it costs
+    to compute, and the memory that pretraining it takes as keys of pretrain say (`train.sequence_length`, ...)."""
     run: str | None = None
     """Name or folder of a run, instead of a stage: show what it saw, at `step` or of `document`."""
     runs_dir: str = "runs"

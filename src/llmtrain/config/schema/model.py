@@ -88,6 +88,9 @@ class ModelConfig:
     """Dropout on embeddings, attention weights and both residual branches during training."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
+    published_vocab_size: int | None = Field(default=None, ge=1)
+    """Tokens of the vocabulary that the model was published with. `llmtrain show model=` counts with it; a run has the
+    vocabulary of its own tokenizer."""
 
     @property
     def kv_heads(self) -> int:

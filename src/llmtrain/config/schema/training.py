@@ -128,6 +128,9 @@ class EvalConfig:
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Answer this many held-out prompts of each source of `data` as well, sampled as in rollouts, and judge the answers
+    (methods of `align` that sample): `eval/reward`. Null: none."""
     best_of: int | None = Field(default=None, ge=2)
     """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
     that sample): a baseline, best-of-n."""
@@ -139,6 +142,11 @@ class TrackerConfig:
 
     every_steps: int = Field(default=1, ge=1)
     """Write a row of metrics every n steps."""
+    samples: int = Field(default=4, ge=0)
+    """Sampled answers that are kept each time with their rewards (methods of `align` that sample): in `rollouts.jsonl`,
+    the report and the trackers. 0: none."""
+    samples_every_steps: int | None = Field(default=None, ge=1)
+    """Keep them at every n-th step, and at the first and the last. Null: at every tenth part of the run."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"

@@ -12,7 +12,7 @@ class OwnLayout(Layout):
     """All keys of ours in a block of config.json."""
 
     def write_fields(self, config: ModelConfig) -> Fields:
-        model = {**asdict(config), "init_from": None, "adapter_from": None}
+        model = {**asdict(config), "init_from": None, "adapter_from": None, "published_vocab_size": None}
         return {"note": NOTE, "llmtrain": {"model": model}}
 
     def read_fields(self, theirs: Fields) -> tuple[Fields, list[str]]:

@@ -17,7 +17,7 @@ from llmtrain.models.feed_forward import inner_size
 
 Fields = dict[str, Any]
 # Of the config, and no part of the architecture.
-NOT_SHAPE = ("init_from", "adapter_from", "dropout", "init_std")
+NOT_SHAPE = ("init_from", "adapter_from", "dropout", "init_std", "published_vocab_size")
 BIASES: tuple[BiasedPart, ...] = ("qkv", "attention_output", "mlp", "norm")
 # Only rotary positions have these; only layers with a window the second.
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
