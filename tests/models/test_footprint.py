@@ -169,7 +169,8 @@ def assert_keeps_what_is_predicted(config: ModelConfig, dtype: torch.dtype) -> N
     kept = {each.num_layers: kept_bytes(LanguageModel(each, 50), tokens, dtype) for each in (one, two)}
     predicted = sum(activation_bytes(one, rows * length, length, dtype.itemsize).values())
     if config.norm == "rmsnorm":  # not fused on a processor
-        predicted += 2 * 4 * config.hidden_size * rows * length
+        heads = config.num_heads + config.kv_heads if config.qk_norm != "none" else 0
+        predicted += 4 * (2 * config.hidden_size + heads * config.head_size) * rows * length
     # what is kept for each token and no dimension: norms' means and deviations
     assert kept[2] - kept[1] == pytest.approx(predicted, rel=0.03)
 
@@ -190,6 +191,6 @@ def kept_bytes(model: nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> in
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
-        loss = model(tokens, read=lambda hidden, head: hidden.float().sum())
+        loss = model(tokens, read=lambda hidden, head, **softcap: hidden.float().sum())
     assert math.isfinite(loss.item())
     return sum(size for size, _ in found.values())

@@ -69,20 +69,19 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
     """
     hidden, inner, size = config.hidden_size, inner_size(config), product_bytes
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    together = config.block == "parallel_shared_norm"
-    norms = 4 if config.norm_placement == "sandwich" else 1 if together else 2
+    fused, normed = config.attention_softcap is None, config.qk_norm != "none"
+    norms = 4 if config.norm_placement == "sandwich" else 2 if config.block == "sequential" else 1  # of their own input
     per_norm = 8 if config.norm == "zero_centred_rmsnorm" else 4  # its quotient too
-    inputs = 1 if together and size == 4 else 2  # autocast makes a copy for each
-    turned = config.positions == "rope" or config.qk_norm != "none"
-    scaled = config.attention_scale is not None
+    inputs = 1 if config.block == "parallel_shared_norm" and size == 4 else 2  # autocast makes a copy for each
+    changed = (config.positions == "rope" or normed) * (queries + keys) + (config.attention_scale is not None) * queries
     per_token = {
         "inputs of norms (float32)": norms * per_norm * hidden,
         "inputs of the first projections": inputs * size * hidden,
-        "queries, keys, values": size * (queries + 2 * keys + turned * (queries + keys) + scaled * queries),
-        "norms of queries and keys": (per_norm - 4 * (size == 4)) * (queries + keys) * (config.qk_norm != "none"),
-        "attended values": size * queries + 4 * config.num_heads,
-        # float32 twice, after the hyperbolic tangent and the softmax, and as they go into the product
-        "capped scores": (8 + size % 4) * config.num_heads * length * (config.attention_softcap is not None),
+        "queries, keys, values": size * (queries + 2 * keys + fused * changed),
+        "norms of queries and keys": normed * (per_norm - 4 * (size == 4)) * (queries + keys),
+        "attended values": size * queries + fused * 4 * config.num_heads,
+        # float32 after the hyperbolic tangent and after the softmax, and as they go into the product
+        "capped scores": (not fused) * (8 + size % 4) * config.num_heads * length,
         "feed-forward": size * inner * (4 if config.activation in GATES else 1 if config.activation == "relu" else 2),
         "dropout": (2 * hidden if config.dropout else 0),  # a mask of a byte for each branch
     }
