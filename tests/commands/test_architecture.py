@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.tiny import MODELS
 
 from llmtrain.commands import show
 from llmtrain.commands.architecture import vocabulary
@@ -45,6 +46,17 @@ def test_gpt_3_is_answered_from_shapes_alone(
     # and the two sides of GELU, of 4 H each; a log-sum-exp for each head
     layer = 2048 * (12288 * (8 + 2 * (2 + 3 + 1 + 8)) + 4 * 96)
     assert f"activations of blocks together {96 * layer / 2**30:,.2f}" in out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_small_architecture_is_shown(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: ModelConfig = load_config("pretrain", [f"model={name}"]).model
+    built = LanguageModel(config, 2048)
+    out = shown(capsys, monkeypatch, name)
+    assert f"total {sum(each.numel() for each in built.parameters()):,}" in out
+    assert "GiB" in out
 
 
 def test_two_lengths_show_what_attention_costs(

@@ -37,8 +37,12 @@ NEOX = dataclasses.replace(
     MULTI_HEAD, block="parallel", partial_rotary_factor=0.5, norm="layernorm", activation="gelu", bias=True
 )
 FALCON = dataclasses.replace(MULTI_QUERY, block="parallel_shared_norm", norm="layernorm", norm_bias=True)
-FIRST = dataclasses.replace(MULTI_HEAD, positions="sinusoidal", norm_placement="post", activation="relu")
-OLMO = dataclasses.replace(GROUPED, norm_placement="reordered", qk_norm="full", logit_scale=0.5)
+FIRST = dataclasses.replace(
+    MULTI_HEAD, positions="sinusoidal", norm_placement="post", activation="relu", tied_embeddings=False, init_std=1.0
+)
+OLMO = dataclasses.replace(
+    GROUPED, norm_placement="reordered", qk_norm="full", logit_scale=0.5, tied_embeddings=False, init_std=0.1
+)
 KINDS = {
     "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny import MODELS, tiny_model
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
@@ -191,6 +192,26 @@ def test_score_models_both_ways(case: str, tmp_path: Path) -> None:
         save_model(tmp_path / "ours", ours, extra_config=TOKEN_IDS)
         again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
         torch.testing.assert_close(again(row).logits, theirs(row).logits, atol=TOLERANCE, rtol=0)
+
+
+# The rest is called as its family.
+SHIPPED = {"gemma3": "gemma3_text", "pythia": "gpt_neox", "starcoder": "gpt_bigcode"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_shipped_is_written_as_its_family(name: str, tmp_path: Path) -> None:
+    """Whatever vocabulary it was published with."""
+    config, family = dataclasses.replace(tiny_model(name), published_vocab_size=99), name.removesuffix("_tiny")
+    ours = drawn(LanguageModel(config, VOCAB_SIZE))
+    save_model(tmp_path, ours, extra_config=TOKEN_IDS)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == SHIPPED.get(family, family)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert largest_difference(ours, theirs.eval()) < TOLERANCE
+    assert described(read_config(tmp_path)[0]) == described(dataclasses.replace(config, published_vocab_size=None))
 
 
 def test_gpt_neox_reads_both_names_of_the_head(tmp_path: Path) -> None:
