@@ -95,8 +95,8 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
         policy=policy, prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
         learn_from=learner.learn_from, decode=lambda tokens: "",
         stop_tokens=frozenset(range(VOCAB_SIZE - max(arguments.stops, 1), VOCAB_SIZE)), pad_id=0,
-        settings=config.method, batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches, seed=0, layout=run.layout,
-        autocast=run.autocast,
+        settings=config.method, batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches,
+        seed=0, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective, tokenizer=None,
