@@ -33,7 +33,7 @@ class VllmEngine:
 
     Args:
         policy: may be sharded or have adapters; vLLM gets whole, merged weights.
-        folder: where config.json is written that vLLM starts from; it stays, for what vLLM compiles is kept by its name.
+        folder: where config.json is written that vLLM starts from. What vLLM compiles is kept by its name, for resumes.
         max_length: of prompt and answer together, in tokens.
         dtype: of vLLM's weights and products.
     """
