@@ -297,6 +297,7 @@ def test_a_run_learns_what_it_would_from_its_own_answers(tmp_path: Path, monkeyp
         "train.batch_rows=4", "train.sequence_length=64", "schedule.warmup_steps=0", "eval.problems=null", "data=files",
         "optimizer.lr=1e-2", "tracker.samples_every_steps=1", f"data.sources.files.path={tmp_path / 'rows.jsonl'}",
         f"model.init_from={tmp_path / 'parent'}", f"runs_dir={tmp_path}", "rewards.length.options.maximum=8",
+        "rewards.length.options.buffer=8",
     ]  # fmt: skip
     align.run(load_config("align", [*line, "run=own"]))
     align.run(load_config("align", [*line, "run=vllm", "rollout=vllm", "rollout.importance_limit=null"]))
