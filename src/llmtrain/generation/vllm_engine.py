@@ -108,7 +108,8 @@ class VllmEngine:
 
         [missing] = self.llm.apply_model(load)
         assert not missing, f"vLLM has weights that the policy has not: {', '.join(sorted(missing))}"
-        assert self.llm.reset_prefix_cache(), "vLLM still answers prompts of the rollout before"
+        emptied = self.llm.reset_prefix_cache()
+        assert emptied, "vLLM still answers prompts of the rollout before"
 
     def _sleep(self) -> None:
         if self.settings.sleep:

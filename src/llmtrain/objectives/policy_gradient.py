@@ -100,8 +100,8 @@ def importance(
     """What each choice's loss is multiplied by because other kernels have sampled it: min(π_old / π_sampler, limit).
 
     Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training"), of tokens [B, T] or whole answers [B]: the clipped ratio π / π_old says nothing of who has sampled.
-    The metric sampler_mismatch is |log π_old − log π_sampler| over tokens.
+    training", fengyao.notion.site/off-policy-rl), of tokens [B, T] or whole answers [B]: the clipped ratio π / π_old
+    says nothing of who has sampled. The metric sampler_mismatch is |log π_old − log π_sampler| over tokens.
     """
     if batch.sampler_logprobs is None:
         return 1.0, {}
