@@ -61,6 +61,7 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     from llmtrain.data.encoding import PromptRow
     from llmtrain.data.mixture import Phase, PhasedMixture
     from llmtrain.engine.distributed import join
+    from llmtrain.generation.engines import OwnEngine
     from llmtrain.generation.rollouts import Rollouts
     from llmtrain.rewards.sums import WeightedSum
     from llmtrain.stages.assembly import Plan, Run, load_policy
@@ -92,7 +93,7 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
     learner = LEARNERS[type(config.method)](run, config.method, policy)
     rollouts = Rollouts(
-        policy=policy, prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
+        engine=OwnEngine(policy), prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
         learn_from=learner.learn_from, decode=lambda tokens: "",
         stop_tokens=frozenset(range(VOCAB_SIZE - max(arguments.stops, 1), VOCAB_SIZE)), pad_id=0,
         settings=config.method, batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches,

@@ -5,7 +5,7 @@ What neither can express has a layout of our own, which only this package reads.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -259,15 +259,21 @@ def their_parts(config: ModelConfig, module: str, rows: int) -> dict[str, int]:
 
 def to_theirs(layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by the layout's names, contiguous and on the CPU, each with memory of its own."""
-    theirs: dict[str, Tensor] = {}
+    return {
+        name: tensor.to("cpu", copy=True).contiguous() for name, tensor in their_tensors(layout, config, state)
+    }  # fmt: skip
+
+
+def their_tensors(
+    layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """The layout's names, each with a view of its part of our tensor, where that lies."""
     for name, tensor in state.items():
         names, rule = _their_names(layout, name)
         tensor = tensor.detach()
         parts = tensor.split(_rows(config, names, tuple(tensor.shape)))
         for part, value in zip(names, parts, strict=True):
-            turned = value.T if rule.transposed and value.ndim == 2 else value
-            theirs[part] = turned.to("cpu", copy=True).contiguous()
-    return theirs
+            yield part, value.T if rule.transposed and value.ndim == 2 else value
 
 
 def to_ours(layout: Layout, names: list[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

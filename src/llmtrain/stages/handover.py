@@ -31,6 +31,7 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
     "tracker.", "checkpoint.", "eval.", "health.",
+    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ from llmtrain.config.schema.reinforcement import (
     SamplingMethod,
 )
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
+from llmtrain.config.schema.rollout import OwnRolloutConfig, RolloutConfig, VllmRolloutConfig
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -98,6 +99,7 @@ __all__ = [
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
+    "OwnRolloutConfig",
     "PairMethod",
     "PhaseConfig",
     "PipelineConfig",
@@ -113,6 +115,7 @@ __all__ = [
     "RewardModelConfig",
     "RlooConfig",
     "RobustConfig",
+    "RolloutConfig",
     "RowSourceConfig",
     "RowsConfig",
     "SampledAnswersConfig",
@@ -128,4 +131,5 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
+    "VllmRolloutConfig",
 ]
