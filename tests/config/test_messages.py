@@ -227,7 +227,7 @@ BAD = [
         "align method=grpo method.clip_range_high=0.28",
         "method.clip_range_high: has no effect: a rollout is used for one",
     ),
-    ("align method=rloo method.kl_limit=0.1", "method.kl_limit: has no effect: a rollout is used for one update"),
+    ("align method=rloo method.kl_limit=0.2", "method.kl_limit: has no effect: a rollout is used for one update"),
     (
         "align method=ppo rewards=length method.value_model=reward_model",
         "method.value_model: there is no reward model to copy",

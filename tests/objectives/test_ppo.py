@@ -116,6 +116,19 @@ def test_first_update_has_ratio_one_and_no_divergence(kit, tokens_and_mask):
     assert mean(metrics, "entropy") > 0
 
 
+def test_values_learn_alone_at_first(kit, tokens_and_mask):
+    batch = rollout(kit, *tokens_and_mask)
+    moved = {}
+    for step in (2, 3):
+        model = kit.actor_critic(0)
+        loss, _ = Ppo(value_warmup_steps=3)(model, dataclasses.replace(batch, step=step))
+        loss.backward()
+        moved[step] = {name: bool(each.grad.any()) for name, each in model.named_parameters()}
+    assert moved[2]["score"]
+    assert not moved[2]["head"]
+    assert all(moved[3].values())
+
+
 def test_another_policy_moves_the_metrics(kit, tokens_and_mask):
     _, metrics = Ppo(temperature=0.7)(kit.actor_critic(1), rollout(kit, *tokens_and_mask))
     assert mean(metrics, "approx_kl") > 0.01

@@ -50,7 +50,8 @@ def one_update(view: View) -> Iterator[Finding]:
     if view["method.epochs"] * view["method.minibatches"] > 1:
         return
     why = "a rollout is used for one update, whose ratio is 1; raise method.epochs or method.minibatches"
-    yield from no_effect(view, "method.kl_limit", why)
+    if view["method.kl_limit"] is not None:
+        yield from no_effect(view, "method.kl_limit", why)
     for key in ("clip_range", "clip_range_high"):
         if key in view["method"] and view["method.name"] != "ppo":
             yield from no_effect(view, f"method.{key}", why)

@@ -171,12 +171,25 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
         autocast=run.autocast,
     )  # fmt: skip
     objective = Ppo(
-        method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
-    )
+        method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
+        value_warmup(method, config.train.steps),
+    )  # fmt: skip
     return Learner(
         trained=trained, model=model, learn_from=estimator, objective=objective, parts={"kl": kl},
         minibatches=method.minibatches,
     )  # fmt: skip
+
+
+# A value model that has just begun makes advantages of noise; runs too short to spare the steps do without.
+VALUE_WARMUP_STEPS, SHORT_RUN_STEPS = 2, 20
+
+
+def value_warmup(method: PpoConfig, steps: int | None) -> int:
+    """Steps in which the value model learns alone, in a run of so many steps (null: of epochs)."""
+    if method.value_warmup_steps is not None:
+        return method.value_warmup_steps
+    is_short = steps is not None and steps < SHORT_RUN_STEPS
+    return 0 if is_short or method.value_model == "shared" else VALUE_WARMUP_STEPS
 
 
 def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:
