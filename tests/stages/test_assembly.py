@@ -102,6 +102,18 @@ def test_another_config_is_refused_once_the_run_has_begun(tmp_path: Path) -> Non
         handover.open_run(pretrain_config(tmp_path, "seed=5"))
 
 
+def test_a_run_from_before_there_was_a_key_goes_on(tmp_path: Path) -> None:
+    handover.open_run(pretrain_config(tmp_path))
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 0}\n')
+    saved = tmp_path / "a" / "config.yaml"
+    lines = [line for line in saved.read_text().splitlines(keepends=True) if "max_grad_norm" not in line]
+    saved.write_text("".join(lines))
+    handover.open_run(pretrain_config(tmp_path))
+    saved.write_text("".join(lines))
+    with pytest.raises(ConfigError, match=r"train.max_grad_norm: 1.0 -> 2.0"):
+        handover.open_run(pretrain_config(tmp_path, "train.max_grad_norm=2"))
+
+
 def test_a_stage_takes_the_newest_finished_run_of_the_stage_before_and_keeps_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ from llmtrain.config.schema import (
     SamplingMethod,
     StageConfig,
 )
+from llmtrain.config.validate import filled
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -251,7 +252,8 @@ def _changes(config: StageConfig) -> list[str]:
     """Where the config differs from the run's own in what matters. Raises ConfigError if that run has begun."""
     folder = run_folder(config)
     before = _saved_config(config)
-    lines = differences(before, to_dict(config)) if before else []
+    # keys that are newer than the run have their defaults in it
+    lines = differences(filled(type(config), before), to_dict(config)) if before else []
     changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
     if changed and _has_begun(folder):
         raise ConfigError(
