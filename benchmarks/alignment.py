@@ -53,6 +53,7 @@ ANSWERS = [
     "train.batch_rows=256",
     "train.steps=40",
     "eval.every_steps=10",
+    "checkpoint.final=last",  # the problems that are measured shall not choose what is measured
 ]
 
 
@@ -80,7 +81,7 @@ RUNS = {
     "online_dpo": align("online_dpo", *LEARNED, *ANSWERS, "optimizer.lr=1e-4", "method.beta=0.5"),
     "ppo_rule": align("ppo", *RULE, *PPO),
     "grpo": align(
-        "grpo", *RULE, *ANSWERS, "train.steps=120", "schedule=linear", "optimizer.lr=2e-4", "method.minibatches=2",
+        "grpo", *RULE, *ANSWERS, "train.steps=200", "schedule=linear", "optimizer.lr=2e-4", "method.minibatches=2",
         "method.dynamic_sampling=2",
     ),
     "rloo": align("rloo", *RULE, *ANSWERS, "optimizer.lr=2e-4", "method.minibatches=2"),

@@ -77,12 +77,12 @@ STAGES: dict[str, tuple[str, Sequence[str]]] = {
     "ppo": ("align", [
         *files("prompts"), "method=ppo", "model.init_from={seed}/sft", "reward_model={seed}/reward",
         "data.too_long=cut", "rewards=regex", f"rewards.regex.options.pattern='{STYLE}'", "rewards.regex.weight=0",
-        f"method.max_new_tokens={NEW_TOKENS}", "method.kl_coefficient=0.2", "method.value_warmup_steps=2",
+        f"method.max_new_tokens={NEW_TOKENS}", "method.kl_coefficient=0.2",
         "method.value_clip_range=0.5", "method.value_weight=0.5", "method.whiten_rewards=false",
         "method.minibatches=4", "train.batch_rows=128", f"train.sequence_length={LENGTH}", "train.steps=60",
         "schedule=linear", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.weight_decay=0",
         "eval.problems=null", f"eval.max_prompts={HELD_OUT}", "eval.every_steps=10",
-        "health.held_out_metric=eval/regex/reward",
+        "checkpoint.final=last", "health.held_out_metric=eval/regex/reward",
     ]),
 }  # fmt: skip
 

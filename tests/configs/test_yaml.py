@@ -40,7 +40,7 @@ def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
         return "sft", texts
     if group == "adapter":
         return "sft", texts
-    if group == "rewards":
+    if group in ("rewards", "rollout"):
         return "align", [*texts, "method=ppo"]
     return ("align" if group == "method" else "pretrain"), texts
 

@@ -14,6 +14,7 @@ from llmtrain.config.schema import ModelConfig, PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
 from llmtrain.engine.distributed import Layout
+from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator, answer_token_logprobs
 from llmtrain.generation.rollouts import SHOWN_CHARACTERS, Rollouts, SampledAnswers, shortened, shown_rows
 from llmtrain.generation.sampler import generate
@@ -87,7 +88,7 @@ def sampled(rewards: dict[str, Any], weights: dict[str, float] | None = None, **
 def source(rewards: dict[str, Any], weights: dict[str, float] | None = None, **options: Any) -> Rollouts:
     settings = options.pop("settings", SampledAnswersConfig(max_new_tokens=6))
     return Rollouts(
-        policy=options.pop("policy", language_model(0)), prompts=options.pop("prompts", Prompts()),
+        engine=OwnEngine(options.pop("policy", language_model(0))), prompts=options.pop("prompts", Prompts()),
         reward=WeightedSum(rewards, weights or dict.fromkeys(rewards, 1.0)),
         decode=lambda ids: " ".join(map(str, ids)), stop_tokens=STOP, pad_id=0, settings=settings, batch_rows=ROWS,
         group_rows=options.pop("group_rows", GROUP), seed=7, layout=options.pop("layout", ALONE),

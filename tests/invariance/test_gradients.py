@@ -33,6 +33,7 @@ from llmtrain.engine.distributed import Layout, bare, join, launch, leave, sprea
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
+from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.generation.selection import best_and_worst, best_answers
@@ -371,7 +372,7 @@ def rollouts(name: str, layout: Layout, sharding: Any, micro: int | None) -> tup
     rewards = {"model": LearnedReward(scores, pad_id=0, micro_batch_rows=micro), "short": short}
     weights = {"model": 0.0, "short": 1.0} if name == "grpo" else {"model": 1.0, "short": 0.5}
     return model, Rollouts(
-        policy=getattr(trained, "policy", trained), prompts=prompts, reward=WeightedSum(rewards, weights),
+        engine=OwnEngine(getattr(trained, "policy", trained)), prompts=prompts, reward=WeightedSum(rewards, weights),
         learn_from=learn_from[name](), decode=str, stop_tokens=frozenset(range(1, 8)), pad_id=0,
         settings=SampledAnswersConfig(max_new_tokens=12), batch_rows=ROWS, group_rows=2 if name in GROUPED else 1,
         minibatches=1 if name in ("online_dpo", "rejection_sampling") else 2, replacements=2 * (name == "grpo"),

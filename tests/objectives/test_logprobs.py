@@ -10,9 +10,16 @@ from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs, toke
 ROWS, WIDTH, HIDDEN, VOCAB = 3, 10, 8, 23
 
 
-@pytest.fixture(params=[1, 7 * VOCAB, 2**23], ids=["portions of 1", "portions of 7", "one portion"])
+PORTIONS = {
+    "portions of 1, made again": (1, 0), "portions of 7, made again": (7 * VOCAB, 0),
+    "portions of 7, kept": (7 * VOCAB, 2**23), "one portion, kept": (2**23, 2**23),
+}  # fmt: skip
+
+
+@pytest.fixture(params=PORTIONS.values(), ids=PORTIONS)
 def _portions(request, monkeypatch):
-    monkeypatch.setitem(logprobs.PORTION_ELEMENTS, "cpu", request.param)
+    for elements, value in zip((logprobs.PORTION_ELEMENTS, logprobs.KEPT_ELEMENTS), request.param, strict=True):
+        monkeypatch.setitem(elements, "cpu", value)
 
 
 def tensors(dtype=torch.float64):

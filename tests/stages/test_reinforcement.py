@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema.reinforcement import SampledAnswersConfig
+from llmtrain.config.schema.reinforcement import PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
 from llmtrain.data.tokenizers import load_tokenizer
@@ -16,7 +17,7 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import load_language_model
 from llmtrain.rewards.rules import Length, Regex
 from llmtrain.rewards.sums import WeightedSum
-from llmtrain.stages import align, evaluators
+from llmtrain.stages import align, evaluators, reinforcement
 from llmtrain.stages.evaluators import HeldOutPrompts
 
 SETTINGS = SampledAnswersConfig(max_new_tokens=7)
@@ -50,6 +51,17 @@ def test_the_held_out_reward_is_that_of_each_answer_alone(parent: Path, monkeypa
     }, rel=1e-6)  # fmt: skip
     assert measure() == values, "the same draws at every measurement"
     assert held_out(parent, seed=6)() != values
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "alone"),
+    [({}, 20, 2), ({}, None, 2), ({}, 19, 0), ({"value_model": "shared"}, 90, 0), ({"value_warmup_steps": 5}, 9, 5),
+     ({"value_warmup_steps": 0}, 90, 0)],
+)  # fmt: skip
+def test_a_value_model_learns_alone_at_first_where_there_is_time(
+    options: dict[str, Any], steps: int | None, alone: int
+) -> None:
+    assert reinforcement.value_warmup(PpoConfig(**options), steps) == alone
 
 
 def test_a_run_measures_held_out_prompts_and_shows_their_answers(parent: Path, tmp_path: Path) -> None:

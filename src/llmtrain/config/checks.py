@@ -192,8 +192,8 @@ def best_checkpoint(view: View) -> Iterator[Finding]:
     best, kept, final = view["checkpoint.best_metric"], view["checkpoint.keep_best"], view["checkpoint.final"]
     if best is not None and view["eval.every_steps"] is None:
         yield finding("has no effect: nothing is measured on the way; set eval.every_steps", "checkpoint.best_metric")
-    if best is not None and kept == 0 and final == "last":
-        problem = "has no effect while checkpoint.keep_best=0 and checkpoint.final=last"
+    if best is not None and kept == 0 and final != "best":
+        problem = "has no effect while checkpoint.keep_best=0 and checkpoint.final is not best"
         yield finding(problem, "checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.final")
     if best is None and final == "best":
         problem = "needs a value: what checkpoint.final=best is best by, such as eval/loss"

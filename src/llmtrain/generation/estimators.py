@@ -157,7 +157,10 @@ class AnswerEstimator:
 
 def rows_and_key(answers: SampledAnswers) -> dict[str, Any]:
     """The fields that a rollout has in common with the answers that it is made of."""
-    shared = ("tokens", "response_mask", "group_rows", "first_slot", "seed", "step", "measured")
+    shared = (
+        "tokens", "response_mask", "group_rows", "first_slot", "seed", "step", "measured", "sampler_logprobs",
+        "importance_limit",
+    )  # fmt: skip
     return {name: getattr(answers, name) for name in shared}
 
 

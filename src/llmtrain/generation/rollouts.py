@@ -19,10 +19,8 @@ from torch import Tensor
 from llmtrain.config.schema.reinforcement import SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
-from llmtrain.engine.distributed import Layout, full_state, is_sharded
-from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
-from llmtrain.models.lora import merged_state
+from llmtrain.engine.distributed import Layout
+from llmtrain.generation.engines import Engine, Sample
 from llmtrain.objectives.advantages import flat_groups
 from llmtrain.objectives.batch import Batch, Metrics, Samples
 from llmtrain.objectives.trajectories import Rollout, rows_of_process, slots_of_process
@@ -33,27 +31,6 @@ from llmtrain.rewards.sums import WeightedSum
 WIDTH_MULTIPLE = 8
 # Of longer texts, only the beginning and the end are shown to people.
 SHOWN_CHARACTERS = 2000
-
-
-class Replica:
-    """A model to sample from: the trained one itself, or, where its weights are sharded, a whole copy kept up to date.
-
-    Rows end at different lengths on different processes, so sampling must not wait for the other processes' weights.
-    """
-
-    def __init__(self, part: LanguageModel) -> None:
-        self.part = part
-        self.copy: LanguageModel | None = None
-
-    def __call__(self) -> LanguageModel:
-        """The model with the weights of now. Where sharded, all processes must call this together."""
-        if not is_sharded(self.part):
-            return self.part
-        if self.copy is None:
-            self.copy = LanguageModel(self.part.config, self.part.vocab_size)
-            self.copy.to(next(self.part.parameters()).device)
-        self.copy.load_state_dict(merged_state(self.part, full_state(self.part)))
-        return self.copy.eval()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,23 +51,27 @@ class SampledAnswers(Batch):
     step: int
     measured: Metrics
     """Scores, lengths, how many were cut off, how many groups have nothing to tell."""
+    sampler_logprobs: Tensor | None = None
+    """[B, S − 1] float32, as that of `Rollout`."""
+    importance_limit: float | None = None
 
 
 def answer(
-    policy: LanguageModel, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
+    sample: Sample, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
     stop_tokens: frozenset[int], decode: Callable[[Sequence[int]], str], seeds: Sequence[int],
 ) -> list[Answer]:  # fmt: skip
     """An answer to each prompt, drawn with its seed, as a reward sees it."""
-    sampled = generate(
-        policy, [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens,
-        stop_tokens=set(stop_tokens), temperature=settings.temperature, seeds=seeds,
+    sampled = sample(
+        [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens, stop_tokens=stop_tokens,
+        temperature=settings.temperature, seeds=seeds,
     )  # fmt: skip
+    logprobs: Sequence[Sequence[float] | None] = sampled.logprobs or [None] * len(prompts)
     return [
         Answer(
             prompt_tokens=prompt.tokens, tokens=tokens, prompt=prompt.text, text=decode(tokens),
-            expected=prompt.answer, finished=tokens[-1] in stop_tokens,
+            expected=prompt.answer, finished=tokens[-1] in stop_tokens, logprobs=said,
         )
-        for prompt, tokens in zip(prompts, sampled, strict=True)
+        for prompt, tokens, said in zip(prompts, sampled.tokens, logprobs, strict=True)
     ]  # fmt: skip
 
 
@@ -123,7 +104,8 @@ class _Judged(NamedTuple):
 class Rollouts:
     """The batch source of every method that samples: answers of the policy as it stands, made into a batch."""
 
-    policy: LanguageModel
+    engine: Engine
+    """Answers with the policy as it stands."""
     prompts: Prompts
     reward: WeightedSum
     learn_from: Callable[[SampledAnswers], Batch]
@@ -140,6 +122,8 @@ class Rollouts:
     minibatches: int = 1
     replacements: int = 0
     """How many times, at most, a prompt is replaced whose answers all have the same reward."""
+    importance_limit: float | None = None
+    """As that of `Rollout`."""
     shown_rows: int = 0
     """How many answers of a step, over all processes, people are shown."""
     seed: int
@@ -148,7 +132,6 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         rank, world, prompts = self.layout.rank, self.layout.world, self.batch_rows // self.group_rows
-        self.replica = Replica(self.policy)
         rows = rows_of_process(rank, world, self.batch_rows, self.minibatches, self.group_rows)
         shown = shown_rows(self.batch_rows, self.shown_rows)
         self.shown = {row: place for place, row in enumerate(rows.tolist()) if row in shown}
@@ -162,14 +145,13 @@ class Rollouts:
     @torch.no_grad()
     def __call__(self, step: int) -> Batch:
         """Sample and judge this process's rows of the step."""
-        with self.autocast():
-            policy = self.replica()
-            judged = self._judged(policy, step, self.asked)
+        with self.autocast(), self.engine() as sample:
+            judged = self._judged(sample, step, self.asked)
             for replacement in range(1, self.replacements + 1):
                 flat = flat_groups(self._rewards(judged), self.group_rows).nonzero()[:, 0].tolist()
                 if not flat:
                     break
-                others = self._judged(policy, step, [self.asked[place] for place in flat], replacement)
+                others = self._judged(sample, step, [self.asked[place] for place in flat], replacement)
                 for number, place in enumerate(flat):
                     judged[self._group(place)] = others[self._group(number)]
         batch = self.learn_from(self._packed(judged, step))
@@ -178,12 +160,12 @@ class Rollouts:
     def _group(self, number: int) -> slice:
         return slice(number * self.group_rows, (number + 1) * self.group_rows)
 
-    def _judged(self, policy: LanguageModel, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
+    def _judged(self, sample: Sample, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
         """Answers to some prompts of the step, given by their numbers; a replacement has draws of its own."""
         everyone, again = self.prompts(step, replacement), (replacement,) if replacement else ()
-        rows = [number * self.group_rows + sample for number in asked for sample in range(self.group_rows)]
+        rows = [number * self.group_rows + place for number in asked for place in range(self.group_rows)]
         answers = answer(
-            policy, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
+            sample, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
             decode=self.decode, seeds=[derive_seed(self.seed, "rollout", step, row, *again) for row in rows],
         )  # fmt: skip
         components = self.reward.components(answers)
@@ -210,7 +192,8 @@ class Rollouts:
             tokens=tokens, response_mask=mask, rewards=rewards,
             finished=torch.tensor([each.answer.finished for each in judged]),
             group_rows=self.group_rows, first_slot=self.first_slot, seed=self.seed, step=step,
-            measured=self._measured(judged, rewards),
+            measured=self._measured(judged, rewards), sampler_logprobs=sampler_logprobs(judged, width),
+            importance_limit=self.importance_limit,
         ).to(self.layout.device)  # fmt: skip
 
     def _samples(self, judged: Sequence[_Judged], batch: Batch) -> Samples:
@@ -243,6 +226,17 @@ class Rollouts:
             replaced = [float(each.replacement) for each in judged[:: self.group_rows]]
             measured["align/replacements"] = means(rewards.new_tensor(replaced))
         return measured
+
+
+def sampler_logprobs(judged: Sequence[_Judged], width: int) -> Tensor | None:
+    """The log-probabilities that an engine has told of its tokens, [B, width − 1]; None where none has."""
+    logprobs = torch.zeros(len(judged), width - 1)
+    for row, (answer, *_) in zip(logprobs, judged, strict=True):
+        if answer.logprobs is None:
+            return None
+        first = len(answer.prompt_tokens) - 1
+        row[first : first + len(answer.tokens)] = torch.tensor(answer.logprobs)
+    return logprobs
 
 
 def shown_rows(batch_rows: int, count: int) -> range:

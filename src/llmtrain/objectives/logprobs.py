@@ -19,6 +19,8 @@ from llmtrain.kernels.cpu_product import times_transposed
 
 # Elements of a portion's logits, by device: small enough not to matter, large enough that the products are efficient.
 PORTION_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+# Up to so many elements, probabilities are kept for the backward pass instead of being made again.
+KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
 def cross_entropy_sum(
@@ -55,7 +57,7 @@ def token_logprobs(
 ) -> Tensor:  # fmt: skip
     """Log-probability of each target, [...] float32, zero where not masked; logits are divided by `temperature`.
 
-    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again, unless they are those of one portion.
+    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again, unless they are few.
     """
     return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=False)[0]
 
@@ -115,8 +117,8 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden_needed, weight_needed = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         nll, penalty = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
-        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
-        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        hidden_grad = torch.empty_like(hidden) if hidden_needed else None
+        weight_grad: Tensor | None = None
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
@@ -131,8 +133,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad = (grad if softcap is None else grad.mul_(_slope_of_cap(logits, softcap))).to(dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
-            if weight_grad is not None:
-                weight_grad += grad.T @ states
+            if weight_needed:
+                weight_grad = _added(weight_grad, grad.T @ states, head_weight.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(nll)
         return nll.sum() + penalty.sum(), nll
@@ -144,9 +146,9 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities; the backward pass needs the logits, for only then is each token's gradient known.
+    """Log-probabilities; the backward pass needs the probabilities, for only then is each token's gradient known.
 
-    A single portion's are kept, several are made again.
+    A few are kept, many are made again.
     """
 
     @staticmethod
@@ -162,42 +164,53 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
-        weight, portions = head_weight.to(dtype), list(_portions(hidden, head_weight))
-        kept: Tensor | None = None
-        for portion in portions:
+        weight = head_weight.to(dtype)
+        # the slope of a cap wants the logits themselves, which are made again then
+        keep = softcap is None and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS[hidden.device.type]
+        kept: list[Tensor] = []
+        for portion in _portions(hidden, weight):
             logits = _tempered(hidden[portion].to(dtype), weight, inverse_temperature, softcap)
-            kept = logits if len(portions) == 1 else None
             probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
-                mean_logit = probabilities.mul_(logits).sum(dim=-1)
+                mean_logit = logits.mul_(probabilities).sum(dim=-1)
                 entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
-        ctx.save_for_backward(hidden, head_weight, targets, mask, kept)
+            if keep:
+                kept.append(probabilities)
+        ctx.save_for_backward(hidden, head_weight, targets, mask, *kept)
         ctx.inverse_temperature, ctx.softcap, ctx.dtype = inverse_temperature, softcap, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, targets, mask, kept = ctx.saved_tensors
+        hidden, head_weight, targets, mask, *kept = ctx.saved_tensors
         hidden_needed, weight_needed = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
-        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        hidden_grad = torch.empty_like(hidden) if hidden_needed else None
+        weight_grad: Tensor | None = None
         weight = head_weight.to(ctx.dtype)
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
-        for portion in _portions(hidden, weight):
+        for number, portion in enumerate(_portions(hidden, weight)):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            logits = _tempered(states, weight, ctx.inverse_temperature, ctx.softcap) if kept is None else kept
-            grad = logits.softmax(dim=-1).mul_(-slope[:, None])
+            if kept:
+                grad = kept[number] * -slope[:, None]
+            else:
+                logits = _tempered(states, weight, ctx.inverse_temperature, ctx.softcap)
+                grad = logits.softmax(dim=-1).mul_(-slope[:, None])
             grad = _add_at(grad, targets[portion, None], slope)
             if ctx.softcap is not None:
                 grad = grad.mul_(_slope_of_cap(logits, ctx.softcap * ctx.inverse_temperature))
             grad = grad.to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
-            if weight_grad is not None:
-                weight_grad += grad.T @ states
+            if weight_needed:
+                weight_grad = _added(weight_grad, grad.T @ states, head_weight.dtype)
         return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _added(total: Tensor | None, summand: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum, in the given dtype, of what may not have begun; the total may be overwritten."""
+    return summand.to(dtype) if total is None else total.add_(summand)
 
 
 def _tempered(states: Tensor, weight: Tensor, inverse_temperature: float, softcap: float | None) -> Tensor:

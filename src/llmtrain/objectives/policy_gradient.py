@@ -99,6 +99,25 @@ def tell_stop(batch: Rollout, metrics: Metrics) -> None:
         batch.kl_stop.add(*metrics["approx_kl"])
 
 
+def importance(
+    batch: Rollout, old_logprobs: Tensor, mask: Tensor, *, of_answers: bool = False
+) -> tuple[Tensor | float, Metrics]:
+    """What each choice's loss is multiplied by because other kernels have sampled it: min(π_old / π_sampler, limit).
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training", fengyao.notion.site/off-policy-rl), of tokens [B, T] or whole answers [B]: the clipped ratio π / π_old
+    says nothing of who has sampled. The metric sampler_mismatch is |log π_old − log π_sampler| over tokens.
+    """
+    if batch.sampler_logprobs is None:
+        return 1.0, {}
+    # a log-probability that is no number counts as the policy's own
+    change = torch.where(mask, old_logprobs - batch.sampler_logprobs, 0.0).nan_to_num(nan=0.0)
+    metrics = over_mask(mask, sampler_mismatch=change.abs())
+    if batch.importance_limit is None:
+        return 1.0, metrics
+    return (change.sum(dim=1) if of_answers else change).exp().clamp(max=batch.importance_limit), metrics
+
+
 class Grpo:
     """Group relative policy optimisation: PPO's clipped surrogate, one advantage for all tokens of an answer.
 
@@ -138,9 +157,9 @@ class Grpo:
     def __call__(self, model: nn.Module, batch: JudgedAnswers) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics: loss, and over the sampled tokens those of `ratio_metrics`, approx_kl (k3, against the policy that
-        sampled), entropy in nats and, with a reference, reference_kl (k3); over answers align/kl (k1, to the
-        reference), where the rollout could not tell it for want of log-probabilities.
+        Metrics: loss, and over the sampled tokens those of `ratio_metrics` and `importance`, approx_kl (k3, against the
+        policy that sampled), entropy in nats and, with a reference, reference_kl (k3); over answers align/kl (k1, to
+        the reference), where the rollout could not tell it for want of log-probabilities.
         """
         mask = batch.learned_mask()
         logprobs, entropy = policy_logprobs(
@@ -151,9 +170,10 @@ class Grpo:
             logprobs, old, batch.advantages[:, None], mask,
             clip_range=self.clip_range, clip_range_high=self.clip_range_high,
         )  # fmt: skip
+        weights, metrics = importance(batch, old, mask)
+        per_token = per_token * weights
         ratio = ratio_of(logprobs, old, mask)
         measured = {"approx_kl": kl_k3(old, logprobs), "entropy": entropy}
-        metrics: Metrics = {}
         if batch.reference_logprobs is not None:
             kl = torch.where(mask, kl_k3(logprobs, batch.reference_logprobs), 0.0)
             measured["reference_kl"] = kl
@@ -189,8 +209,8 @@ class Reinforce:
     def __call__(self, model: nn.Module, batch: JudgedAnswers) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics: over answers loss and those of `ratio_metrics`; over tokens approx_kl (k3, against the policy that
-        sampled) and entropy in nats.
+        Metrics: over answers loss and those of `ratio_metrics`; over tokens those of `importance`, approx_kl (k3,
+        against the policy that sampled) and entropy in nats.
         """
         mask = batch.learned_mask()
         logprobs, entropy = policy_logprobs(
@@ -201,8 +221,10 @@ class Reinforce:
         change = torch.where(mask, logprobs - old, 0.0).sum(dim=1)
         everything, unmoved = torch.ones_like(change, dtype=torch.bool), torch.zeros_like(change)
         losses = clipped_policy_loss(change, unmoved, batch.advantages, everything, clip_range=self.clip_range)
+        weights, metrics = importance(batch, old, mask, of_answers=True)
+        losses = losses * weights
         ratio = ratio_of(change, unmoved, everything)
-        metrics = over_mask(mask, approx_kl=kl_k3(old, logprobs), entropy=entropy)
+        metrics |= over_mask(mask, approx_kl=kl_k3(old, logprobs), entropy=entropy)
         tell_stop(batch, metrics)
         return losses.sum(), metrics | over_mask(everything, loss=losses) | ratio_metrics(
             ratio, everything, clip_range=self.clip_range

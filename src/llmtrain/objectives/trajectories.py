@@ -46,6 +46,11 @@ class Rollout(Batch):
     kl: Tensor | None = None
     """[B] float32, nats: the log-ratio of the sampling policy to the reference, summed over the answer. None: there is
     no reference, or nothing was read before the update, which then tells the metric `align/kl`."""
+    sampler_logprobs: Tensor | None = None
+    """[B, T] float32: log-probabilities of the sampled tokens by other kernels than the policy's, which sampled them;
+    zero outside the answer. None: the policy's own kernels have."""
+    importance_limit: float | None = None
+    """Largest weight of a choice that other kernels have sampled. None: each counts alike."""
     measured: Metrics = dataclasses.field(default_factory=dict)
     """What is known of the rollout before it is trained on: rewards, KL."""
 

@@ -184,8 +184,8 @@ class Run(Generic[Config]):
             learning_rate=lambda step: learning_rate(
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
             ),
-            steps=steps, seed=config.seed, tracker=tracker, checkpoint=config.checkpoint, eval=config.eval,
-            tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
+            steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config),
+            eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health,

@@ -19,6 +19,7 @@ from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
+from llmtrain.generation.engines import sampling_from
 from llmtrain.generation.rollouts import answer, final_rewards
 from llmtrain.generation.sampler import generate
 from llmtrain.generation.selection import best_rows
@@ -177,7 +178,7 @@ class BestOf:
         """The best answer to each problem, and its reward; `first` is the number of the first problem."""
         numbers = range(first * self.count, (first + len(rows)) * self.count)
         answers = answer(
-            model, [row for row in rows for _ in range(self.count)], self.settings,
+            sampling_from(model), [row for row in rows for _ in range(self.count)], self.settings,
             stop_tokens=self.problems.tokenizer.stop_ids, decode=self.problems.tokenizer.decode,
             seeds=[derive_seed(self.seed, "best of", number) for number in numbers],
         )  # fmt: skip
@@ -222,8 +223,9 @@ class HeldOutPrompts:
         rows = self.prompts[first : first + count]
         seeds = [derive_seed(self.seed, "held-out prompt", first + number) for number in range(len(rows))]
         return answer(
-            model, rows, self.settings, stop_tokens=self.tokenizer.stop_ids, decode=self.tokenizer.decode, seeds=seeds
-        )
+            sampling_from(model), rows, self.settings, stop_tokens=self.tokenizer.stop_ids,
+            decode=self.tokenizer.decode, seeds=seeds,
+        )  # fmt: skip
 
 
 PORTION = 256  # answers that are sampled and judged together

@@ -19,7 +19,16 @@ from typing import Any, NamedTuple, TypeVar
 from llmtrain import __version__
 from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import AlignConfig, LoraConfig, PretrainConfig, SamplingMethod, StageConfig
+from llmtrain.config.schema import (
+    AlignConfig,
+    CheckpointConfig,
+    LoraConfig,
+    PretrainConfig,
+    SampledAnswersConfig,
+    SamplingMethod,
+    StageConfig,
+)
+from llmtrain.config.validate import filled
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -31,6 +40,7 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
     "tracker.", "checkpoint.", "eval.", "health.",
+    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 
 
@@ -42,6 +52,31 @@ def stage_name(config: StageConfig) -> str:
 def run_folder(config: StageConfig) -> Path:
     """The folder of a run."""
     return Path(config.runs_dir) / config.run
+
+
+def checkpoint_config(config: StageConfig) -> CheckpointConfig:
+    """`config.checkpoint` with what null stands for in `final`: which weights the run hands on."""
+    keep, every = config.checkpoint, config.eval.every_steps
+    if keep.final is not None:
+        return keep
+    metric = keep.best_metric or held_out_score(config)
+    is_measured = every is not None and keep.every_steps is not None and keep.every_steps % every == 0
+    if metric is None or not is_measured or not samples_answers(config):
+        return dataclasses.replace(keep, final="last")
+    mode = keep.best_mode if keep.best_metric else "max"
+    return dataclasses.replace(keep, final="best", best_metric=metric, best_mode=mode)
+
+
+def samples_answers(config: StageConfig) -> bool:
+    """Whether the run learns from answers of its own."""
+    return isinstance(config, AlignConfig) and isinstance(config.method, SampledAnswersConfig)
+
+
+def held_out_score(config: StageConfig) -> str | None:
+    """What says best how good a policy's answers are, higher is better; None where nothing does."""
+    if config.eval.problems is not None:
+        return "eval/exact_match"
+    return "eval/reward" if config.eval.max_prompts is not None else None
 
 
 def model_folder(path: str | Path) -> Path:
@@ -217,7 +252,8 @@ def _changes(config: StageConfig) -> list[str]:
     """Where the config differs from the run's own in what matters. Raises ConfigError if that run has begun."""
     folder = run_folder(config)
     before = _saved_config(config)
-    lines = differences(before, to_dict(config)) if before else []
+    # keys that are newer than the run have their defaults in it
+    lines = differences(filled(type(config), before), to_dict(config)) if before else []
     changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
     if changed and _has_begun(folder):
         raise ConfigError(

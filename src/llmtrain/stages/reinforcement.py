@@ -19,6 +19,7 @@ from llmtrain.config.schema import (
     RejectionSamplingConfig,
     RlooConfig,
     SamplingMethod,
+    VllmRolloutConfig,
 )
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import PromptBatches
@@ -27,9 +28,11 @@ from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import Layout, spread, total
 from llmtrain.engine.trainer import Evaluator, Objective
+from llmtrain.generation.engines import Engine, OwnEngine, Replica
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
-from llmtrain.generation.rollouts import Replica, Rollouts, SampledAnswers
+from llmtrain.generation.rollouts import Rollouts, SampledAnswers
 from llmtrain.generation.selection import best_and_worst, best_answers
+from llmtrain.generation.vllm_engine import VllmEngine, check_fits
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 from llmtrain.models.lora import VALUE_SET, AdaptedActorCritic, initialise_adapters
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
@@ -72,6 +75,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     assert config.train.batch_rows is not None
     if config.reward_model is not None:
         check_same_tokenizer(config.reward_model, tokenizer)
+    engine = build_engine(run, policy)
     reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
     rows = load_rows(run, method, policy, tokenizer, "train")
     check_expected(reward, rows)
@@ -80,10 +84,11 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
     rollouts = Rollouts(
-        policy=policy, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
+        engine=engine, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
         learn_from=learner.learn_from, decode=tokenizer.decode, stop_tokens=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id, settings=method, batch_rows=config.train.batch_rows, group_rows=learner.group_rows,
         minibatches=learner.minibatches, replacements=learner.replacements, shown_rows=config.tracker.samples,
+        importance_limit=config.rollout.importance_limit if isinstance(config.rollout, VllmRolloutConfig) else None,
         seed=config.seed, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     run.say(
@@ -98,6 +103,18 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     )  # fmt: skip
     run.write_samples("after", samples)
     run.finish(policy, tokenizer, data=said, plan=plan)
+
+
+def build_engine(run: Run[AlignConfig], policy: LanguageModel) -> Engine:
+    """What answers the prompts of rollouts; what is measured is answered by the policy itself in any case."""
+    settings = run.config.rollout
+    if not isinstance(settings, VllmRolloutConfig):
+        return OwnEngine(policy)
+    check_fits(policy, run.layout.device)
+    return VllmEngine(
+        policy, settings, run.layout, run.folder / ".vllm", max_length=assembly.fitting_length(run.config, policy),
+        dtype=run.autocast_dtype or torch.float32,
+    )  # fmt: skip
 
 
 def build_evaluators(
@@ -154,12 +171,25 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
         autocast=run.autocast,
     )  # fmt: skip
     objective = Ppo(
-        method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
-    )
+        method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
+        value_warmup(method, config.train.steps),
+    )  # fmt: skip
     return Learner(
         trained=trained, model=model, learn_from=estimator, objective=objective, parts={"kl": kl},
         minibatches=method.minibatches,
     )  # fmt: skip
+
+
+# A value model that has just begun makes advantages of noise; runs too short to spare the steps do without.
+VALUE_WARMUP_STEPS, SHORT_RUN_STEPS = 2, 20
+
+
+def value_warmup(method: PpoConfig, steps: int | None) -> int:
+    """Steps in which the value model learns alone, in a run of so many steps (null: of epochs)."""
+    if method.value_warmup_steps is not None:
+        return method.value_warmup_steps
+    is_short = steps is not None and steps < SHORT_RUN_STEPS
+    return 0 if is_short or method.value_model == "shared" else VALUE_WARMUP_STEPS
 
 
 def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:

@@ -58,6 +58,7 @@ from llmtrain.config.schema.reinforcement import (
     SamplingMethod,
 )
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
+from llmtrain.config.schema.rollout import OwnRolloutConfig, RolloutConfig, VllmRolloutConfig
 from llmtrain.config.schema.rope import (
     DynamicScalingConfig,
     LinearScalingConfig,
@@ -108,6 +109,7 @@ __all__ = [
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
+    "OwnRolloutConfig",
     "PairMethod",
     "PhaseConfig",
     "PipelineConfig",
@@ -123,6 +125,7 @@ __all__ = [
     "RewardModelConfig",
     "RlooConfig",
     "RobustConfig",
+    "RolloutConfig",
     "RopeScaling",
     "RowSourceConfig",
     "RowsConfig",
@@ -139,5 +142,6 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
+    "VllmRolloutConfig",
     "YarnScalingConfig",
 ]

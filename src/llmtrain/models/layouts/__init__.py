@@ -10,7 +10,14 @@ from llmtrain.models.layouts.gpt2 import GPT2, GPT_BIGCODE
 from llmtrain.models.layouts.gpt_neox import GPT_NEOX
 from llmtrain.models.layouts.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from llmtrain.models.layouts.mpt import MPT
-from llmtrain.models.layouts.names import in_their_order, their_parts, their_shapes, to_ours, to_theirs
+from llmtrain.models.layouts.names import (
+    in_their_order,
+    their_parts,
+    their_shapes,
+    their_tensors,
+    to_ours,
+    to_theirs,
+)
 from llmtrain.models.layouts.own import OWN
 from llmtrain.models.layouts.table import Fields, Layout
 
@@ -23,6 +30,7 @@ __all__ = [
     "layout_for",
     "their_parts",
     "their_shapes",
+    "their_tensors",
     "to_ours",
     "to_theirs",
 ]

@@ -1,7 +1,7 @@
 """Tensors from our names to a layout's and back, by its rules; no bit of a tensor changes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,15 +32,17 @@ def their_parts(layout: Layout, config: ModelConfig, module: str, rows: int) -> 
 
 def to_theirs(layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by the layout's names, contiguous and on the CPU, each with memory of its own."""
-    theirs: dict[str, Tensor] = {}
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in their_tensors(layout, config, state)}
+
+
+def their_tensors(layout: Layout, config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The layout's names, each with its part of our tensor where that lies: a view, unless rows change their order."""
     for name, tensor in state.items():
         names, rule = _their_names(layout, name)
         tensor = in_their_order(layout, config, name, tensor.detach())
         parts = tensor.split(_rows(config, names, tuple(tensor.shape)))
         for part, value in zip(names, parts, strict=True):
-            turned = value.T if rule.transposed and value.ndim == 2 else value
-            theirs[part] = turned.to("cpu", copy=True).contiguous()
-    return theirs
+            yield part, value.T if rule.transposed and value.ndim == 2 else value
 
 
 def in_their_order(layout: Layout, config: ModelConfig, name: str, rows: Tensor) -> Tensor:
