@@ -48,26 +48,20 @@ def test_length_of_a_run(train: dict[str, Any], steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "overrides", "found"),
+    ("score", "overrides", "found"),
     [
-        ("align", ["method=ppo"], ("best", "eval/exact_match", "max")),
-        ("align", ["method=grpo", "eval.problems=null", "eval.max_prompts=8"], ("best", "eval/reward", "max")),
-        ("align", ["method=rloo", "checkpoint.best_metric=eval/loss", "checkpoint.keep_best=1"],
-         ("best", "eval/loss", "min")),
-        ("align", ["method=ppo", "eval.problems=null"], ("last", None, "min")),  # nothing says which is best
-        ("align", ["method=ppo", "eval.every_steps=30"], ("last", None, "min")),  # not every checkpoint is measured
-        ("align", ["method=ppo", "checkpoint.every_steps=null"], ("last", None, "min")),
-        ("align", ["method=ppo", "checkpoint.final=last"], ("last", None, "min")),
-        ("align", ["method=dpo"], ("last", None, "min")),
-        ("pretrain", [], ("last", None, "min")),
+        ("eval/reward", [], ("best", "eval/reward", "max")),
+        ("eval/reward", ["checkpoint.best_metric=eval/loss", "checkpoint.keep_best=1"], ("best", "eval/loss", "min")),
+        ("eval/reward", ["eval.every_steps=30"], ("last", None, "min")),  # not every checkpoint is measured
+        ("eval/reward", ["checkpoint.every_steps=null"], ("last", None, "min")),
+        ("eval/reward", ["checkpoint.final=last"], ("last", None, "min")),
+        (None, [], ("last", None, "min")),
     ],
-)  # fmt: skip
-def test_the_best_of_what_is_sampled_is_handed_on(
-    command: str, overrides: list[str], found: tuple[str, str | None, str]
+)
+def test_the_best_is_handed_on_where_a_score_tells(
+    score: str | None, overrides: list[str], found: tuple[str, str | None, str]
 ) -> None:
-    rewards = ["rewards=length", "rewards.length.options.maximum=8"] if "method=dpo" not in overrides else []
-    config = load_config(command, [*overrides, *(rewards if command == "align" else [])])
-    keep = handover.checkpoint_config(config)
+    keep = handover.checkpoint_config(load_config("align", overrides), score)
     assert (keep.final, keep.best_metric, keep.best_mode) == found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stages.test_preference import run
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
@@ -18,7 +19,8 @@ from llmtrain.models.formats import load_language_model
 from llmtrain.rewards.rules import Length, Regex
 from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages import align, evaluators, reinforcement
-from llmtrain.stages.evaluators import HeldOutPrompts
+from llmtrain.stages.evaluators import HeldOutPrompts, Problems
+from llmtrain.stages.reinforcement import held_out_score
 
 SETTINGS = SampledAnswersConfig(max_new_tokens=7)
 REWARD = WeightedSum({"length": Length(maximum=9), "letter": Regex(pattern="[a-z]")}, {"length": 2.0, "letter": 0.0})
@@ -95,3 +97,21 @@ def test_held_out_prompts_that_are_not_there_are_asked_for(parent: Path, tmp_pat
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"eval.max_prompts: no prompt is held out; name some: data\.sources"):
         align.run(load_config("align", [*line, "run=b"]))
+
+
+@pytest.mark.parametrize(("method", "best"), [(["method=ppo"], True), (["method=dpo"], False)])
+def test_the_checkpoint_with_the_best_held_out_answers_is_handed_on(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: list[str], best: bool
+) -> None:
+    rewards = ["rewards=length", "method.max_new_tokens=4"] if best else []
+    run(parent, tmp_path, "run", *method, *rewards, "train.steps=4", "eval.every_steps=2", "checkpoint.every_steps=2",
+        "eval.problems=embedded:arithmetic", "eval.max_problems=2")  # fmt: skip
+    assert ("best by eval/exact_match: step " in capsys.readouterr().err) is best
+
+
+def test_a_right_answer_tells_more_than_a_reward(parent: Path) -> None:
+    prompts = held_out(parent, seed=0)
+    problems = Problems(prompts.model, prompts.tokenizer, prompts.prompts, max_new_tokens=4)
+    assert held_out_score([prompts, problems]) == "eval/exact_match"
+    assert held_out_score([prompts]) == "eval/reward"
+    assert held_out_score([]) is None

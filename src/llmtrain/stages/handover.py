@@ -24,7 +24,6 @@ from llmtrain.config.schema import (
     CheckpointConfig,
     LoraConfig,
     PretrainConfig,
-    SampledAnswersConfig,
     SamplingMethod,
     StageConfig,
 )
@@ -54,29 +53,20 @@ def run_folder(config: StageConfig) -> Path:
     return Path(config.runs_dir) / config.run
 
 
-def checkpoint_config(config: StageConfig) -> CheckpointConfig:
-    """`config.checkpoint` with what null stands for in `final`: which weights the run hands on."""
+def checkpoint_config(config: StageConfig, score: str | None) -> CheckpointConfig:
+    """`config.checkpoint` with what null stands for in `final`: which weights the run hands on.
+
+    `score`: of a policy whose reward can be exploited, the metric that tells, higher is better; null for other runs.
+    """
     keep, every = config.checkpoint, config.eval.every_steps
     if keep.final is not None:
         return keep
-    metric = keep.best_metric or held_out_score(config)
     is_measured = every is not None and keep.every_steps is not None and keep.every_steps % every == 0
-    if metric is None or not is_measured or not samples_answers(config):
+    if score is None or not is_measured:
         return dataclasses.replace(keep, final="last")
-    mode = keep.best_mode if keep.best_metric else "max"
-    return dataclasses.replace(keep, final="best", best_metric=metric, best_mode=mode)
-
-
-def samples_answers(config: StageConfig) -> bool:
-    """Whether the run learns from answers of its own."""
-    return isinstance(config, AlignConfig) and isinstance(config.method, SampledAnswersConfig)
-
-
-def held_out_score(config: StageConfig) -> str | None:
-    """What says best how good a policy's answers are, higher is better; None where nothing does."""
-    if config.eval.problems is not None:
-        return "eval/exact_match"
-    return "eval/reward" if config.eval.max_prompts is not None else None
+    if keep.best_metric is not None:
+        return dataclasses.replace(keep, final="best")
+    return dataclasses.replace(keep, final="best", best_metric=score, best_mode="max")
 
 
 def model_folder(path: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
 from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import AnyActorCritic, Run, Samples
-from llmtrain.stages.evaluators import BestOf, HeldOutPrompts, build_problems
+from llmtrain.stages.evaluators import BestOf, HeldOutPrompts, Problems, build_problems
 from llmtrain.stages.judging import build_reward, check_expected
 from llmtrain.stages.planning import row_digests
 
@@ -99,7 +99,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     run.write_samples("before", samples)
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective,
-        tokenizer=tokenizer, plan=plan, evaluators=evaluators, parts=learner.parts,
+        tokenizer=tokenizer, plan=plan, evaluators=evaluators, score=held_out_score(evaluators), parts=learner.parts,
     )  # fmt: skip
     run.write_samples("after", samples)
     run.finish(policy, tokenizer, data=said, plan=plan)
@@ -139,6 +139,14 @@ def build_evaluators(
         evaluators.append(prompts)
         samples = samples if problems.problems else prompts.samples
     return evaluators, samples
+
+
+def held_out_score(evaluators: Sequence[Evaluator]) -> str | None:
+    """What says best how good answers are, higher is better; null where nothing does."""
+    kinds = {type(each) for each in evaluators}
+    if Problems in kinds:
+        return "eval/exact_match"
+    return "eval/reward" if HeldOutPrompts in kinds else None
 
 
 def load_rows(
