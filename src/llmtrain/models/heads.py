@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
+from llmtrain.models.initialisation import drawn_matrix
 from llmtrain.models.transformer import Transformer, flops_per_weight
 
 # What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward; where the
@@ -90,11 +91,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
-        """Draws all weights anew from a CPU generator, as `Transformer.initialise` does; the head has `init_std`."""
+        """Draws all weights anew from a CPU generator, as `Transformer.initialise` does, the head last."""
         self.trunk.initialise(generator)
         if not self.config.tied_embeddings:
-            drawn = torch.empty(self.head.weight.shape).normal_(0.0, self.config.init_std, generator=generator)
-            self.head.weight.copy_(drawn)
+            self.head.weight.copy_(drawn_matrix(self.config, "head.weight", self.head.weight.shape, generator))
         return self
 
 
