@@ -82,7 +82,7 @@ class Block(nn.Module):
         if self.skipped == 0.0 or not self.training:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.skipped
-        return branch * (kept / (1.0 - self.skipped)).to(branch.dtype)
+        return torch.where(kept, branch / (1.0 - self.skipped), 0.0)
 
 
 class Transformer(nn.Module):

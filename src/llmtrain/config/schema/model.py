@@ -93,7 +93,6 @@ class ModelConfig:
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
     init: InitConfig = Field(default_factory=Gpt2InitConfig, discriminator="name")
-    """How weights begin: gpt2, normal, scaled, small, or mup, by which the learning rate follows the width too."""
     published_vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary that the model was published with. `llmtrain show model=` counts with it; a run has the
     vocabulary of its own tokenizer."""
