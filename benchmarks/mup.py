@@ -37,7 +37,7 @@ from llmtrain.optim.schedules import learning_rate
 
 VOCAB_SIZE, LENGTH, ROWS, HELD_OUT_ROWS, HEAD_DIM = 256, 64, 8, 128, 16
 # Powers of 2.
-EXPONENTS = range(-11, -3)
+EXPONENTS = range(-10, -2)
 OBJECTIVE = NextToken()
 
 
@@ -59,7 +59,7 @@ def architecture(width: int, init: InitConfig) -> ModelConfig:
     """The model of a width."""
     return ModelConfig(
         num_layers=2, hidden_size=width, num_heads=width // HEAD_DIM, ffn_hidden_size=3 * width,
-        max_sequence_length=LENGTH, init=init,
+        max_sequence_length=LENGTH, tied_embeddings=False, init_std=0.1, init=init,
     )  # fmt: skip
 
 

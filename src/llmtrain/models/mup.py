@@ -51,9 +51,8 @@ def learning_rate_scales(
     Raises ConfigError for an optimizer (import path) that there is no rule for.
     """
     if isinstance(model, ActorCritic):
-        parts = {"policy": model.policy, "value": model.value}
-        found = {part: learning_rate_scales(each, optimizer) for part, each in parts.items()}
-        return {f"{part}.{name}": scale for part, scales in found.items() for name, scale in scales.items()}
+        policy, value = (learning_rate_scales(part, optimizer) for part in (model.policy, model.value))
+        return {f"policy.{name}": policy[name] for name in policy} | {f"value.{name}": value[name] for name in value}
     ratio = (model.policy if isinstance(model, SharedActorCritic) else model).config.width_ratio
     if ratio == 1.0:
         return {}
