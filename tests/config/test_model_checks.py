@@ -11,6 +11,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import Llama3ScalingConfig, YarnScalingConfig
 
 YARN = "{name:yarn,factor:4,original_max_sequence_length:128}"
+MUP = "{name:mup,base_hidden_size:64,base_head_dim:32}"
 CASES = {
     "heads": (["num_heads=3"], "model.num_heads: 3 does not divide model.hidden_size=128; change one, or give"),
     "head_dim": (["head_dim=9"], "model.head_dim: 9 per head; rope needs an even number"),
@@ -67,6 +68,21 @@ CASES = {
         "model.hidden_size: 33 is odd; sinusoidal positions are pairs",
     ),
     "scale": (["embedding_scale=-1.0"], "model.embedding_scale: -1.0 is not above 0"),
+    "deviation said twice": (
+        ["init.name=scaled", "init_std=0.1"],
+        "model.init_std: has no effect: scaled says how large weights are by their shapes",
+    ),
+    "base model": (["init.name=mup"], "model.init.base_head_dim: needs a value: a whole number >= 1"),
+    "key of another kind": (["init.name=small", "init.zero_head=true"], "model.init.zero_head: unknown key"),
+    "zero head": (
+        [f"init={MUP}", "init.zero_head=true"],
+        "model.init.zero_head: the head is the embedding, which is not to be zero; set model.tied_embeddings=false",
+    ),
+    "zero query": (
+        [f"init={MUP}", "init.zero_query=true", "qk_norm=full"],
+        "model.init.zero_query: queries of zero cannot be normalised",
+    ),
+    "all rows past all branches": (["stochastic_depth=1.0"], "it takes a number >= 0 and < 1"),
     "scale in words": (["embedding_scale=sqrt"], "'sqrt' is not allowed; it takes a number or sqrt_hidden_size"),
 }
 
@@ -86,6 +102,14 @@ def test_faults_are_told_together() -> None:
         load_config("pretrain", [f"model.{change}" for change in changes])
     for key in ("rope_theta", "sliding_window", "norm_placement"):
         assert f"model.{key}" in str(raised.value)
+
+
+def test_mup_has_rules_for_adamw() -> None:
+    assert load_config("pretrain", [f"model.init={MUP}"]).model.width_ratio == 2.0
+    with pytest.raises(ConfigError) as raised:
+        load_config("pretrain", [f"model.init={MUP}", "optimizer=sgd"])
+    problem = "optimizer._target_: model.init.name=mup has its learning rates for torch.optim.AdamW only"
+    assert problem in " ".join(str(raised.value).split())
 
 
 def test_scalings_are_chosen_by_name() -> None:

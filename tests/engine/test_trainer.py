@@ -124,6 +124,23 @@ def test_training_is_what_a_plain_loop_does(build: Callable[..., Trainer], tmp_p
     torch.testing.assert_close(trainer.model.weight, model.weight, rtol=1e-5, atol=1e-6)
 
 
+def test_the_schedule_is_multiplied_by_the_scale_of_a_group(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    model, plain = line_model(), line_model()
+    optimizers = [
+        torch.optim.SGD([{"params": [each.weight], "lr_scale": 0.25}, {"params": [each.bias]}], lr=1.0)
+        for each in (model, plain)
+    ]
+    build(model=model, optimizer=optimizers[0], max_grad_norm=None).fit()
+    for step in range(6):
+        for group, scale in zip(optimizers[1].param_groups, (0.25, 1.0), strict=True):
+            group["lr"] = scale * 0.1 / (step + 1)
+        optimizers[1].zero_grad()
+        (SquaredError()(plain, Line()(step))[0] / 3).backward()
+        optimizers[1].step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-6, atol=1e-7)
+    assert rows(tmp_path)[1]["train/learning_rate"] == 0.1, "that of the schedule"
+
+
 def test_loss_is_divided_by_what_counts_in_the_whole_batch(build: Callable[..., Trainer]) -> None:
     # the weights stand in the first micro-batch alone: a mean of means would come out at a quarter
     gradients = []

@@ -21,6 +21,7 @@ from llmtrain.config.schema import (
     HingeConfig,
     IpoConfig,
     ModelConfig,
+    MupInitConfig,
     OrpoConfig,
     PpoConfig,
     RobustConfig,
@@ -38,6 +39,7 @@ from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.models.mup import at_width
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.kl import AdaptiveKL
@@ -64,12 +66,13 @@ PREFERENCE = {
     "hinge": HingeConfig(), "robust": RobustConfig(), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "cpo": CpoConfig(),
 }  # fmt: skip
 OBJECTIVES = (
-    "next_token", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
+    "next_token", "mup", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
     "token grpo", "reinforce",
 )  # fmt: skip
 METHODS = ("ppo", "shared ppo", "grpo", "rloo", "reinforce", "online_dpo", "rejection_sampling")
 GROUPED = ("grpo", "rloo", "online_dpo", "rejection_sampling")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
+MUP = dataclasses.replace(CONFIG, init=MupInitConfig(base_hidden_size=8, base_head_dim=4))
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
 
@@ -134,8 +137,8 @@ def places(layout: Layout) -> list[tuple[Layout, Any, str]]:
     return [(ALONE, "ddp", "1"), (layout, "ddp", "2 ddp"), (layout, "fsdp", "2 fsdp")]
 
 
-def language_model(seed: int) -> LanguageModel:
-    model = LanguageModel(CONFIG, VOCAB).initialise(torch.Generator().manual_seed(seed))
+def language_model(seed: int, config: ModelConfig = CONFIG) -> LanguageModel:
+    model = LanguageModel(config, VOCAB).initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for parameter in model.parameters():  # away from the start, where answers are all alike
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
@@ -163,6 +166,8 @@ def build(name: str) -> tuple[nn.Module, Any]:
         return language_model(1), Grpo(loss_average="token" if name == "token grpo" else "sequence")
     if name in ("rloo", "reinforce"):
         return language_model(1), Reinforce()
+    if name == "mup":
+        return language_model(1, at_width(MUP)), NextToken(z_loss=1e-3)
     if name in ("bradley_terry", "rankings"):
         objective = BradleyTerry(margin_weight=0.5, centring_weight=0.1) if name == "rankings" else BradleyTerry()
         return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), objective
@@ -179,7 +184,9 @@ def global_batch(name: str) -> Batch:
     lengths = torch.tensor(LENGTHS)
     inside = torch.arange(WIDTH) < lengths[:, None]
     tokens, others = (torch.randint(1, VOCAB, (ROWS, WIDTH), generator=draw) * inside for _ in range(2))
-    mask = inside & (torch.arange(WIDTH) >= (1 if name == "next_token" else (lengths[:, None] // 2).clamp(min=1)))
+    mask = inside & (
+        torch.arange(WIDTH) >= (1 if name in ("next_token", "mup") else (lengths[:, None] // 2).clamp(min=1))
+    )
     source = torch.arange(ROWS) % 2
     if (
         name == "packed"
@@ -188,7 +195,7 @@ def global_batch(name: str) -> Batch:
         borders[:, 0] = False
         documents, mask = borders.cumsum(dim=1).int(), mask & ~borders
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents)
-    if name in ("next_token", "sft"):
+    if name in ("next_token", "mup", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
     if name.endswith(("grpo", "reinforce")):
         # the two rows of a group begin alike, as far as the second one's answer; some prompts outlast the first row

@@ -62,6 +62,14 @@ def test_a_checkpoint_goes_on_in_another_layout(first: list[str], then: list[str
 
 
 @pytest.mark.slow
+def test_learning_rates_by_width_are_those_of_the_sharded_parameters(tmp_path: Path) -> None:
+    mup = ["model.init={name:mup,base_hidden_size:8,base_head_dim:4}"]
+    for name, layout in {"alone": ALONE, "fsdp": FSDP}.items():
+        pretrain(tmp_path, name, [*layout, *mup])
+    assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_work(launcher: str, pretrained: Path) -> None:
     pretrain(pretrained, launcher, ALONE, LAUNCHERS[launcher])

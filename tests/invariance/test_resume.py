@@ -17,8 +17,10 @@ BEST = [
     "checkpoint.final=best", "checkpoint.best_metric=eval/prose/bits_per_byte", "checkpoint.best_mode=max",
     "eval.every_steps=3",
 ]  # fmt: skip
+DROPOUT = ["model.dropout=0.2", "model.stochastic_depth=0.2"]
 CASES = COMMANDS | {
-    "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
+    "dropout": [*COMMANDS["pretrain"], *DROPOUT, "train.micro_batch_rows=2"],
+    "mup": [*COMMANDS["pretrain"], "model.init={name:mup,base_hidden_size:8,base_head_dim:4}"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
     "lora-sft": [*COMMANDS["lora-sft"], "adapter.dropout=0.1"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
@@ -33,7 +35,7 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best")
+INDEPENDENT = ("pretrain", "dropout", "mup", "length-warmup", "best")
 FAST = ("dropout",)
 
 

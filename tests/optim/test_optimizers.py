@@ -61,6 +61,15 @@ def test_matrices_decay_and_vectors_do_not(model):
     assert decaying["betas"] == (0.9, 0.95)
 
 
+def test_scaled_learning_rates_make_groups_whose_steps_decay_alike(model):
+    optimizer = build_optimizer(model, config(lr=0.01, weight_decay=0.1), {"1.weight": 0.25, "2.weight": 0.5})
+    groups = [
+        (len(each["params"]), each["lr"], each["weight_decay"], each.get("lr_scale")) for each in optimizer.param_groups
+    ]
+    assert groups == [(1, 0.01, 0.1, None), (1, 0.0025, 0.4, 0.25), (2, 0.01, 0.0, None), (1, 0.005, 0.0, 0.5)]
+    assert optimizer.param_groups[1]["params"] == [model[1].weight]
+
+
 def test_frozen_and_shared_parameters(model):
     model[1].requires_grad_(False)
     tied = nn.ModuleDict({"body": model, "head": nn.Linear(4, 5, bias=False)})
@@ -134,7 +143,8 @@ def test_sharded_parameters(model, tmp_path, monkeypatch):
         plain.load_state_dict(model.state_dict())
         fully_shard(model, mesh=mesh)
         for net in (model, plain):
-            optimizer = build_optimizer(net, config(lr=0.01))
+            optimizer = build_optimizer(net, config(lr=0.01), {"1.weight": 0.25})
+            assert optimizer.param_groups[1]["lr_scale"] == 0.25
             net(torch.arange(5)).square().sum().backward()
             optimizer.step()
         assert type(next(model.parameters())).__name__ == "DTensor"

@@ -22,6 +22,7 @@ from llmtrain.models.footprint import (
 from llmtrain.models.formats import read_config
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.meta import on_meta
+from llmtrain.models.mup import at_width
 from llmtrain.optim.optimizers import state_bytes_per_weight
 from llmtrain.stages import handover
 from llmtrain.stages.planning import rows_per_step
@@ -38,7 +39,7 @@ def show_model(model: str, overrides: Sequence[str], console: Console) -> None:
     if is_folder:
         architecture, vocab_size = read_config(handover.model_folder(model))
     else:
-        architecture, vocab_size = config.model, vocabulary(config.model, config.tokenizer)
+        architecture, vocab_size = at_width(config.model), vocabulary(config.model, config.tokenizer)
     with on_meta():
         built = LanguageModel(architecture, vocab_size)
     _print_layers(console, built)

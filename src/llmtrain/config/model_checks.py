@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from llmtrain.config.plain import Finding
+from llmtrain.config.schema import MUP_OPTIMIZERS
 from llmtrain.config.view import View, finding, no_effect
 
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
@@ -100,4 +101,25 @@ def embeddings(view: View) -> Iterator[Finding]:
         yield finding(f"{scale} is not above 0", "model.embedding_scale")
 
 
-MODEL_CHECKS = (attention_shape, rotary, rope_scaling, windows, norms, embeddings)
+def initialisation(view: View) -> Iterator[Finding]:
+    """Some kinds say the deviation themselves; muP has rules for some optimizers, and zeros where they can be left."""
+    kind = view["model.init.name"]
+    if kind in ("scaled", "small"):
+        yield from _changed(view, "init_std", f"{kind} says how large weights are by their shapes", "init.name")
+    if kind != "mup":
+        return
+    if view["model.init.zero_head"] and view["model.tied_embeddings"]:
+        problem = "the head is the embedding, which is not to be zero; set model.tied_embeddings=false"
+        yield finding(problem, "model.init.zero_head", "model.tied_embeddings")
+    if view["model.init.zero_query"] and view["model.qk_norm"] != "none":
+        yield finding("queries of zero cannot be normalised", "model.init.zero_query", "model.qk_norm")
+
+
+def mup_optimizer(view: View) -> Iterator[Finding]:
+    """The learning rates of muP depend on what the optimizer makes of a gradient."""
+    if view["model.init.name"] == "mup" and view["optimizer._target_"] not in MUP_OPTIMIZERS:
+        problem = f"model.init.name=mup has its learning rates for {' or '.join(MUP_OPTIMIZERS)} only"
+        yield finding(problem, "optimizer._target_", "model.init.name")
+
+
+MODEL_CHECKS = (attention_shape, rotary, rope_scaling, windows, norms, embeddings, initialisation, mup_optimizer)

@@ -131,7 +131,7 @@ class Trainer:
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("lr_scale", 1.0)
             metrics, tokens = self._step(step, loss_of)
             step += 1
             self.speed.end_step(tokens)

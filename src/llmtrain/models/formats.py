@@ -45,7 +45,7 @@ def load_language_model(
     """The language model of a folder or hub id, float32 on the CPU.
 
     `state` holds the weights by our own names, where they are not in the folder (a training checkpoint's).
-    `dropout` takes the place of the folder's.
+    `dropout` takes the place of the folder's, and of its stochastic depth.
     Raises UserError, which lists all tensors that do not fit.
     """
     folder = locate(folder)
@@ -80,7 +80,7 @@ def load_scalar_model(
 
 
 def _with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
-    return config if dropout is None else dataclasses.replace(config, dropout=dropout)
+    return config if dropout is None else dataclasses.replace(config, dropout=dropout, stochastic_depth=0.0)
 
 
 def save_model(

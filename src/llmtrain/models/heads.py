@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
+from llmtrain.models.initialisation import drawn_matrix
 from llmtrain.models.meta import on_meta
 from llmtrain.models.transformer import Transformer, flops_per_weight
 
@@ -91,11 +92,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
-        """Draws all weights anew from a CPU generator, as `Transformer.initialise` does; the head has `init_std`."""
+        """Draws all weights anew from a CPU generator, as `Transformer.initialise` does, the head last."""
         self.trunk.initialise(generator)
         if not self.config.tied_embeddings:
-            drawn = torch.empty(self.head.weight.shape).normal_(0.0, self.config.init_std, generator=generator)
-            self.head.weight.copy_(drawn)
+            self.head.weight.copy_(drawn_matrix(self.config, "head.weight", self.head.weight.shape, generator))
         return self
 
 

@@ -18,13 +18,11 @@ from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.models.attention import Attention, Context, KVCache
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.initialisation import drawn_matrix
 from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
 from llmtrain.models.shared_rows import SharedRows
-
-# The two projections of a block whose outputs are added to the residual stream.
-INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
 
 
 class Block(nn.Module):
@@ -35,11 +33,16 @@ class Block(nn.Module):
     - reordered: x + n(A(x)), then x + n(F(x)) (OLMo 2, arXiv 2501.00656, section 3.2).
     - sandwich: x + n(A(n(x))), then x + n(F(n(x))) (Ding et al. 2021, arXiv 2105.13290; Gemma 2).
     - pre, parallel: x + A(n(x)) + F(n(x)), both behind one norm or each behind its own (GPT-J, GPT-NeoX).
+
+    While training with stochastic depth p, each row leaves each branch of layer l of L out with probability p l / L,
+    and the branches that are kept are divided by the rest (Huang et al. 2016, arXiv 1603.09382, equations 4 and 5;
+    divided in training instead of multiplied afterwards, as dropout is).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.skipped = config.stochastic_depth * (layer + 1) / config.num_layers
         self.placement, self.order = config.norm_placement, config.block
         has_first, has_last = self.placement != "reordered", self.placement in ("reordered", "sandwich")
         has_second = has_first and self.order != "parallel_shared_norm"
@@ -62,11 +65,7 @@ class Block(nn.Module):
         normed = self._before(self.attention_norm, hidden)
         attended = self.attention(normed, context, cache)
         transformed = self.feed_forward(normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden))
-        return (
-            hidden
-            + F.dropout(attended, self.dropout, self.training)
-            + F.dropout(transformed, self.dropout, self.training)
-        )
+        return hidden + self._thinned(attended) + self._thinned(transformed)
 
     def _before(self, norm: nn.Module | None, hidden: Tensor) -> Tensor:
         return hidden if norm is None or self.placement == "post" else norm(hidden)
@@ -74,8 +73,16 @@ class Block(nn.Module):
     def _added(self, hidden: Tensor, branch: Tensor, norm: nn.Module | None, output_norm: nn.Module | None) -> Tensor:
         if output_norm is not None:
             branch = output_norm(branch.to(hidden.dtype))  # under autocast it is of another
-        hidden = hidden + F.dropout(branch, self.dropout, self.training)
+        hidden = hidden + self._thinned(branch)
         return norm(hidden) if self.placement == "post" and norm is not None else hidden
+
+    def _thinned(self, branch: Tensor) -> Tensor:
+        """The branch after dropout and stochastic depth, which draw from torch's own generator."""
+        branch = F.dropout(branch, self.dropout, self.training)
+        if self.skipped == 0.0 or not self.training:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.skipped
+        return torch.where(kept, branch / (1.0 - self.skipped), 0.0)
 
 
 class Transformer(nn.Module):
@@ -176,20 +183,16 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws all weights anew: N(0, init_std²), into the residual stream init_std / sqrt(2 num_layers); biases 0.
+        """Draws all weights anew: matrices as `drawn_matrix` does, biases 0, norms as if they had no weight.
 
-        Radford et al. 2019, section 2.3. Norms begin as if they had no weight. Drawn on the CPU in the order of the
-        parameters, whatever device they are on, from a CPU generator.
+        Drawn on the CPU in the order of the parameters, whatever device they are on, from a CPU generator.
         """
         no_weight = 0.0 if self.config.norm == "zero_centred_rmsnorm" else 1.0
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else no_weight)
-                continue
-            std = self.config.init_std
-            if name.endswith(INTO_RESIDUAL):
-                std /= (2 * self.config.num_layers) ** 0.5
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            else:
+                parameter.copy_(drawn_matrix(self.config, name, parameter.shape, generator))
 
 
 def flops_per_weight(weight: Tensor) -> float:

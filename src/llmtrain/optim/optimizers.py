@@ -1,6 +1,7 @@
 """The optimizer of a run: any `torch.optim.Optimizer` class, with weight decay on matrices only."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,14 +22,19 @@ PROBE_SIZE = 256
 SHARED = ("betas", "eps")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, scales: Mapping[str, float] | None = None) -> Optimizer:
     """The optimizer that `config` names, over the model's trainable parameters; they may be sharded (DTensor).
+
+    `scales`: see `parameter_groups`.
 
     Raises:
         ConfigError: if the class cannot be found or does not know an option.
     """
     target = optimizer_class(config)
-    groups = parameter_groups(model, _decay(target, config))
+    groups = [
+        {**group, "lr": config.lr * group.get("lr_scale", 1.0)}
+        for group in parameter_groups(model, _decay(target, config), scales or {})
+    ]
     arguments = {"lr": config.lr, **_shared(target, config), **_fused(target, config, model), **config.options}
     try:
         return target(groups, **arguments)
@@ -46,22 +52,31 @@ def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
     return target
 
 
-def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters in two groups, each once: those with two or more dimensions decay, the others do not.
 
     Matrices and embeddings decay; norms, biases and other vectors do not, as in nanoGPT.
     Empty groups are left out. Without weight decay (None) all are in one group.
+
+    `scales`: what multiplies the learning rate of parameters, by name. Those with the same one are a group of their
+    own, which keeps it as `lr_scale`. Their weight decay is divided by it: decay of a step is the product of the two,
+    and so the same as without (as in the muP authors' code; Wang and Aitchison 2024, arXiv 2405.13698).
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if weight_decay is None:
-        return [{"params": parameters}]
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = weight_decay is not None and parameter.dim() >= 2
+            groups.setdefault((not decays, (scales or {}).get(name, 1.0)), []).append(parameter)
+    return [
+        {
+            "params": groups[constant, scale],
+            **({} if weight_decay is None else {"weight_decay": 0.0 if constant else weight_decay / scale}),
+            **({} if scale == 1.0 else {"lr_scale": scale}),
+        }
+        for constant, scale in sorted(groups, key=lambda key: (key[0], -key[1]))
     ]
-    return [group for group in groups if group["params"]]
 
 
 def state_bytes_per_weight(config: OptimizerConfig) -> float:

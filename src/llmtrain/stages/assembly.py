@@ -35,6 +35,7 @@ from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
 from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
+from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
@@ -180,7 +181,9 @@ class Run(Generic[Config]):
 
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
-            optimizer=build_optimizer(model, config.optimizer),
+            optimizer=build_optimizer(
+                trained, config.optimizer, learning_rate_scales(trained, config.optimizer.target)
+            ),
             learning_rate=lambda step: learning_rate(
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
             ),

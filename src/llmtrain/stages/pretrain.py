@@ -23,6 +23,7 @@ from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
+from llmtrain.models.mup import at_width
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
@@ -168,7 +169,8 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"{model.vocab_size}. Use the model's own tokenizer: leave tokenizer.path away."
             )
         return model
-    return LanguageModel(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
+    model = LanguageModel(at_width(config.model), tokenizer.vocab_size)
+    return model.initialise(torch.Generator().manual_seed(config.seed))
 
 
 def domain(

@@ -32,6 +32,15 @@ from llmtrain.config.schema.data import (
     TemplateConfig,
 )
 from llmtrain.config.schema.health import HealthConfig
+from llmtrain.config.schema.initialisation import (
+    MUP_OPTIMIZERS,
+    Gpt2InitConfig,
+    InitConfig,
+    MupInitConfig,
+    NormalInitConfig,
+    ScaledInitConfig,
+    SmallInitConfig,
+)
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import (
     PAIR_METHODS,
@@ -78,6 +87,7 @@ from llmtrain.config.schema.training import (
 )
 
 __all__ = [
+    "MUP_OPTIMIZERS",
     "PAIR_METHODS",
     "PREFERENCE_METHODS",
     "AdapterConfig",
@@ -93,9 +103,11 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "GenerateConfig",
+    "Gpt2InitConfig",
     "GrpoConfig",
     "HealthConfig",
     "HingeConfig",
+    "InitConfig",
     "IpoConfig",
     "KtoConfig",
     "LengthWarmupConfig",
@@ -105,7 +117,9 @@ __all__ = [
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "MupInitConfig",
     "NoAdapterConfig",
+    "NormalInitConfig",
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
@@ -132,10 +146,12 @@ __all__ = [
     "SampledAnswersConfig",
     "SampledPairsConfig",
     "SamplingMethod",
+    "ScaledInitConfig",
     "ScheduleConfig",
     "SftConfig",
     "ShowConfig",
     "SimpoConfig",
+    "SmallInitConfig",
     "SourceConfig",
     "StageConfig",
     "TemplateConfig",

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from llmtrain.config.schema.initialisation import Gpt2InitConfig, InitConfig, MupInitConfig
 from llmtrain.config.schema.rope import RopeScaling
 from llmtrain.config.schema.strict import STRICT
 
@@ -86,8 +87,12 @@ class ModelConfig:
     """Logits z become c tanh(z / c) (Gemma 2: 30). Null: they stay."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on embeddings, attention weights and both residual branches during training."""
+    stochastic_depth: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a row goes past a branch of the last layer during training; it rises linearly over the layers
+    (Huang et al. 2016)."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
+    init: InitConfig = Field(default_factory=Gpt2InitConfig, discriminator="name")
     published_vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary that the model was published with. `llmtrain show model=` counts with it; a run has the
     vocabulary of its own tokenizer."""
@@ -101,6 +106,11 @@ class ModelConfig:
     def head_size(self) -> int:
         """`head_dim`, or what null means."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def width_ratio(self) -> float:
+        """The width, over that of the base model of muP; 1 without muP."""
+        return self.hidden_size / self.init.base_hidden_size if isinstance(self.init, MupInitConfig) else 1.0
 
     @property
     def windows(self) -> list[int | None]:

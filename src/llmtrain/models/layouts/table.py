@@ -17,7 +17,9 @@ from llmtrain.models.feed_forward import inner_size
 
 Fields = dict[str, Any]
 # Of the config, and no part of the architecture.
-NOT_SHAPE = ("init_from", "adapter_from", "dropout", "init_std", "published_vocab_size")
+NOT_SHAPE = ("init_from", "adapter_from", "dropout", "stochastic_depth", "init_std", "init", "published_vocab_size")
+# No family has a key for it: it is kept in a block of our own beside theirs.
+STOCHASTIC_DEPTH = "llmtrain.stochastic_depth"
 BIASES: tuple[BiasedPart, ...] = ("qkv", "attention_output", "mlp", "norm")
 # Only rotary positions have these; only layers with a window the second.
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
@@ -170,6 +172,8 @@ class Layout:
         for part in self.parts:
             for key, value in part.write(described(config)).items():
                 put(theirs, key, value)
+        if config.stochastic_depth:
+            put(theirs, STOCHASTIC_DEPTH, config.stochastic_depth)
         return theirs
 
     def read_fields(self, theirs: Fields) -> tuple[Fields, list[str]]:
@@ -179,7 +183,8 @@ class Layout:
             read, found = part.read(theirs, ours)
             ours |= read
             faults += found
-        return _shortened(ours), faults
+        skipped = look_up(theirs, STOCHASTIC_DEPTH, 0.0)
+        return _shortened(ours | ({"stochastic_depth": skipped} if skipped else {})), faults
 
     def expresses(self, config: ModelConfig) -> bool:
         """Whether the architecture is the same after it was written and read."""
@@ -208,6 +213,7 @@ def described(config: ModelConfig) -> Fields:
         "head_dim": config.head_size,
         "ffn_hidden_size": inner_size(config),
         "windows": config.windows,
+        "width_ratio": config.width_ratio,  # learning rates go by it: no family has a word for that
         "attention_scale": None if config.attention_scale == config.head_size**-0.5 else config.attention_scale,
         "embedding_scale": config.hidden_size**0.5 if by_width else config.embedding_scale,
         **{f"{part}_bias": config.has_bias(part) for part in BIASES},

@@ -1,0 +1,88 @@
+"""Initial weights: how wide the normal distribution is that a matrix is drawn from, by its name and shape.
+
+Shapes: O outputs and I inputs of a matrix, H hidden size, L layers, l a layer from 1.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import ModelConfig, MupInitConfig
+
+# The two projections of a block whose outputs are added to the residual stream.
+INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
+
+
+class Matrix(NamedTuple):
+    """Where a matrix stands."""
+
+    inputs: int
+    """I; of an embedding, whose inputs are single tokens or positions, its width."""
+    layer: int | None
+    """l; None for embeddings and the head."""
+    into_residual: bool
+    """Whether what it makes is added to the residual stream."""
+
+
+def gpt2(config: ModelConfig, matrix: Matrix) -> float:
+    """σ, and σ / √(2 L) into the residual stream, of which there are 2 L; Radford et al. 2019, section 2.3."""
+    return config.init_std / (2 * config.num_layers) ** 0.5 if matrix.into_residual else config.init_std
+
+
+def normal(config: ModelConfig, matrix: Matrix) -> float:
+    """σ everywhere, as OLMo 2 has it (arXiv 2501.00656)."""
+    return config.init_std
+
+
+def scaled(config: ModelConfig, matrix: Matrix) -> float:
+    """1 / √I, and 1 / √(2 I l) into the residual stream: earlier layers say more.
+
+    By layer after Zhang et al. 2019 (arXiv 1908.11365), with the constants of OLMo's `mitchell` (arXiv 2402.00838),
+    which also cuts the distribution at three standard deviations.
+    """
+    depth = 2 * matrix.layer if matrix.into_residual and matrix.layer is not None else 1
+    return (matrix.inputs * depth) ** -0.5
+
+
+def small(config: ModelConfig, matrix: Matrix) -> float:
+    """√(2 / (5 H)), and 2 / (L √H) into the residual stream; GPT-NeoX-20B (arXiv 2204.06745, section 2.3.1).
+
+    The first is Nguyen and Salazar's (2019, arXiv 1910.05895), the second Wang's, of GPT-J.
+    """
+    if matrix.into_residual:
+        return 2 / (config.num_layers * config.hidden_size**0.5)
+    return (2 / (5 * config.hidden_size)) ** 0.5
+
+
+def mup(config: ModelConfig, matrix: Matrix) -> float:
+    """That of `gpt2`, over √m in the layers, m being how much wider they are than those of the base model.
+
+    Yang et al. 2022 (arXiv 2203.03466, table 8): variances of matrices between widths go with 1 / I.
+    """
+    return gpt2(config, matrix) * (1.0 if matrix.layer is None else config.width_ratio**-0.5)
+
+
+STANDARD_DEVIATIONS: dict[str, Callable[[ModelConfig, Matrix], float]] = {
+    "gpt2": gpt2,
+    "normal": normal,
+    "scaled": scaled,
+    "small": small,
+    "mup": mup,
+}
+
+
+def drawn_matrix(config: ModelConfig, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Initial values [O, I] of the parameter of this name in the model, as `config.init` says, from a CPU generator."""
+    layer = re.search(r"\bblocks\.(\d+)\.", name)
+    matrix = Matrix(shape[-1], int(layer[1]) + 1 if layer else None, name.endswith(INTO_RESIDUAL))
+    std = STANDARD_DEVIATIONS[config.init.name](config, matrix)
+    values = torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+    if isinstance(config.init, MupInitConfig):
+        if config.init.zero_head and name == "head.weight":
+            values.zero_()
+        elif config.init.zero_query and name.endswith("attention.qkv.weight"):
+            values[: config.num_heads * config.head_size] = 0.0
+    return values
