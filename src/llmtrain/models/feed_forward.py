@@ -17,22 +17,35 @@ def inner_size(config: ModelConfig) -> int:
     """F: `ffn_hidden_size`, or its default, 4 H (GELU) or 8/3 H rounded up to a multiple of 64 (SwiGLU)."""
     if config.ffn_hidden_size is not None:
         return config.ffn_hidden_size
-    if config.activation != "swiglu":
+    if not has_gate(config):
         return 4 * config.hidden_size
     return -(-8 * config.hidden_size // (3 * SWIGLU_MULTIPLE)) * SWIGLU_MULTIPLE
+
+
+def has_gate(config: ModelConfig) -> bool:
+    """Whether the activation multiplies two projections."""
+    return config.activation == "swiglu"
+
+
+def activate(name: str, hidden: Tensor) -> Tensor:
+    """The activation of this name: [..., F] → [..., F], or [..., 2F] → [..., F] of a gate and what it lets through."""
+    if name == "swiglu":
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.gelu(hidden, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 class FeedForward(nn.Module):
     """down(gelu(up(x))), [B, T, H] → [B, T, H] (Radford et al. 2019; GELU: arXiv 1606.08415, eq. 2)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
-        self.approximation = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.up = Linear(config.hidden_size, inner_size(config), bias=config.bias)
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.activation = config.activation
+        self.up = Linear(config.hidden_size, inner, bias=config.bias)
+        self.down = Linear(inner, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden), approximate=self.approximation))
+        return self.down(activate(self.activation, self.up(hidden)))
 
 
 class GatedFeedForward(nn.Module):
@@ -41,16 +54,16 @@ class GatedFeedForward(nn.Module):
     `gate_up` holds both matrices, the gate's rows first, so that one product computes both.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * inner_size(config), bias=config.bias)
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.bias)
+        self.activation = config.activation
+        self.gate_up = Linear(config.hidden_size, 2 * inner, bias=config.bias)
+        self.down = Linear(inner, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [B, T, F] each
-        return self.down(F.silu(gate) * up)
+        return self.down(activate(self.activation, self.gate_up(hidden)))
 
 
-def make_feed_forward(config: ModelConfig) -> nn.Module:
-    """The feed-forward part that `activation` names."""
-    return GatedFeedForward(config) if config.activation == "swiglu" else FeedForward(config)
+def make_dense(config: ModelConfig, inner: int) -> nn.Module:
+    """The feed-forward part that `activation` names, of this inner size."""
+    return (GatedFeedForward if has_gate(config) else FeedForward)(config, inner)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
 
@@ -79,7 +79,15 @@ def load_scalar_model(
 
 
 def _with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
-    return config if dropout is None else dataclasses.replace(config, dropout=dropout)
+    """With another dropout; with none, experts drop no tokens either and routers draw nothing: training is exact."""
+    if dropout is None:
+        return config
+    experts = config.experts
+    if experts is not None and dropout == 0.0:
+        experts = dataclasses.replace(
+            experts, capacity_factor=None, capacity_group_tokens=ExpertsConfig.capacity_group_tokens, jitter=0.0
+        )
+    return dataclasses.replace(config, dropout=dropout, experts=experts)
 
 
 def save_model(
@@ -176,7 +184,8 @@ def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise UserError(f"{folder / 'config.json'} asks for what is not supported:{listed}")
     try:
-        return ModelConfig(**ours), int(fields["vocab_size"])
+        # as JSON, where strict validation takes a block of keys for what it is
+        return TypeAdapter(ModelConfig).validate_json(json.dumps(ours)), int(fields["vocab_size"])
     except ValidationError as error:
         listed = "".join(f"\n  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"{folder / 'config.json'} describes no valid architecture:{listed}") from error
@@ -216,7 +225,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Puts the tensors in place of the model's own, which are on the meta device."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    state = model.state_dict()  # a router's bias is no parameter, but belongs to the weights
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in SCORE_STATISTICS}
     expected = their_shapes(layout, model.config, shapes)
     if "lm_head.weight" not in expected:
         # tied, or a head that a score model has no use for

@@ -235,7 +235,9 @@ LAYOUTS = {layout.model_type: layout for layout in (GPT2, LLAMA, OWN)}
 
 
 def layout_for(config: ModelConfig) -> Layout:
-    """The first layout that can express the architecture."""
+    """The first layout that can express the architecture; experts have none yet but ours."""
+    if config.experts is not None:
+        return OWN
     return next(layout for layout in LAYOUTS.values() if layout.expresses(config))
 
 

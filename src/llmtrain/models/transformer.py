@@ -16,12 +16,12 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import Attention, KVCache
 from llmtrain.models.document_attention import Documents
-from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.experts import make_feed_forward
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotary_tables
 
-# The two projections of a block whose outputs are added to the residual stream.
-INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
+# The projections of a block whose outputs are added to the residual stream.
+INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.shared.down.weight")
 
 
 class Block(nn.Module):
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = make_norm(config)
-        self.feed_forward = make_feed_forward(config)
+        self.feed_forward = make_feed_forward(config, layer)
 
     def forward(
         self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
@@ -95,9 +95,11 @@ class Transformer(nn.Module):
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
         `flops_per_weight` for each weight in a matrix product, and 6 T H for each layer's attention: half of the usual
-        12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed.
+        12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed. Of routed experts, those count that a
+        token goes through.
         """
-        products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
+        weights = [each for name, each in self.blocks.named_parameters() if each.ndim > 1 and not name.endswith("bias")]
+        products = sum(each.numel() * used_share(self.config, each) * flops_per_weight(each) for each in weights)
         return products + 6.0 * self.config.num_layers * sequence_length * self.config.hidden_size
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
@@ -117,13 +119,20 @@ class Transformer(nn.Module):
         are on, from a CPU generator.
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = self.config.init_std
             if name.endswith(INTO_RESIDUAL):
                 std /= (2 * self.config.num_layers) ** 0.5
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def used_share(config: ModelConfig, weight: Tensor) -> float:
+    """Of a weight in a matrix product: how much of it a token goes through; with experts ([E, O, I]), some of them."""
+    if config.experts is None or weight.ndim < 3:
+        return 1.0
+    return config.experts.experts_per_token / config.experts.num_experts
 
 
 def flops_per_weight(weight: Tensor) -> float:

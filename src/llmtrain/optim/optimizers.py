@@ -45,16 +45,17 @@ def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, each once: those with two or more dimensions decay, the others do not.
+    """Trainable parameters in two groups, each once: matrices and embeddings decay; norms, biases and other vectors do
+    not, as in nanoGPT. The biases of experts are vectors too, one below the other.
 
-    Matrices and embeddings decay; norms, biases and other vectors do not, as in nanoGPT.
     Empty groups are left out. Without weight decay (None) all are in one group.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if weight_decay is None:
-        return [{"params": parameters}]
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+        return [{"params": list(parameters.values())}]
+    is_matrix = {name: each.dim() >= 2 and not name.endswith("bias") for name, each in parameters.items()}
+    matrices = [parameter for name, parameter in parameters.items() if is_matrix[name]]
+    vectors = [parameter for name, parameter in parameters.items() if not is_matrix[name]]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -32,7 +32,7 @@ from llmtrain.config.schema.data import (
     TemplateConfig,
 )
 from llmtrain.config.schema.health import HealthConfig
-from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.model import ExpertsConfig, ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import (
     PAIR_METHODS,
     PREFERENCE_METHODS,
@@ -83,6 +83,7 @@ __all__ = [
     "DpoConfig",
     "EngineConfig",
     "EvalConfig",
+    "ExpertsConfig",
     "GenerateConfig",
     "GrpoConfig",
     "HealthConfig",
