@@ -17,12 +17,17 @@ BEST = [
     "checkpoint.final=best", "checkpoint.best_metric=eval/prose/bits_per_byte", "checkpoint.best_mode=max",
     "eval.every_steps=3",
 ]  # fmt: skip
+EXPERTS = [
+    "model.experts.num_experts=4", "model.experts.capacity_factor=1.0", "model.experts.jitter=0.1",
+    "model.experts.balance_bias_rate=0.01", "model.experts.z_loss=0.001",
+]  # fmt: skip
 CASES = COMMANDS | {
     "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
     "lora-sft": [*COMMANDS["lora-sft"], "adapter.dropout=0.1"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
     "best": [*COMMANDS["pretrain"], *BEST],
+    "experts": [*COMMANDS["pretrain"], *EXPERTS, "train.micro_batch_rows=2"],
     "rankings": [
         "reward",
         "data=files",
@@ -33,7 +38,7 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best")
+INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best", "experts")
 FAST = ("dropout",)
 
 
