@@ -75,8 +75,8 @@ GROUPED = ("grpo", "rloo", "online_dpo", "rejection_sampling")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 EXPERTS = dataclasses.replace(
     CONFIG, experts=ExpertsConfig(
-        num_experts=4, shared_experts=1, ffn_hidden_size=32, first_layer=1, capacity_factor=0.9, capacity_group_tokens=8,
-        balance_loss=0.3, z_loss=0.1, balance_bias_rate=0.2,
+        num_experts=4, shared_experts=1, ffn_hidden_size=32, first_layer=1, capacity_factor=0.9,
+        capacity_group_tokens=8, balance_loss=0.3, z_loss=0.1, balance_bias_rate=0.2,
     ),
 )  # fmt: skip
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
@@ -324,7 +324,8 @@ def trainer(model: nn.Module, batches: Any, objective: Any, layout: Layout, micr
         folder=Path(), layout=layout, model=model, batches=batches, objective=objective, optimizer=optimizer,
         learning_rate=lambda step: 0.0, steps=1, seed=0, tracker=quiet_tracker(), checkpoint=CheckpointConfig(),
         eval=EvalConfig(), tracking=TrackerConfig(), write_extra=lambda folder, step: None, autocast=no_autocast,
-        micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", dict), speed=Speed(layout.device, 1.0, 1.0),
+        micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", dict),
+        speed=Speed(layout.device, 1.0, 1.0),
     )  # fmt: skip
     return made, optimizer
 
