@@ -129,29 +129,29 @@ class Routed:
         for layer in self.layers:
             layer.routings = []
         loss, metrics = self.objective(model, batch)
-        found = [(layer, routing) for layer in self.layers for routing in layer.routings or []]
+        found = [(number, each) for number, layer in enumerate(self.layers) for each in layer.routings or []]
         for layer in self.layers:
             layer.routings = None
         counted = counted_tokens(batch)
         balance = [balance_loss_sum(routing, counted) for _, routing in found]
         z = [z_loss_sum(routing, counted) for _, routing in found]
         auxiliary = loss.new_zeros(())
-        for (layer, _), one, other in zip(found, balance, z, strict=True):
+        for (number, _), one, other in zip(found, balance, z, strict=True):
+            layer = self.layers[number]
             auxiliary = auxiliary + layer.balance_loss * one + layer.z_loss * other
         self._note(found, counted)
-        number = counted.sum().float() * len(found)
+        tokens = counted.sum().float() * len(found)
         measured = {"balance_loss": balance, "z_loss": z} | statistics([routing for _, routing in found], counted)
         for name, sums in measured.items():
-            metrics[f"router/{name}"] = (torch.stack(sums).sum(), number)
+            metrics[f"router/{name}"] = (torch.stack(sums).sum(), tokens)
         return torch.stack([loss, auxiliary]), metrics
 
     @torch.no_grad()
-    def _note(self, found: Sequence[tuple[RoutedLayer, Routing]], counted: Tensor) -> None:
+    def _note(self, found: Sequence[tuple[int, Routing]], counted: Tensor) -> None:
         """Add the loads of a micro-batch to those of its update."""
         own = [counted.new_zeros(layer.num_experts, dtype=torch.float32) for layer in self.layers]
-        of_layer = dict(zip(map(id, self.layers), own, strict=True))
-        for layer, routing in found:
-            of_layer[id(layer)] += loads(routing, counted).sum(dim=0)
+        for number, routing in found:
+            own[number] += loads(routing, counted).sum(dim=0)
         self.loads = own if self.loads is None else [one + other for one, other in zip(self.loads, own, strict=True)]
 
     @torch.no_grad()

@@ -182,8 +182,8 @@ class Run(Generic[Config]):
 
         after_update: Callable[[], Metrics] = dict
         if layers := expert_layers(trained):
-            objective = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout))
-            after_update = objective.after_update
+            routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout))
+            objective, after_update = routed, routed.after_update
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(model, config.optimizer),
