@@ -191,7 +191,7 @@ def build_of(name: str, config: ModelConfig) -> tuple[nn.Module, Any]:
 def routed(model: nn.Module, objective: Any, layout: Layout) -> Any:
     """The objective with the auxiliary losses of the model's experts, if it has any."""
     layers = expert_layers(model)
-    return Routed(objective, layers, partial(total, layout=layout)) if layers else objective
+    return Routed(objective, layers, partial(total, layout=layout), layout.device) if layers else objective
 
 
 def global_batch(name: str) -> Batch:

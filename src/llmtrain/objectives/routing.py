@@ -108,11 +108,15 @@ class Routed:
         objective: what is minimised besides.
         layers: those with routers, of the model that is trained.
         reduce: the sum of a tensor over all processes.
+        device: where the model is.
     """
 
-    def __init__(self, objective: Any, layers: Sequence[RoutedLayer], reduce: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, objective: Any, layers: Sequence[RoutedLayer], reduce: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
         self.objective, self.layers, self.reduce = objective, layers, reduce
-        self.loads: list[Tensor] | None = None
+        self.sizes = [layer.num_experts for layer in layers]
+        self.loads = torch.zeros(sum(self.sizes), device=device)  # of the update that is being made
 
     def weight(self, batch: Any) -> Tensor:
         """The objective's weight and the number of counted tokens, [2]."""
@@ -149,10 +153,9 @@ class Routed:
     @torch.no_grad()
     def _note(self, found: Sequence[tuple[int, Routing]], counted: Tensor) -> None:
         """Add the loads of a micro-batch to those of its update."""
-        own = [counted.new_zeros(layer.num_experts, dtype=torch.float32) for layer in self.layers]
+        of_layer = self.loads.split(self.sizes)
         for number, routing in found:
-            own[number] += loads(routing, counted).sum(dim=0)
-        self.loads = own if self.loads is None else [one + other for one, other in zip(self.loads, own, strict=True)]
+            of_layer[number].add_(loads(routing, counted).sum(dim=0))
 
     @torch.no_grad()
     def after_update(self) -> Metrics:
@@ -160,9 +163,8 @@ class Routed:
 
         Metrics: router/share_max and router/share_min, of the choices of a layer that went to one expert.
         """
-        assert self.loads is not None, "an update without a micro-batch"
-        of_all = self.reduce(torch.cat(self.loads)).split([layer.num_experts for layer in self.layers])
-        self.loads = None
+        of_all = self.reduce(self.loads.clone()).split(self.sizes)
+        self.loads.zero_()
         for layer, load in zip(self.layers, of_all, strict=True):
             layer.adapt(load)
         shares = torch.cat([load / load.sum().clamp(min=1) for load in of_all])

@@ -182,7 +182,7 @@ class Run(Generic[Config]):
 
         after_update: Callable[[], Metrics] = dict
         if layers := expert_layers(trained):
-            routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout))
+            routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
             objective, after_update = routed, routed.after_update
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
