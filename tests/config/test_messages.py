@@ -152,6 +152,10 @@ BAD = [
         "pretrain model.experts.scores=sigmoid model.experts.z_loss=0.001",
         "model.experts.z_loss: has no effect: it holds down the normaliser of a softmax",
     ),
+    (
+        "pretrain model=switch_tiny train.sequence_length=128",
+        "model.experts.capacity_group_tokens: 256 tokens are more than a row has",
+    ),
     ("pretrain model.experts.top_k=2", "model.experts.top_k: unknown key"),
     ("sft model.experts.num_experts=4", "model.experts: has no effect: this stage starts from the newest finished run"),
     # length and batch

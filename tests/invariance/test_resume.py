@@ -18,8 +18,8 @@ BEST = [
     "eval.every_steps=3",
 ]  # fmt: skip
 EXPERTS = [
-    "model.experts.num_experts=4", "model.experts.capacity_factor=1.0", "model.experts.jitter=0.1",
-    "model.experts.balance_bias_rate=0.01", "model.experts.z_loss=0.001",
+    "model.experts.num_experts=4", "model.experts.capacity_factor=0.9", "model.experts.capacity_group_tokens=8",
+    "model.experts.jitter=0.1",    "model.experts.balance_bias_rate=0.01", "model.experts.z_loss=0.001",
 ]  # fmt: skip
 CASES = COMMANDS | {
     "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],

@@ -47,4 +47,14 @@ def router(view: View) -> Iterator[Finding]:
         yield from no_effect(view, f"{KEY}.z_loss", why, f"{KEY}.scores")
 
 
-EXPERT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (chosen_experts, sparse_layers, router)
+def capacity(view: View) -> Iterator[Finding]:
+    """A new model's capacity is shared by tokens that a row has."""
+    if view[KEY] is None or view[f"{KEY}.capacity_factor"] is None or view["model.init_from"] is not None:
+        return
+    group, length = view[f"{KEY}.capacity_group_tokens"], view["train.sequence_length"]
+    if group > length:
+        problem = f"{group} tokens are more than a row has, so there is room for more than its even share"
+        yield finding(f"{problem}: train.sequence_length={length}", f"{KEY}.capacity_group_tokens")
+
+
+EXPERT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (chosen_experts, sparse_layers, router, capacity)
