@@ -45,8 +45,8 @@ test: setup  ## the fast tests
 test-all: setup  ## all tests
 	$(PYTEST)
 
-# alignment.py trains for hours and is called by itself; contenders.py is what others share
-BENCHMARKS = $(filter-out %/alignment.py %/contenders.py,$(wildcard benchmarks/*.py))
+# alignment.py and style.py train for hours and are called by themselves; contenders.py is what others share
+BENCHMARKS = $(filter-out %/alignment.py %/style.py %/contenders.py,$(wildcard benchmarks/*.py))
 
 bench: setup  ## the benchmarks, one after the other, quiet machine assumed
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done

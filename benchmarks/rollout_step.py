@@ -2,14 +2,14 @@
 
 A step is sampling, rewards, the reference's log-probabilities, one pass forward and backward over all answers, and the
 optimizer. All contenders start from the same random weights with prompts of as many tokens, a reward that counts even
-tokens, 32 answers to 4 prompts (PPO: to 32), the same learning rate, KL coefficient and number of rows in a
-micro-batch, each in a process of its own, and take turns (`contenders.py`). Reported are the median step of each, and
-the median over rounds of the ratios.
+tokens, 32 answers to 4 prompts (PPO: to 32), the same learning rate and KL coefficient, each in a process of its own,
+and take turns (`contenders.py`). Reported are the median step of each, and the median over rounds of the ratios.
 
     python benchmarks/rollout_step.py --dtype bfloat16 --stops 128
 
-`--stops N`: N of the 8192 tokens end an answer; with 0 all answers have 64 tokens, the most. trl's optimizer is its
-default, fused AdamW.
+`--stops N`: N of the 8192 tokens end an answer; with 0 all answers have 64 tokens, the most. `--kl 0`, trl's default:
+no reference. Without `--micro-batch-rows` each computes as many rows at a time as it does unasked, trl 8 and ours all.
+trl's optimizer is its default, fused AdamW.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from typing import Any
 from contenders import Contender, ratios, report, turns
 
 VOCAB_SIZE = 8192
-PROMPTS, GROUP_ROWS, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH_ROWS = 4, 8, 64, 64, 8
+PROMPTS, GROUP_ROWS, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 64, 64
 ANSWERS = PROMPTS * GROUP_ROWS
-LEARNING_RATE, KL_COEFFICIENT, INIT_STD = 1e-6, 0.04, 0.02
+TRL_MICRO_BATCH_ROWS = 8  # what GRPOConfig has unless told otherwise
+LEARNING_RATE, INIT_STD = 1e-6, 0.02
 CONTENDERS = ("grpo", "trl", "ppo")
 
 
@@ -54,12 +55,13 @@ def make_prompts(step: int, count: int) -> list[list[int]]:
     return torch.randint(1, VOCAB_SIZE - 1000, (count, PROMPT_TOKENS), generator=generator).tolist()
 
 
-def ours(method: str, folder: Path, dtype: str, stops: int) -> None:
+def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     """The loop of the align stage."""
     from llmtrain.config.compose import load_config
     from llmtrain.data.encoding import PromptRow
     from llmtrain.data.mixture import Phase, PhasedMixture
     from llmtrain.engine.distributed import join
+    from llmtrain.generation.engines import OwnEngine
     from llmtrain.generation.rollouts import Rollouts
     from llmtrain.rewards.sums import WeightedSum
     from llmtrain.stages.assembly import Plan, Run, load_policy
@@ -68,9 +70,9 @@ def ours(method: str, folder: Path, dtype: str, stops: int) -> None:
     options = [f"method.samples_per_prompt={GROUP_ROWS}"] if method == "grpo" else ["method.value_model=policy"]
     config = load_config("align", [
         f"method={method}", "rewards=length", f"model.init_from={folder}", f"train.batch_rows={ANSWERS}",
-        "train.steps=100000", f"train.micro_batch_rows={MICRO_BATCH_ROWS}", "schedule=constant",
-        f"optimizer.lr={LEARNING_RATE}", f"engine.precision={dtype}", f"method.max_new_tokens={NEW_TOKENS}",
-        f"method.kl_coefficient={KL_COEFFICIENT}", *options,
+        "train.steps=100000", f"train.micro_batch_rows={arguments.micro_batch_rows or 'null'}", "schedule=constant",
+        f"optimizer.lr={LEARNING_RATE}", f"engine.precision={arguments.dtype}", f"method.max_new_tokens={NEW_TOKENS}",
+        f"method.kl_coefficient={arguments.kl}", *options,
     ])  # fmt: skip
     clock = turns()
 
@@ -91,11 +93,11 @@ def ours(method: str, folder: Path, dtype: str, stops: int) -> None:
     run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
     learner = LEARNERS[type(config.method)](run, config.method, policy)
     rollouts = Rollouts(
-        policy=policy, prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
+        engine=OwnEngine(policy), prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),
         learn_from=learner.learn_from, decode=lambda tokens: "",
-        stop_tokens=frozenset(range(VOCAB_SIZE - max(stops, 1), VOCAB_SIZE)), pad_id=0, settings=config.method,
-        batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches, seed=0, layout=run.layout,
-        autocast=run.autocast,
+        stop_tokens=frozenset(range(VOCAB_SIZE - max(arguments.stops, 1), VOCAB_SIZE)), pad_id=0,
+        settings=config.method, batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches,
+        seed=0, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective, tokenizer=None,
@@ -103,7 +105,7 @@ def ours(method: str, folder: Path, dtype: str, stops: int) -> None:
     )  # fmt: skip
 
 
-def trl(folder: Path, dtype: str) -> None:
+def trl(folder: Path, arguments: argparse.Namespace) -> None:
     """trl.GRPOTrainer."""
     import datasets
     import tokenizers
@@ -127,17 +129,18 @@ def trl(folder: Path, dtype: str) -> None:
     def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [sum(token % 2 == 0 for token in tokens) / len(tokens) for tokens in completion_ids]
 
-    arguments = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO_BATCH_ROWS,
-        gradient_accumulation_steps=ANSWERS // MICRO_BATCH_ROWS, num_generations=GROUP_ROWS,
-        max_completion_length=NEW_TOKENS, max_steps=100_000, learning_rate=LEARNING_RATE, beta=KL_COEFFICIENT,
-        bf16=dtype == "bfloat16", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+    rows = arguments.micro_batch_rows or TRL_MICRO_BATCH_ROWS
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows,
+        gradient_accumulation_steps=ANSWERS // rows, num_generations=GROUP_ROWS,
+        max_completion_length=NEW_TOKENS, max_steps=100_000, learning_rate=LEARNING_RATE, beta=arguments.kl,
+        bf16=arguments.dtype == "bfloat16", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
         lr_scheduler_type="constant", gradient_checkpointing=False,
     )  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
     # A folder by name: the reference is loaded from it anew.
     trainer = GRPOTrainer(
-        model=str(folder), reward_funcs=even, args=arguments, processing_class=tokenizer, callbacks=[Turns()],
+        model=str(folder), reward_funcs=even, args=config, processing_class=tokenizer, callbacks=[Turns()],
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
     )  # fmt: skip
     trainer.log = lambda *_, **__: None  # it would print into our channel
@@ -145,15 +148,15 @@ def trl(folder: Path, dtype: str) -> None:
     trainer.train()
 
 
-def compare(dtype: str, stops: int, rounds: int, steps: int) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let them take turns; the first turn of each is not counted."""
+    settings = {name: getattr(arguments, name) for name in ("dtype", "stops", "kl", "micro_batch_rows")}
+    keys = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    rounds, steps = arguments.rounds, arguments.steps
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), stops)
+        make_model(Path(folder), arguments.stops)
         contenders = {
-            name: Contender(
-                [__file__, "--dtype", dtype, "--stops", str(stops), "--contender", name, "--folder", folder]
-            )
-            for name in CONTENDERS
+            name: Contender([__file__, *keys, "--contender", name, "--folder", folder]) for name in CONTENDERS
         }
         for contender in contenders.values():
             contender.turn(1)
@@ -163,7 +166,7 @@ def compare(dtype: str, stops: int, rounds: int, steps: int) -> dict[str, Any]:
                 seconds[name].append(statistics.median(contenders[name].turn(steps)))
         for contender in contenders.values():
             contender.end()
-    result: dict[str, Any] = {"model": "bench_b", "dtype": dtype, "stops": stops, "rounds": rounds, "steps": steps}
+    result: dict[str, Any] = {"model": "bench_b"} | settings | {"rounds": rounds, "steps": steps}
     for name, values in seconds.items():
         result[f"{name}_answers_per_second"] = round(ANSWERS / statistics.median(values), 2)
     result["grpo_over_trl"] = ratios(seconds["trl"], seconds["grpo"], 2)
@@ -175,6 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--stops", type=int, default=0, help="how many tokens end an answer")
+    parser.add_argument("--kl", type=float, default=0.04, help="coefficient of the KL to the reference")
+    parser.add_argument("--micro-batch-rows", type=int, help="answers computed at a time by all, PPO's too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -182,12 +187,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the result to this JSON-lines file")
     arguments = parser.parse_args()
     if arguments.contender == "trl":
-        trl(arguments.folder, arguments.dtype)
+        trl(arguments.folder, arguments)
     elif arguments.contender:
-        ours(arguments.contender, arguments.folder, arguments.dtype, arguments.stops)
+        ours(arguments.contender, arguments.folder, arguments)
     if arguments.contender:
         return
-    result = compare(arguments.dtype, arguments.stops, arguments.rounds, arguments.steps)
+    result = compare(arguments)
     report(result, arguments.output, "transformers", "trl")
 
 

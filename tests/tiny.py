@@ -1,11 +1,18 @@
 """Runs so small that a test can afford several: overrides for each stage, and finished runs to start from."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtrain.config.compose import load_config
+from llmtrain.config.folders import packaged_configs
+from llmtrain.config.schema import ModelConfig
+
+# The shipped architectures of a size to train on a laptop; one of each family.
+MODELS = sorted(file.stem for file in (packaged_configs() / "model").glob("*_tiny.yaml"))
 MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.max_sequence_length=128"]
 ROWS = [
     "data.sources.arithmetic.max_rows=64", "data.validation_every=8", "train.batch_rows=8", "train.sequence_length=128",
@@ -21,7 +28,10 @@ TINY = {
     "sft": [*ROWS, *PROBLEMS],
     "reward": ROWS,
     "dpo": [*ROWS, *PROBLEMS],
-    "ppo": [*ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100"],
+    "ppo": [
+        *ROWS, *PROBLEMS, "method.max_new_tokens=8", "method.kl_target=1.0", "method.kl_horizon=100",
+        "eval.max_prompts=3",
+    ],
 }  # fmt: skip
 # A reward that tells short answers from long ones, so that a model which knows nothing gets different ones.
 LENGTH = ["rewards=length", "rewards.length.options.maximum=8", "rewards.length.options.buffer=8"]
@@ -57,6 +67,12 @@ COMMANDS["kto-precomputed"] = [*COMMANDS["kto"], "method.reference=precomputed"]
 LORA = ["adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2"]
 COMMANDS |= {f"lora-{name}": [*COMMANDS[name], *LORA] for name in ("sft", "reward", "dpo", "ppo")}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def tiny_model(name: str) -> ModelConfig:
+    """One of `MODELS`, with a window, where it has one, that rows of some ten tokens are longer than."""
+    config: ModelConfig = load_config("pretrain", [f"model={name}"]).model
+    return config if config.sliding_window is None else dataclasses.replace(config, sliding_window=7)
 
 
 def start(arguments: Sequence[str], launcher: Sequence[str] = (), **options: object) -> subprocess.Popen[str]:

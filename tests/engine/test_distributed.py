@@ -58,6 +58,7 @@ def everything(folder: Path) -> None:
     assert (layout.world, layout.is_main) == (2, layout.rank == 0)
     assert distributed.total(torch.tensor(layout.rank + 1.0), layout) == 3
     assert distributed.agree(("from", layout.rank), layout) == ("from", 0)
+    assert distributed.gathered(["a"] if layout.rank else [1, None], layout) == [1, None, "a"]
 
     alone = Layout(rank=0, world=1, device=torch.device("cpu"))
     expected, begun = train(alone, "ddp", 6), train(alone, "ddp", 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.engine.charts import MAX_POINTS, line_chart, thin, ticks
-from llmtrain.engine.report import write_pipeline_report, write_report
+from llmtrain.engine.report import SHOWN_STEPS, write_pipeline_report, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 NASTY = "<script>alert(\"1\")</script> & 'x'"
@@ -141,6 +141,49 @@ def test_missing_parts_are_left_out(tmp_path: Path, missing: str) -> None:
     }
     text = Page(write_report(folder)).text
     assert [heading for heading in headings.values() if heading not in text] == [headings[missing]]
+
+
+def rollout(step: int, row: int, **values: object) -> dict[str, object]:
+    return {
+        "step": step, "row": row, "prompt": NASTY, "answer": f"answer {step}/{row}", "expected": "42", "reward": 0.25,
+        "reward/length": -0.5, "reward/rule": 0.75, "tokens": 7, "finished": True, "kl": None,
+    } | values  # fmt: skip
+
+
+def write_rollouts(folder: Path, rows: list[dict[str, object]]) -> Path:
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_report(folder)
+
+
+def test_sampled_answers_are_shown_in_the_order_of_steps(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x")
+    assert "Answers sampled" not in Page(write_report(folder)).text
+    rows = [rollout(1, 0), rollout(1, 4, kl=1.5), rollout(10, 0, finished=False, expected=None)]
+    page = Page(write_rollouts(folder, rows))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "step prompt answer reward length rule tokens finished KL" in text
+    # the prompt's own space at the end is one
+    assert f"1 {NASTY}expected: 42 answer 1/0 0.25 -0.5 0.75 7 yes {NASTY}expected: 42 answer 1/4" in text
+    assert "7 yes 1.5" in text
+    assert f"10 {NASTY} answer 10/0 0.25 -0.5 0.75 7 cut off" in text
+    assert "more steps" not in text
+    assert "<script" not in page.source
+
+
+def test_of_many_steps_with_answers_some_are_shown_the_first_and_the_last_among_them(tmp_path: Path) -> None:
+    text = Page(write_rollouts(fill(tmp_path / "x"), [rollout(step, 0) for step in range(1, 101)])).text
+    shown = [int(step) for step in re.findall(r"answer (\d+)/0", text)]
+    assert len(shown) == SHOWN_STEPS
+    assert (shown[0], shown[-1]) == (1, 100)
+    assert shown == sorted(set(shown))
+    assert f"{100 - SHOWN_STEPS} more steps" in text
+
+
+def test_a_single_reward_is_shown_once(tmp_path: Path) -> None:
+    row = rollout(1, 0)
+    del row["reward/length"]
+    text = re.sub(r"\s+", " ", Page(write_rollouts(fill(tmp_path / "x"), [row])).text)
+    assert "answer reward tokens" in text
 
 
 def test_warnings_are_shown_in_words(tmp_path: Path) -> None:

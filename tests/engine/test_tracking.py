@@ -13,7 +13,7 @@ from rich.console import Console
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import TrackerConfig
 from llmtrain.engine import display, tracking
-from llmtrain.engine.tracking import Tracker, read_metrics
+from llmtrain.engine.tracking import Tracker, read_metrics, read_samples
 
 
 def make(folder: Path, *, is_main: bool = True, **config: object) -> Tracker:
@@ -92,6 +92,57 @@ def test_what_is_not_finite_stays_readable_json(tmp_path: Path) -> None:
     assert math.isnan(read_metrics(tmp_path)[0]["eval/loss"])
 
 
+def sample(row: int, answer: str = "b", kl: float | None = 0.5) -> dict[str, object]:
+    return {
+        "row": row, "prompt": "p | q\n\n*r*", "answer": answer, "expected": None, "reward": 0.1 + 0.2,
+        "tokens": 3, "finished": True, "kl": kl,
+    }  # fmt: skip
+
+
+def write_samples(folder: Path, steps: range, start: int = 0, **config: object) -> None:
+    tracker = make(folder, **config)
+    tracker.start(start)
+    for step in steps:
+        tracker.log_samples(step, [sample(0), sample(7, f"\u2028\x85é<b>{step}", math.nan)])
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.close()
+
+
+def test_samples_are_rows_of_a_file_of_their_own(tmp_path: Path) -> None:
+    write_samples(tmp_path, range(1, 2))
+    first, second, end = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
+    assert first.startswith('{"step": 1, "row": 0, "prompt": "p | q\\n\\n*r*", "answer": "b", "expected": null, ')
+    assert json.loads(second, parse_constant=pytest.fail) == {"step": 1} | sample(7, "\u2028\x85é<b>1", None)
+    assert end == ""
+    assert read_samples(tmp_path) == [json.loads(first), json.loads(second)]
+
+
+def test_a_resumed_run_leaves_the_samples_of_an_unbroken_one(tmp_path: Path) -> None:
+    write_samples(tmp_path / "whole", range(1, 10))
+    write_samples(tmp_path / "killed", range(1, 8))
+    path = tmp_path / "killed" / "rollouts.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")  # the last line is torn
+    write_samples(tmp_path / "killed", range(5, 10), start=4)
+    assert path.read_bytes() == (tmp_path / "whole" / "rollouts.jsonl").read_bytes()
+    write(tmp_path / "killed", range(1))
+    assert not path.exists(), "a run that begins anew has none yet"
+
+
+def test_trackers_get_samples_as_a_table_or_not_at_all(tmp_path: Path) -> None:
+    class Tables(Recorder):
+        def log_table(self, name: str, columns: list[str], data: list[list[object]], step: int) -> None:
+            self.seen.append((name, columns, data, step))
+
+    Recorder.seen.clear()
+    tracker = make(tmp_path)
+    tracker.start(0)
+    tracker._trackers = [Recorder("r", "x"), Tables("r", "x")]
+    tracker.log_samples(3, [sample(0), sample(1)])
+    rows = [{"step": 3} | sample(0), {"step": 3} | sample(1)]
+    assert Recorder.seen[2:] == [("rollouts", list(rows[0]), [list(row.values()) for row in rows], 3)]
+    tracker.close()
+
+
 def test_no_file_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
@@ -147,14 +198,33 @@ def test_tensorboard_events_of_steps_done_again_are_replaced(tmp_path: Path) -> 
     assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
 
 
+def test_tensorboard_shows_samples_as_a_table_of_plain_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the page's own
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    write_samples(tmp_path, range(1, 4), tensorboard=True)
+    write_samples(tmp_path, range(3, 5), start=2, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = events.Tensors("rollouts/text_summary")
+    assert [event.step for event in found] == [1, 2, 3, 4]
+    shown = markdown_to_safe_html(found[-1].tensor_proto.string_val[0])
+    assert shown.count("<tr>") == 3
+    assert "<td>p | q<br><br>*r*</td>" in shown
+    assert "é&lt;b&gt;4</td>" in shown
+
+
 def test_wandb_stays_in_the_run_folder_and_resumes_its_run(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from llmtrain.config.schema import TrackerConfig\n"
         "from llmtrain.engine.tracking import Tracker\n"
+        "from accelerate import PartialState\n"
+        "PartialState(cpu=True)\n"  # as every run has it
         "start = int(sys.argv[2])\n"
         "config = TrackerConfig(wandb='offline')\n"
         "tracker = Tracker(Path(sys.argv[1]), config, steps=9, is_main=True, run='a/b', run_config={'seed': 1})\n"
-        "tracker.start(start); tracker.log(start + 1, {'train/loss': 1.0}); tracker.close()\n"
+        "tracker.start(start); tracker.log_samples(start + 1, [{'row': 0, 'answer': 'a', 'kl': None}])\n"
+        "tracker.log(start + 1, {'train/loss': 1.0}); tracker.close()\n"
     )
     home = tmp_path / "home"
     home.mkdir()
@@ -169,6 +239,8 @@ def test_wandb_stays_in_the_run_folder_and_resumes_its_run(tmp_path: Path) -> No
         ids.append((tmp_path / "run" / "wandb" / "run_id").read_text())
     assert ids[0] == ids[1]
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))) == 2
+    tables = [json.loads(path.read_text()) for path in (tmp_path / "run" / "wandb").rglob("rollouts*.table.json")]
+    assert sorted(table["data"] for table in tables) == [[[1, 0, "a", None]], [[2, 0, "a", None]]]
     assert not list(home.iterdir())
 
 

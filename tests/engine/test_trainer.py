@@ -19,7 +19,7 @@ from llmtrain.engine import trainer as trainer_module
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.health import read_warnings
 from llmtrain.engine.speed import Speed
-from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.tracking import Tracker, read_samples
 from llmtrain.engine.trainer import Trainer
 from llmtrain.objectives.batch import Batch, Metrics
 
@@ -149,6 +149,28 @@ def test_a_batch_is_good_for_as_many_updates_as_it_says(build: Callable[..., Tra
     trainer.fit()
     assert len(count) == 6
     assert trainer.batches.asked == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "shown"),
+    [(5, None, [1, 2, 3, 4, 5]), (25, None, [1, 3, 6, 9, 12, 15, 18, 21, 24, 25]), (9, 4, [1, 4, 8, 9])],
+)
+def test_samples_are_kept_at_some_steps_in_the_order_of_rows(
+    build: Callable[..., Trainer], tmp_path: Path, steps: int, every: int | None, shown: list[int]
+) -> None:
+    class Shown(Line):
+        def __call__(self, step: int) -> Points:
+            return dataclasses.replace(super().__call__(step), samples=[{"row": 5, "of": step}, {"row": 2, "of": step}])
+
+    build(steps=steps, batches=Shown(), tracking=TrackerConfig(samples_every_steps=every)).fit()
+    assert read_samples(tmp_path) == [
+        {"step": step, "row": row, "of": step - 1} for step in shown for row in (2, 5)
+    ]  # fmt: skip
+
+
+def test_batches_that_nothing_is_shown_of_leave_no_file(build: Callable[..., Trainer], tmp_path: Path) -> None:
+    build(steps=3).fit()
+    assert not (tmp_path / "rollouts.jsonl").exists()
 
 
 @pytest.mark.parametrize(("every", "measured"), [(None, [0, 5]), (2, [0, 2, 4, 5])])

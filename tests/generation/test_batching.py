@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.generation import batching, decoder
 from llmtrain.generation.batching import ContinuousBatch, enough_rows
 from llmtrain.generation.decoder import Decoder, PreparedLinear
@@ -26,8 +26,27 @@ GPT2 = dataclasses.replace(
     MULTI_HEAD, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True, tied_embeddings=True
 )
 GPT2_GROUPED = dataclasses.replace(GPT2, num_kv_heads=2, activation="gelu")
+WINDOWS = dataclasses.replace(GROUPED, sliding_window=7, attention_pattern=["sliding", "full"], qk_norm="head")
+ALIBI = dataclasses.replace(MULTI_HEAD, positions="alibi")
+ALIBI_GROUPED = dataclasses.replace(GROUPED, positions="alibi", sliding_window=20)
+CAPPED = dataclasses.replace(WINDOWS, attention_softcap=5.0, logit_softcap=4.0, norm="zero_centred_rmsnorm")
+DYNAMIC = dataclasses.replace(
+    GROUPED, rope_scaling=DynamicScalingConfig(factor=4.0, original_max_sequence_length=16), attention_scale=0.5
+)
+NEOX = dataclasses.replace(
+    MULTI_HEAD, block="parallel", partial_rotary_factor=0.5, norm="layernorm", activation="gelu", bias=True
+)
+FALCON = dataclasses.replace(MULTI_QUERY, block="parallel_shared_norm", norm="layernorm", norm_bias=True)
+FIRST = dataclasses.replace(
+    MULTI_HEAD, positions="sinusoidal", norm_placement="post", activation="relu", tied_embeddings=False, init_std=1.0
+)
+OLMO = dataclasses.replace(
+    GROUPED, norm_placement="reordered", qk_norm="full", logit_scale=0.5, tied_embeddings=False, init_std=0.1
+)
 KINDS = {
-    "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2, "gpt2-grouped": GPT2_GROUPED
+    "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
+    "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
+    "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(

@@ -1,6 +1,7 @@
 """Answers of a step with their rewards, and what each method makes of them."""
 
 import dataclasses
+import unittest.mock
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ from llmtrain.config.schema import ModelConfig, PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
 from llmtrain.engine.distributed import Layout
+from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator, answer_token_logprobs
-from llmtrain.generation.rollouts import Rollouts, SampledAnswers
+from llmtrain.generation.rollouts import SHOWN_CHARACTERS, Rollouts, SampledAnswers, shortened, shown_rows
 from llmtrain.generation.sampler import generate
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
@@ -79,15 +81,19 @@ def length(answers: Sequence[Answer]) -> list[float]:
 def sampled(rewards: dict[str, Any], weights: dict[str, float] | None = None, **options: Any) -> SampledAnswers:
     """The answers of a step, before any method has them."""
     kept: list[SampledAnswers] = []
-    settings = options.pop("settings", SampledAnswersConfig(max_new_tokens=6))
-    source = Rollouts(
-        policy=options.pop("policy", language_model(0)), prompts=options.pop("prompts", Prompts()),
-        reward=WeightedSum(rewards, weights or dict.fromkeys(rewards, 1.0)), learn_from=lambda a: kept.append(a) or a,
-        decode=lambda ids: " ".join(map(str, ids)), stop_tokens=STOP, pad_id=0, settings=settings, batch_rows=ROWS,
-        group_rows=options.pop("group_rows", GROUP), seed=7, layout=ALONE, autocast=no_autocast, **options,
-    )  # fmt: skip
-    source(STEP)
+    source(rewards, weights, learn_from=lambda a: kept.append(a) or a, **options)(STEP)
     return kept[0]
+
+
+def source(rewards: dict[str, Any], weights: dict[str, float] | None = None, **options: Any) -> Rollouts:
+    settings = options.pop("settings", SampledAnswersConfig(max_new_tokens=6))
+    return Rollouts(
+        engine=OwnEngine(options.pop("policy", language_model(0))), prompts=options.pop("prompts", Prompts()),
+        reward=WeightedSum(rewards, weights or dict.fromkeys(rewards, 1.0)),
+        decode=lambda ids: " ".join(map(str, ids)), stop_tokens=STOP, pad_id=0, settings=settings, batch_rows=ROWS,
+        group_rows=options.pop("group_rows", GROUP), seed=7, layout=options.pop("layout", ALONE),
+        autocast=no_autocast, **options,
+    )  # fmt: skip
 
 
 def mean(metrics: dict[str, Any], name: str) -> float:
@@ -150,6 +156,78 @@ def test_replacing_ends_when_every_group_tells() -> None:
     assert mean(answers.measured, "align/replacements") == 0.75
 
 
+# --- what people are shown ---
+
+
+def test_shown_answers_say_what_the_batch_and_its_metrics_say() -> None:
+    rewards = {"length": length, "one": lambda a: [1.0] * len(a)}
+    answers = sampled(rewards, {"length": 0.5, "one": 2.0})
+    batch = source(rewards, {"length": 0.5, "one": 2.0}, learn_from=estimator(kl_in_reward=0.1), shown_rows=ROWS)(STEP)
+    kept = [tokens[mask].tolist() for tokens, mask in zip(answers.tokens, answers.response_mask, strict=True)]
+    assert [each["row"] for each in batch.samples] == list(range(ROWS))
+    for each, tokens in zip(batch.samples, kept, strict=True):
+        assert each["prompt"] == str(each["row"] // GROUP)
+        assert each["answer"] == " ".join(map(str, tokens))
+        assert each["expected"] == "right"
+        assert (each["tokens"], each["finished"]) == (len(tokens), tokens[-1] in STOP)
+        assert (each["reward/length"], each["reward/one"]) == (len(tokens), 1.0)
+        assert each["reward"] == 0.5 * len(tokens) + 2.0
+    for name, key in (("align/reward", "reward"), ("align/kl", "kl"), ("align/answer_tokens", "tokens")):
+        wanted = mean(batch.metrics(), name)
+        assert sum(each[key] for each in batch.samples) / ROWS == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_methods_without_a_reference_show_no_kl() -> None:
+    for learn_from in (best_and_worst, best_answers, dataclasses.replace(estimator(), reference=None)):
+        batch = source({"length": length}, learn_from=learn_from, shown_rows=2)(STEP)
+        assert [each["kl"] for each in batch.samples] == [None, None]
+
+
+@torch.no_grad()
+def test_ppo_shows_the_kl_of_each_answer() -> None:
+    value = ScalarModel.from_language_model(language_model(2), torch.Generator().manual_seed(3))
+    ppo = PpoEstimator(
+        model=ActorCritic(language_model(0), value), reference=language_model(1), settings=PpoConfig(),
+        kl=AdaptiveKL(0.2), kl_stop=None, micro_batch_rows=None, layout=ALONE, autocast=no_autocast,
+    )  # fmt: skip
+    batch = source({"length": length}, learn_from=ppo, group_rows=1, minibatches=2, shown_rows=3)(STEP)
+    both = [answer_token_logprobs(language_model(n), batch.tokens, batch.response_mask, 1.0).double() for n in (0, 1)]
+    wanted = (both[0] - both[1]).sum(dim=1)
+    assert [each["row"] for each in batch.samples] == [0, 2, 4]
+    for each in batch.samples:
+        assert each["kl"] == pytest.approx(float(wanted[each["row"]]), rel=1e-4, abs=1e-5)
+
+
+def test_the_same_answers_are_shown_whatever_shares_the_rows() -> None:
+    alone = source({"length": length}, learn_from=best_answers, shown_rows=3, minibatches=2)(STEP).samples
+    layouts = [Layout(rank=rank, world=2, device=torch.device("cpu")) for rank in (0, 1)]
+    parts = [
+        source({"length": length}, learn_from=best_answers, shown_rows=3, minibatches=2, layout=each)(STEP).samples
+        for each in layouts
+    ]
+    assert sorted([*parts[0], *parts[1]], key=lambda each: each["row"]) == alone
+    assert [each["row"] for each in alone] == [0, 2, 4]
+    assert parts[1], "the other process has some of them"
+
+
+def test_no_answer_is_shown_unless_asked_for() -> None:
+    assert source({"length": length}, learn_from=best_answers)(STEP).samples is None
+
+
+def test_shown_rows_are_spread_over_the_step_and_are_never_more_than_there_are() -> None:
+    assert list(shown_rows(64, 4)) == [0, 16, 32, 48]
+    assert list(shown_rows(64, 5)) == [0, 12, 24, 36, 48]
+    assert list(shown_rows(3, 8)) == [0, 1, 2]
+    assert list(shown_rows(8, 0)) == []
+
+
+def test_long_texts_keep_their_beginning_and_their_end() -> None:
+    text = "a" * SHOWN_CHARACTERS + "b" * SHOWN_CHARACTERS
+    half = SHOWN_CHARACTERS // 2
+    assert shortened(text) == f"{'a' * half} [... {SHOWN_CHARACTERS} characters ...] {'b' * half}"
+    assert shortened(text[:SHOWN_CHARACTERS]) == text[:SHOWN_CHARACTERS]
+
+
 # --- estimators ---
 
 
@@ -183,11 +261,28 @@ def test_without_a_reference_there_is_no_kl() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"kl_in_loss": True}, False), ({"kl_in_loss": True, "epochs": 2}, True), ({"minibatches": 2}, True),
+        ({"kl_in_reward": 0.1}, True), ({"mask_unfinished": True}, False),
+        ({"kl_in_reward": 0.1, "reference": None}, False),
+    ],
+)  # fmt: skip
+def test_the_policy_is_read_before_the_update_only_where_that_counts(options: dict[str, Any], wanted: bool) -> None:
+    made = dataclasses.replace(estimator(), **options)
+    model = made.model = unittest.mock.Mock(wraps=made.model)
+    batch = made(sampled({"length": length}))
+    assert model.called == (batch.logprobs is not None) == wanted
+    assert ("align/kl" in batch.metrics()) == (wanted and made.reference is not None)
+
+
+@torch.no_grad()
 def test_cut_off_answers_can_be_left_out_of_the_loss() -> None:
     answers = sampled({"length": length})
     batch = estimator(mask_unfinished=True)(answers)
-    assert torch.equal(batch.response_mask.any(dim=1), answers.finished)
-    assert torch.equal(batch.response_mask[answers.finished], answers.response_mask[answers.finished])
+    assert torch.equal(batch.response_mask, answers.response_mask)
+    assert torch.equal(batch.learned_mask(), answers.response_mask[:, 1:] & answers.finished[:, None])
     assert torch.equal(batch.advantages, estimator()(answers).advantages)
 
 

@@ -34,6 +34,7 @@ from llmtrain.engine.distributed import Layout, bare, join, launch, leave, sprea
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
+from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.generation.selection import best_and_worst, best_answers
@@ -45,8 +46,8 @@ from llmtrain.objectives.kl import AdaptiveKL
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.pairs import PairBatch, answer_logprobs
-from llmtrain.objectives.policy_gradient import Grpo, Reinforce, logprobs_reader
-from llmtrain.objectives.ppo import Ppo
+from llmtrain.objectives.policy_gradient import Grpo, Reinforce, policy_logprobs
+from llmtrain.objectives.ppo import Ppo, policy_and_values
 from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
@@ -213,6 +214,10 @@ def global_batch(name: str) -> Batch:
     if name in ("next_token", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
     if name.endswith(("grpo", "reinforce")):
+        # the two rows of a group begin alike, as far as the second one's answer; some prompts outlast the first row
+        answers_begin = mask.long().argmax(dim=1, keepdim=True)
+        alike = (torch.arange(WIDTH) < answers_begin) & (torch.arange(ROWS) % 2 == 1)[:, None]
+        tokens = torch.where(alike, tokens.roll(1, dims=0), tokens)
         logprobs, reference = torch.randn(2, ROWS, WIDTH - 1, generator=draw) * mask[:, 1:]
         return JudgedAnswers(
             tokens=tokens, response_mask=mask, logprobs=(logprobs - 4) * mask[:, 1:],
@@ -276,7 +281,7 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
     found, objective = [], routed(model, objective, ALONE)
     for update in batch.updates():
         model.zero_grad()
-        (objective(model, update)[0] / objective.weight(update)).sum().backward()
+        (objective(Separately(model), update)[0] / objective.weight(update)).sum().backward()
         found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
         if isinstance(objective, Routed):
             objective.after_update()
@@ -287,6 +292,17 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
 def biases(model: nn.Module) -> dict[str, Tensor]:
     """What routers have adapted to, by name; what they had before the last update shows in its gradient."""
     return {key: value.clone() for key, value in model.named_buffers() if key.endswith("router.bias")}
+
+
+class Separately(nn.Module):
+    """A model that computes every position of every row, whatever they share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, same_as: Tensor | None = None, **options: Any) -> Any:
+        return self.model(tokens, **options)
 
 
 class Recorder(torch.optim.SGD):
@@ -390,7 +406,7 @@ def rollouts(name: str, layout: Layout, sharding: Any, micro: int | None) -> tup
     rewards = {"model": LearnedReward(scores, pad_id=0, micro_batch_rows=micro), "short": short}
     weights = {"model": 0.0, "short": 1.0} if name == "grpo" else {"model": 1.0, "short": 0.5}
     return model, Rollouts(
-        policy=getattr(trained, "policy", trained), prompts=prompts, reward=WeightedSum(rewards, weights),
+        engine=OwnEngine(getattr(trained, "policy", trained)), prompts=prompts, reward=WeightedSum(rewards, weights),
         learn_from=learn_from[name](), decode=str, stop_tokens=frozenset(range(1, 8)), pad_id=0,
         settings=SampledAnswersConfig(max_new_tokens=12), batch_rows=ROWS, group_rows=2 if name in GROUPED else 1,
         minibatches=1 if name in ("online_dpo", "rejection_sampling") else 2, replacements=2 * (name == "grpo"),
@@ -438,8 +454,8 @@ def first_update(name: str, layout: Layout, sharding: Any, micro: int | None) ->
         loss.backward()
         for key, values in metrics.items():
             values.append(float(found[key][0] / found[key][1]))
-        read = model(part.tokens, read=logprobs_reader(part.tokens, part.response_mask, 1.0))
-        logprobs = read[0][0] if name.endswith("ppo") else read[0]
+        how = (model, part.tokens, part.response_mask, 1.0)
+        logprobs = (policy_and_values(*how) if name.endswith("ppo") else policy_logprobs(*how, part.group_rows))[0]
         largest = max(largest, float((logprobs - part.logprobs).abs().max()))
     worst = {
         key: max(values, key=lambda value: abs(value - key.startswith("ratio"))) for key, values in metrics.items()

@@ -83,6 +83,7 @@ def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> No
     assert "resuming" in errors
     assert weights_digest(killed) == weights_digest(calm)
     assert metrics(killed) == metrics(calm)
+    assert samples(killed) == samples(calm)
     assert not list((killed / "checkpoints").glob(".*"))
 
 
@@ -165,3 +166,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+def samples(folder: Path) -> bytes:
+    """The sampled answers that were kept."""
+    path = folder / "rollouts.jsonl"
+    return path.read_bytes() if path.is_file() else b""

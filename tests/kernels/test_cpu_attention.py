@@ -40,9 +40,30 @@ def test_equals_softmax_attention(
             assert (one - other).norm() <= tolerance * max(other.norm().item(), 1.0)
 
 
-def test_operators_are_sound_for_compilers() -> None:
-    tensors = [torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
-    torch.library.opcheck(cpu_attention._forward, tuple(tensors))
+@pytest.mark.parametrize("asking", [1, 63, 65, 199])
+@pytest.mark.parametrize("kept_length", [512, 0])
+@pytest.mark.parametrize("whole_length", [256, 0])
+def test_the_last_positions_may_ask_alone(
+    asking: int, kept_length: int, whole_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "KEPT_LENGTH", kept_length)
+    monkeypatch.setattr(cpu_attention, "WHOLE_LENGTHS", {torch.float32: whole_length})
+    generator = torch.Generator().manual_seed(asking)
+    query, key, value, grad = (torch.randn(2, heads, 200, 16, generator=generator).double() for heads in (6, 2, 2, 6))
+    grad[:, :, :-asking] = 0
+    expected = _run(_torch_attention, [query, key, value], grad, torch.float64)
+    found = _run(
+        cpu_attention.causal_attention, [query[:, :, -asking:], key, value], grad[:, :, -asking:], torch.float32
+    )
+    expected[:2] = [each[:, :, -asking:] for each in expected[:2]]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("asking", [9, 4])
+def test_operators_are_sound_for_compilers(asking: int) -> None:
+    query, key, value = (torch.randn(2, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2))
+    torch.library.opcheck(cpu_attention._forward, (query.detach()[:, :, -asking:].requires_grad_(), key, value))
 
 
 def test_model_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:

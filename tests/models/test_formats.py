@@ -264,12 +264,14 @@ def test_own_layout_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: gpt2, llama, llmtrain"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"attention_bias": True}, "mlp_bias=False"),
+        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: gpt2, llama, mistral"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type='longrope'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type='su'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": None},
+            r"rope_scaling\.yarn\.factor: Field required",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"head_dim": 16}, "head_dim=16"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"attention_dropout": 0.5}, "attention_dropout=0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny import MODELS, tiny_model
 from torch import Tensor
 
 from llmtrain.config.errors import ConfigError, UserError
@@ -28,6 +29,7 @@ from llmtrain.models.lora import (
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 
 VOCAB = 61
+TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 LLAMA = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, max_sequence_length=32)
 GPT2 = dataclasses.replace(
     LLAMA, num_kv_heads=None, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True,
@@ -78,9 +80,9 @@ def loss_of(logits: Tensor) -> Tensor:
 def their_model(folder: Path, config: ModelConfig, settings: LoraConfig, model: LanguageModel) -> Any:
     """The model as `peft` loads it: the start from one folder, the adapters from another."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    save_model(folder / "base", plain(config))
+    save_model(folder / "base", plain(config), extra_config=TOKEN_IDS)
     save_adapter(folder / "adapter", model, model.state_dict(), settings, str(folder / "base"))
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
     return peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
 
 
@@ -104,6 +106,21 @@ def test_logits_loss_and_gradients_are_those_of_peft(case: str, tmp_path: Path) 
     assert found.keys() == {name for name in expected if ".lora_" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_adapters_of_every_family_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    """In float64: within 1e-4 of theirs, whose norms and softmax are float32; merged and switched off within 1e-12."""
+    config, settings, tokens = tiny_model(name), LoraConfig(rank=4), some_tokens()
+    model = adapted(config, settings)
+    theirs, model = their_model(tmp_path, config, settings, model).double(), model.double()
+    merged, before, ours = LanguageModel(config, VOCAB).double(), plain(config).double(), model(tokens)
+    merged.load_state_dict(merged_state(model, model.state_dict()))
+    assert (ours - before(tokens)).abs().max() > 0.1
+    torch.testing.assert_close(theirs(tokens).logits, ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged(tokens), ours, rtol=0, atol=1e-12)
+    torch.testing.assert_close(WithoutAdapters(model)(tokens), before(tokens), rtol=0, atol=1e-12)
 
 
 def test_frozen_weights_get_no_gradient() -> None:

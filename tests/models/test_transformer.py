@@ -143,7 +143,8 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(query_position: int, key_position: int) -> float:
-        at = [rotary_tables(torch.tensor([[position]]), 8, 100.0) for position in (query_position, key_position)]
+        config = ModelConfig(head_dim=8, rope_theta=100.0)
+        at = [rotary_tables(config, torch.tensor([[position]])) for position in (query_position, key_position)]
         return float((rotate(query, at[0]) * rotate(key, at[1])).sum())
 
     assert score(5, 3) == pytest.approx(score(12, 10), abs=1e-5)

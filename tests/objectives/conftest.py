@@ -25,7 +25,7 @@ class SmallModel(nn.Module):
 
 
 class SmallLanguageModel(SmallModel):
-    def forward(self, tokens, *, read, documents=None):
+    def forward(self, tokens, *, read, documents=None, same_as=None):
         return read(self.trunk(tokens), self.head)
 
 
@@ -35,7 +35,7 @@ class SmallScoreModel(SmallModel):
 
 
 class SmallActorCritic(SmallModel):
-    def forward(self, tokens, *, read):
+    def forward(self, tokens, *, read, same_as=None):
         hidden = self.trunk(tokens)
         return read(hidden, self.head), hidden @ self.score
 

@@ -10,9 +10,16 @@ from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs, toke
 ROWS, WIDTH, HIDDEN, VOCAB = 3, 10, 8, 23
 
 
-@pytest.fixture(params=[1, 7 * VOCAB, 2**23], ids=["portions of 1", "portions of 7", "one portion"])
+PORTIONS = {
+    "portions of 1, made again": (1, 0), "portions of 7, made again": (7 * VOCAB, 0),
+    "portions of 7, kept": (7 * VOCAB, 2**23), "one portion, kept": (2**23, 2**23),
+}  # fmt: skip
+
+
+@pytest.fixture(params=PORTIONS.values(), ids=PORTIONS)
 def _portions(request, monkeypatch):
-    monkeypatch.setitem(logprobs.PORTION_ELEMENTS, "cpu", request.param)
+    for elements, value in zip((logprobs.PORTION_ELEMENTS, logprobs.KEPT_ELEMENTS), request.param, strict=True):
+        monkeypatch.setitem(elements, "cpu", value)
 
 
 def tensors(dtype=torch.float64):
@@ -61,6 +68,37 @@ def test_logprobs_entropy_and_gradients(temperature):
     references = torch.autograd.grad((wanted * weights).sum(), (hidden, weight))
     for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_portions")
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_capped_cross_entropy_and_its_gradients(z_loss):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    total, nll = cross_entropy_sum(hidden, weight, targets, mask, z_loss=z_loss, softcap=3.0)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    logits = 3.0 * torch.tanh(F.linear(*wide) / 3.0)
+    wanted_nll = (logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]) * mask
+    wanted = wanted_nll.sum() + (z_loss * logits.logsumexp(-1).square() * mask).sum()
+    torch.testing.assert_close(nll.double(), wanted_nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+    found, references = torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(wanted, wide)
+    for gradient, reference in zip(found, references, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_portions")
+def test_capped_logprobs_entropy_and_gradients():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    found, entropy = token_logprobs_and_entropy(hidden, weight, targets, mask, temperature=0.7, softcap=3.0)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    table = F.log_softmax(3.0 * torch.tanh(F.linear(*wide) / 3.0) / 0.7, dim=-1)
+    wanted = table.gather(-1, targets[..., None])[..., 0] * mask
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(table.exp() * table).sum(-1) * mask, rtol=1e-5, atol=1e-5)
+    weights = torch.arange(found.numel()).view(found.shape)
+    gradients = torch.autograd.grad((found * weights).sum(), (hidden, weight))
+    for gradient, reference in zip(gradients, torch.autograd.grad((wanted * weights).sum(), wide), strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-4)
 
 
 def test_logprobs_without_mask_are_those_of_all_positions():

@@ -41,6 +41,37 @@ def test_first_update_has_ratio_one(kit, objective):
     assert mean(metrics, "entropy") > 0
 
 
+@pytest.mark.parametrize("micro_batch_rows", [4, None])
+@pytest.mark.parametrize("objective", [Grpo(temperature=TEMPERATURE), Reinforce(temperature=TEMPERATURE)])
+def test_a_single_update_needs_no_log_probabilities_of_the_sampler(kit, objective, micro_batch_rows):
+    model = kit.language_model(0)
+    known = judged(kit, model, kit.language_model(2))
+    unknown = dataclasses.replace(known, logprobs=None)
+    wanted, found = (objective(model, batch) for batch in (known, unknown))
+    assert found[0] == wanted[0]
+    of_answers = found[1].pop("align/kl", None)  # the rollout tells it where it knows the log-probabilities
+    assert found[1] == wanted[1]
+    if isinstance(objective, Grpo):
+        mask = known.response_mask[:, 1:]
+        kl = ((known.logprobs - known.reference_logprobs) * mask).sum(dim=1)
+        assert float(of_answers[0] / of_answers[1]) == pytest.approx(float(kl.mean()), rel=1e-6)
+    gradients = [kit.gradients(objective, model, batch, micro_batch_rows) for batch in (known, unknown)]
+    for name, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+def test_answers_can_be_left_out_of_the_loss_but_not_of_the_kl(kit, average):
+    model, objective = kit.language_model(0), Grpo(loss_average=average, temperature=TEMPERATURE)
+    whole = dataclasses.replace(judged(kit, model, kit.language_model(2)), logprobs=None)
+    learned = torch.arange(8) % 3 > 0
+    some = dataclasses.replace(whole, learned=learned)
+    gone = dataclasses.replace(whole, response_mask=whole.response_mask & learned[:, None])
+    assert objective.weight(some) == objective.weight(gone)
+    kit.assert_same_gradients(kit.gradients(objective, model, some), kit.gradients(objective, model, gone))
+    assert objective(model, some)[1]["align/kl"] == objective(model, whole)[1]["align/kl"]
+
+
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])
 def test_losses_are_averaged_over_what_is_said(kit, average):
     model = kit.language_model(0)
@@ -106,6 +137,54 @@ def test_the_limit_hears_of_the_kl(kit):
         assert heard.pop() == pytest.approx(mean(metrics, "approx_kl"))
 
 
+def by_other_kernels(batch: JudgedAnswers, **changes) -> JudgedAnswers:
+    """The answers as if kernels had sampled them that find each token up to e times as likely, or as unlikely."""
+    off = torch.rand(batch.logprobs.shape, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    mask = batch.response_mask[:, 1:]
+    told = torch.where(mask, batch.logprobs + off, 0.0)
+    return dataclasses.replace(batch, sampler_logprobs=told, **changes)
+
+
+@pytest.mark.parametrize("objective", [Grpo(temperature=TEMPERATURE), Reinforce(temperature=TEMPERATURE)])
+def test_losses_of_what_other_kernels_have_sampled_are_weighed(kit, objective):
+    """At ratio 1 the gradient is that of −Σ w A log π, here in float64."""
+    model = kit.language_model(0)
+    batch = by_other_kernels(judged(kit, model), importance_limit=1.5)
+    mask = batch.response_mask[:, 1:]
+    change = torch.where(mask, batch.logprobs - batch.sampler_logprobs, 0.0).double()
+    exact = kit.language_model(0).double()
+    table = (exact.trunk(batch.tokens) @ exact.head.T / TEMPERATURE).log_softmax(-1)[:, :-1]
+    logprobs = torch.where(mask, table.gather(-1, batch.tokens[:, 1:, None])[..., 0], 0.0)
+    if isinstance(objective, Grpo):
+        weights, share = change.exp().clamp(max=1.5), 1 / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    else:
+        weights, share = change.sum(dim=1, keepdim=True).exp().clamp(max=1.5), 1.0
+    assert 0 < (weights == 1.5).double().mean() < 1
+    (-(weights * share * batch.advantages[:, None] * logprobs).sum() / 8).backward()
+    wanted = {name: p.grad.float() for name, p in exact.named_parameters() if p.grad is not None}
+    for each in (batch, dataclasses.replace(batch, logprobs=None)):
+        kit.assert_same_gradients(kit.gradients(objective, model, each), wanted)
+        metrics = objective(model, each)[1]
+        assert mean(metrics, "ratio") == 1.0
+        assert mean(metrics, "sampler_mismatch") == pytest.approx(float(change.abs().sum() / mask.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", [Grpo(temperature=TEMPERATURE), Reinforce(temperature=TEMPERATURE)])
+def test_other_kernels_may_count_as_the_policys_own(kit, objective):
+    model = kit.language_model(1)
+    batch = judged(kit, kit.language_model(0))
+    of_others = by_other_kernels(batch)
+    loss, metrics = objective(model, of_others)
+    assert loss == objective(model, batch)[0]
+    assert mean(metrics, "sampler_mismatch") > 0.1
+    # what an engine cannot tell is taken as the policy's own
+    of_others.sampler_logprobs.fill_(float("nan"))
+    weighed = dataclasses.replace(of_others, importance_limit=2.0)
+    loss, metrics = objective(model, weighed)
+    assert loss == objective(model, batch)[0]
+    assert mean(metrics, "sampler_mismatch") == 0.0
+
+
 # --- trl ---
 
 
@@ -116,7 +195,7 @@ class Readable(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, *, read):
+    def forward(self, tokens, *, read, same_as=None):
         return read(self.model.model(tokens).last_hidden_state, self.model.lm_head.weight)
 
 
@@ -198,6 +277,22 @@ def test_grpo_loss_and_gradient_of_trl(kit, trainers, llamas, average, loss_type
     if kl_coefficient:
         known["ref_per_token_logps"] = batch.reference_logprobs[:, PROMPT - 1 :]
     compare(kit, trainer, objective, policy, batch, **known)
+
+
+def test_truncated_importance_of_trl(kit, trainers, llamas, monkeypatch):
+    policy, sampler, reference = llamas
+    trainer = trainers["GRPO"]
+    trainer.loss_type, trainer.beta, trainer.epsilon_low, trainer.epsilon_high = "grpo", 0.3, 0.1, 0.1
+    trainer.args.use_bias_correction_kl = True
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_correction", True)
+    batch = by_other_kernels(judged(kit, Readable(sampler), Readable(reference)), importance_limit=1.5)
+    told = (batch.logprobs - batch.sampler_logprobs)[:, PROMPT - 1 :] * batch.response_mask[:, PROMPT:]
+    known = {
+        "old_per_token_logps": batch.logprobs[:, PROMPT - 1 :], "importance_sampling_ratio": told.exp().clamp(max=1.5),
+        "ref_per_token_logps": batch.reference_logprobs[:, PROMPT - 1 :],
+    }  # fmt: skip
+    compare(kit, trainer, Grpo(0.1, None, 0.3, temperature=TEMPERATURE), policy, batch, **known)
 
 
 def test_rloo_loss_and_gradient_of_trl(kit, trainers, llamas):

@@ -1,5 +1,6 @@
 """PPO's losses against plain float64 loops."""
 
+import dataclasses
 import math
 
 import pytest
@@ -115,6 +116,19 @@ def test_first_update_has_ratio_one_and_no_divergence(kit, tokens_and_mask):
     assert mean(metrics, "entropy") > 0
 
 
+def test_values_learn_alone_at_first(kit, tokens_and_mask):
+    batch = rollout(kit, *tokens_and_mask)
+    moved = {}
+    for step in (2, 3):
+        model = kit.actor_critic(0)
+        loss, _ = Ppo(value_warmup_steps=3)(model, dataclasses.replace(batch, step=step))
+        loss.backward()
+        moved[step] = {name: bool(each.grad.any()) for name, each in model.named_parameters()}
+    assert moved[2]["score"]
+    assert not moved[2]["head"]
+    assert all(moved[3].values())
+
+
 def test_another_policy_moves_the_metrics(kit, tokens_and_mask):
     _, metrics = Ppo(temperature=0.7)(kit.actor_critic(1), rollout(kit, *tokens_and_mask))
     assert mean(metrics, "approx_kl") > 0.01
@@ -122,9 +136,13 @@ def test_another_policy_moves_the_metrics(kit, tokens_and_mask):
     assert metrics["ratio_max"][0] > 1 > metrics["ratio_min"][0] > 0
 
 
-def test_gradient_of_the_objective_is_that_of_the_loop(kit, tokens_and_mask):
-    """The whole objective again, in float64, token by token."""
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_gradient_of_the_objective_is_that_of_the_loop(kit, tokens_and_mask, limit):
+    """The whole objective again, in float64, token by token; with a limit, other kernels have sampled."""
     batch = rollout(kit, *tokens_and_mask)
+    if limit is not None:
+        off = torch.rand(batch.logprobs.shape, generator=torch.Generator().manual_seed(6)) * 2 - 1
+        batch = dataclasses.replace(batch, sampler_logprobs=batch.logprobs + off, importance_limit=limit)
     objective = Ppo(clip_range=CLIP, value_clip_range=VALUE_CLIP, value_weight=0.3, temperature=0.7)
     found = kit.gradients(objective, kit.actor_critic(1), batch)
     model = kit.actor_critic(1).double()
@@ -135,7 +153,9 @@ def test_gradient_of_the_objective_is_that_of_the_loop(kit, tokens_and_mask):
     for row, t in chosen:
         ratio = (table[row, t, batch.tokens[row, t + 1]] - batch.logprobs[row, t]).exp()
         advantage, wanted, before = batch.advantages[row, t], batch.returns[row, t], batch.values[row, t]
-        total = total - torch.min(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+        told = batch.logprobs if batch.sampler_logprobs is None else batch.sampler_logprobs
+        weight = min(math.exp(batch.logprobs[row, t] - told[row, t]), limit or 1.0)
+        total = total - weight * torch.min(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
         clipped = values[row, t].clamp(before - VALUE_CLIP, before + VALUE_CLIP)
         total = total + 0.3 * 0.5 * torch.max((values[row, t] - wanted) ** 2, (clipped - wanted) ** 2)
     (total / len(chosen)).backward()

@@ -100,10 +100,10 @@ def test_biases_move_against_the_load() -> None:
     assert torch.equal(balanced(torch.zeros(2), torch.tensor([3.0, 3.0]), 0.01), torch.zeros(2))
 
 
-def test_tokens_count_up_to_the_last_that_is_learned() -> None:
+def test_tokens_count_that_stand_before_the_last_that_is_learned() -> None:
     mask = torch.tensor([[False, True, False, True, False], [False] * 5])
     batch = TokenBatch(tokens=torch.ones(2, 5, dtype=torch.int64), loss_mask=mask, source=torch.zeros(2))
-    assert counted_tokens(batch).int().tolist() == [[1, 1, 1, 1, 0], [0] * 5]
+    assert counted_tokens(batch).int().tolist() == [[1, 1, 1, 0, 0], [0] * 5]
 
 
 class Layer:

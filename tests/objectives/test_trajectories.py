@@ -14,7 +14,7 @@ ROWS, MINIBATCHES, EPOCHS = 24, 3, 2
 
 def rollout(tokens, *, first_slot=0, minibatches=2, step=4, **options) -> Rollout:
     return Rollout(
-        tokens=tokens, response_mask=torch.ones_like(tokens, dtype=torch.bool), logprobs=torch.zeros(len(tokens), 3),
+        tokens=tokens, response_mask=torch.ones_like(tokens, dtype=torch.bool),
         epochs=EPOCHS, minibatches=minibatches, first_slot=first_slot, seed=11, step=step, **options,
     )  # fmt: skip
 

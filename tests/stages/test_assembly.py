@@ -47,6 +47,24 @@ def test_length_of_a_run(train: dict[str, Any], steps: int) -> None:
     assert num_steps(config, rows=40, parameters=1000, tokens_per_row=64) == steps
 
 
+@pytest.mark.parametrize(
+    ("score", "overrides", "found"),
+    [
+        ("eval/reward", [], ("best", "eval/reward", "max")),
+        ("eval/reward", ["checkpoint.best_metric=eval/loss", "checkpoint.keep_best=1"], ("best", "eval/loss", "min")),
+        ("eval/reward", ["eval.every_steps=30"], ("last", None, "min")),  # not every checkpoint is measured
+        ("eval/reward", ["checkpoint.every_steps=null"], ("last", None, "min")),
+        ("eval/reward", ["checkpoint.final=last"], ("last", None, "min")),
+        (None, [], ("last", None, "min")),
+    ],
+)
+def test_the_best_is_handed_on_where_a_score_tells(
+    score: str | None, overrides: list[str], found: tuple[str, str | None, str]
+) -> None:
+    keep = handover.checkpoint_config(load_config("align", overrides), score)
+    assert (keep.final, keep.best_metric, keep.best_mode) == found
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, began = pretrain_config(tmp_path), []
     assembly.start(lambda config: began.append(1), config)
@@ -76,6 +94,18 @@ def test_another_config_is_refused_once_the_run_has_begun(tmp_path: Path) -> Non
     handover.open_run(pretrain_config(tmp_path, "checkpoint.every_steps=3", "train.micro_batch_rows=2"))
     with pytest.raises(ConfigError, match=r"(?s)another config.*seed.*Choose another run= name"):
         handover.open_run(pretrain_config(tmp_path, "seed=5"))
+
+
+def test_a_run_from_before_there_was_a_key_goes_on(tmp_path: Path) -> None:
+    handover.open_run(pretrain_config(tmp_path))
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 0}\n')
+    saved = tmp_path / "a" / "config.yaml"
+    lines = [line for line in saved.read_text().splitlines(keepends=True) if "max_grad_norm" not in line]
+    saved.write_text("".join(lines))
+    handover.open_run(pretrain_config(tmp_path))
+    saved.write_text("".join(lines))
+    with pytest.raises(ConfigError, match=r"train.max_grad_norm: 1.0 -> 2.0"):
+        handover.open_run(pretrain_config(tmp_path, "train.max_grad_norm=2"))
 
 
 def test_a_stage_takes_the_newest_finished_run_of_the_stage_before_and_keeps_it(

@@ -1,4 +1,4 @@
-"""`llmtrain show`: print what a stage's model will really see, or what a run's has seen, and where it comes from."""
+"""`llmtrain show`: print what a stage's model will really see, what a run's has seen, or what a model costs."""
 
 from collections.abc import Mapping
 from itertools import groupby, islice
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.commands import plans
+from llmtrain.commands import architecture, plans
 from llmtrain.commands.seen import Seen, as_if_here, check_reproducible, rows_in_order, rows_of_step, what_is_seen
 from llmtrain.config.compose import load_config, read_yaml
 from llmtrain.config.errors import ConfigError, DataError
@@ -42,10 +42,12 @@ SCHEMAS = {"pretrain": PretrainConfig, "sft": SftConfig, "reward": RewardConfig,
 
 
 def run(config: ShowConfig) -> None:
-    """Show rows of a stage or of a run. Raises what the stage would raise for its config or data."""
+    """Show rows of a stage or of a run, or a model. Raises what the stage would raise for its config or data."""
     show_log(is_main=True)
     console = Console()
-    if config.run is not None:
+    if config.model is not None:
+        architecture.show_model(config.model, config.overrides, console)
+    elif config.run is not None:
         show_run(config, console)
     else:
         show_stage(config, console)

@@ -13,6 +13,7 @@ from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
+from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
@@ -55,10 +56,13 @@ def _from_folder(view: View) -> bool:
 
 
 def shown_run(view: View) -> Iterator[Finding]:
-    """`show` takes a stage, or a run and what of it is to be shown."""
+    """`show` takes a stage, or a model, or a run and what of it is to be shown."""
     if view.command != "show":
         return
-    if view["run"] is None:
+    if view["model"] is not None:
+        for key in ("run", "stage", "rows", "step", "document"):
+            yield from no_effect(view, key, "a model is shown: leave model= away", "model")
+    elif view["run"] is None:
         for key in ("step", "document"):
             yield from no_effect(view, key, "name the run that is meant: run=NAME")
     elif view["step"] is None and view["document"] is None:
@@ -66,25 +70,6 @@ def shown_run(view: View) -> Iterator[Finding]:
     else:
         yield from no_effect(view, "overrides", "the run has its own config", "run")
         yield from no_effect(view, "stage", "the run has its own stage", "run")
-
-
-def attention_shape(view: View) -> Iterator[Finding]:
-    """Heads divide the width, key-value heads divide the heads, rope turns pairs."""
-    hidden, heads = view["model.hidden_size"], view["model.num_heads"]
-    kv_heads = view["model.num_kv_heads"]
-    if hidden % heads:
-        yield finding(f"{heads} does not divide model.hidden_size={hidden}", "model.num_heads", "model.hidden_size")
-    elif (hidden // heads) % 2 and view["model.positions"] == "rope":
-        problem = f"{hidden} / {heads} heads = {hidden // heads} per head; rope needs an even number"
-        yield finding(problem, "model.hidden_size", "model.num_heads")
-    if kv_heads is not None and heads % kv_heads:
-        yield finding(f"{kv_heads} does not divide model.num_heads={heads}", "model.num_kv_heads", "model.num_heads")
-
-
-def rope_theta(view: View) -> Iterator[Finding]:
-    """Only rotary positions have a base."""
-    if view["model.positions"] != "rope":
-        yield from no_effect(view, "model.rope_theta", "model.positions=learned has no frequencies", "model.positions")
 
 
 def sequence_fits(view: View) -> Iterator[Finding]:
@@ -208,8 +193,8 @@ def best_checkpoint(view: View) -> Iterator[Finding]:
     best, kept, final = view["checkpoint.best_metric"], view["checkpoint.keep_best"], view["checkpoint.final"]
     if best is not None and view["eval.every_steps"] is None:
         yield finding("has no effect: nothing is measured on the way; set eval.every_steps", "checkpoint.best_metric")
-    if best is not None and kept == 0 and final == "last":
-        problem = "has no effect while checkpoint.keep_best=0 and checkpoint.final=last"
+    if best is not None and kept == 0 and final != "best":
+        problem = "has no effect while checkpoint.keep_best=0 and checkpoint.final is not best"
         yield finding(problem, "checkpoint.best_metric", "checkpoint.keep_best", "checkpoint.final")
     if best is None and final == "best":
         problem = "needs a value: what checkpoint.final=best is best by, such as eval/loss"
@@ -322,8 +307,7 @@ def pipeline_overrides(view: View) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     run_name,
     shown_run,
-    attention_shape,
-    rope_theta,
+    *MODEL_CHECKS,
     *EXPERT_CHECKS,
     sequence_fits,
     architecture_from_folder,

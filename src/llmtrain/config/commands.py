@@ -73,8 +73,12 @@ COMMANDS = {
     ),
     "show": Command(
         "ShowConfig",
-        "print what a stage's model will really see: texts, tokens, loss mask",
-        ("llmtrain show data=pile", "llmtrain show stage=sft rows=5"),
+        "print what a stage's model will really see, or what a model consists of and costs",
+        (
+            "llmtrain show data=pile",
+            "llmtrain show stage=sft rows=5",
+            "llmtrain show model=llama2_7b train.sequence_length=4096 train.micro_batch_rows=1",
+        ),
     ),
     "doctor": Command(
         "DoctorConfig",

@@ -16,7 +16,7 @@ OF_POLICIES = ("overoptimised", "held_out_metric")
 def final_model(view: View) -> Iterator[Finding]:
     """Where the best checkpoint is handed on, every one of them is measured."""
     every, measured = view["checkpoint.every_steps"], view["eval.every_steps"]
-    if view["checkpoint.final"] == "last" or measured is None:
+    if view["checkpoint.final"] != "best" or measured is None:
         return
     if every is None:
         problem = f"best has nothing to choose from; set checkpoint.every_steps, to eval.every_steps={measured} say"

@@ -8,6 +8,7 @@ from llmtrain.config.plain import Finding
 from llmtrain.config.schema import SamplingMethod
 from llmtrain.config.view import View, finding, no_effect
 
+VLLM_TEMPERATURES = (0.01, 2.0)  # it refuses what is above and raises what is below
 SAMPLING = [tag_of(member) for member in alternatives(SamplingMethod)]
 
 
@@ -49,7 +50,8 @@ def one_update(view: View) -> Iterator[Finding]:
     if view["method.epochs"] * view["method.minibatches"] > 1:
         return
     why = "a rollout is used for one update, whose ratio is 1; raise method.epochs or method.minibatches"
-    yield from no_effect(view, "method.kl_limit", why)
+    if view["method.kl_limit"] is not None:
+        yield from no_effect(view, "method.kl_limit", why)
     for key in ("clip_range", "clip_range_high"):
         if key in view["method"] and view["method.name"] != "ppo":
             yield from no_effect(view, f"method.{key}", why)
@@ -66,15 +68,53 @@ def value_model(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "method.value_warmup_steps", why, "method.value_model")
 
 
-def best_of(view: View) -> Iterator[Finding]:
-    """The best of several answers is the one with the highest reward."""
-    key = "eval.best_of"
-    if view[key] is None:
-        return
+def judged_answers(view: View) -> Iterator[Finding]:
+    """Held-out answers are judged where there are rewards; the best of several is the one with the highest."""
+    for key in ("eval.max_prompts", "eval.best_of"):
+        if view[key] is None:
+            continue
+        if view.command != "align" or view["method.name"] not in SAMPLING:
+            yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
+        elif key == "eval.best_of" and view["eval.problems"] is None:
+            yield from no_effect(view, key, "eval.problems is not set")
+
+
+def samples(view: View) -> Iterator[Finding]:
+    """Answers are kept where they are sampled."""
+    key, every = "tracker.samples", "tracker.samples_every_steps"
+    count, why = view[key], f"only align with method={', '.join(SAMPLING)} samples answers"
     if view.command != "align" or view["method.name"] not in SAMPLING:
-        yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
-    elif view["eval.problems"] is None:
-        yield from no_effect(view, key, "eval.problems is not set")
+        yield from no_effect(view, key, why)
+        yield from no_effect(view, every, why)
+    elif count == 0:
+        yield from no_effect(view, every, "tracker.samples=0 keeps none", key)
 
 
-METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (groups, kl_penalty, one_update, value_model, best_of)
+def rollout(view: View) -> Iterator[Finding]:
+    """vLLM needs something to sample, and a GPU; pairs and the best answers are learned whoever has sampled them."""
+    name, method = view["rollout.name"], view["method.name"]
+    if name != "vllm":
+        return
+    if method not in SAMPLING:
+        yield finding(f"vllm has no effect: method={method} samples nothing", "rollout.name", "method.name")
+        return
+    if view["engine.device"] == "cpu":
+        yield finding("vllm needs a GPU: set engine.device=cuda, or rollout=llmtrain", "rollout.name", "engine.device")
+    low, high = VLLM_TEMPERATURES
+    if not low <= view["method.temperature"] <= high:
+        problem = f"vLLM samples at {low} to {high}; choose one of these, or rollout=llmtrain"
+        yield finding(problem, "method.temperature", "rollout.name")
+    if method in ("online_dpo", "rejection_sampling"):
+        why = f"method={method} takes no ratio to the policy that sampled"
+        yield from no_effect(view, "rollout.importance_limit", why, "method.name")
+
+
+METHOD_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    groups,
+    kl_penalty,
+    one_update,
+    value_model,
+    judged_answers,
+    samples,
+    rollout,
+)

@@ -14,6 +14,7 @@ from llmtrain.data.encoding import PromptRow
 from llmtrain.doctor.measurement import Measurement, largest_difference, relative_difference
 from llmtrain.doctor.subject import VOCAB_SIZE, language_model, prompts, ragged_rows
 from llmtrain.engine.distributed import Layout
+from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.models.heads import ActorCritic, ScalarModel
@@ -106,7 +107,7 @@ def first_ppo_update(device: torch.device) -> list[Measurement]:
         micro_batch_rows=None, layout=layout, autocast=autocast,
     )  # fmt: skip
     rollouts = Rollouts(
-        policy=policy, prompts=SamePrompts(asked), reward=WeightedSum({"length": lengths}, {"length": 1.0}),
+        engine=OwnEngine(policy), prompts=SamePrompts(asked), reward=WeightedSum({"length": lengths}, {"length": 1.0}),
         learn_from=estimator, decode=str, stop_tokens=frozenset(range(8)), pad_id=0, settings=settings,
         batch_rows=len(asked), minibatches=settings.minibatches, seed=0, layout=layout, autocast=autocast,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -135,6 +135,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """Within, the environment says where this process stands even if no launcher has set it: alone, that is."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    added = {name: value for name, value in alone.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def spread(model: nn.Module, layout: Layout, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
     """Replicate (DDP) or shard (FSDP2) a model over all processes; alone, it stays as it is.
 
@@ -194,6 +207,15 @@ def agree(value: Any, layout: Layout) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(values: Sequence[Any], layout: Layout) -> list[Any]:
+    """The values of all processes, in the order of processes, on every one of them."""
+    if layout.world == 1:
+        return list(values)
+    boxes: list[Any] = [None] * layout.world
+    dist.all_gather_object(boxes, list(values))
+    return [value for box in boxes for value in box]
 
 
 def barrier(layout: Layout) -> None:

@@ -18,12 +18,14 @@ from markupsafe import Markup
 from llmtrain.engine.charts import Points, line_chart
 from llmtrain.engine.display import clock, compact
 from llmtrain.engine.health import HealthWarning, read_warnings
-from llmtrain.engine.tracking import flatten, read_metrics, until_step
+from llmtrain.engine.tracking import flatten, read_metrics, read_samples, until_step
 
 Rows = list[dict[str, Any]]
 
 # What a mixture's shares are counted in: the first of these that the run counted.
 SHARE_MEASURES = ("samples", "rows", "tokens")
+# Of more steps with sampled answers, this many are shown, evenly spread.
+SHOWN_STEPS = 12
 
 
 def write_report(run_folder: Path) -> Path:
@@ -69,6 +71,14 @@ class Parent(NamedTuple):
     sha256: str
 
 
+class Rollouts(NamedTuple):
+    """Answers sampled on the way: the names of their rewards, the answers by step, how many steps are not shown."""
+
+    rewards: list[str]
+    steps: dict[int, Rows]
+    left_out: int
+
+
 @dataclasses.dataclass(kw_only=True)
 class RunView:
     """What the page shows of one run."""
@@ -82,6 +92,7 @@ class RunView:
     mixture: list[Share]
     measures: list[str]
     samples: list[dict[str, str | None]]
+    rollouts: Rollouts
     commands: list[str]
     unfinished: str
     ancestors: list[Parent]
@@ -107,6 +118,7 @@ def _view(folder: Path, name: str) -> RunView:
         mixture=mixture,
         measures=measures,
         samples=_samples(_json(folder / "samples.json")),
+        rollouts=_rollouts(read_samples(folder)),
         commands=_commands(folder, config, lineage) if lineage.get("finished") else [],
         unfinished=unfinished if lineage and not lineage.get("finished") else "",
         ancestors=list(_ancestors(lineage, 0, {str(folder)})),
@@ -201,6 +213,18 @@ def _samples(saved: Mapping[str, Any]) -> list[dict[str, str | None]]:
             sample[when] = row["answer"]
             sample["expected"] = row.get("expected", sample["expected"])
     return list(samples.values())
+
+
+def _rollouts(samples: Rows) -> Rollouts:
+    """The first and the last step are always shown; a single reward is the reward itself."""
+    steps: dict[int, Rows] = {}
+    for sample in samples:
+        steps.setdefault(sample["step"], []).append(sample)
+    last = len(steps) - 1
+    places = {round(last * place / (SHOWN_STEPS - 1)) for place in range(SHOWN_STEPS)}
+    shown = {step: rows for place, (step, rows) in enumerate(steps.items()) if place in places}
+    rewards = sorted({name for sample in samples for name in sample if name.startswith("reward/")})
+    return Rollouts(rewards if len(rewards) > 1 else [], shown, len(steps) - len(shown))
 
 
 def _commands(folder: Path, config: Mapping[str, Any], lineage: Mapping[str, Any]) -> list[str]:

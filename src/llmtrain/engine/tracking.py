@@ -1,17 +1,19 @@
 """Who is told of a run's metrics: `metrics.jsonl` always, the terminal, and trackers that were asked for.
 
-`metrics.jsonl` holds one row a step, `{"step": s, name: value, ...}`. Rows are keyed by step: a run that goes on from
-step s first drops what it had written beyond s, so a step that is done again replaces its row and the file of a run
-that was killed ends as that of one that was not.
+`metrics.jsonl` holds one row a step, `{"step": s, name: value, ...}`; `rollouts.jsonl` one row for each of some answers
+of some steps, where a run samples any. Rows are keyed by step: a run that goes on from step s first drops what it had
+written beyond s, so a step that is done again replaces its rows and the files of a run that was killed end as those of
+one that was not.
 """
 
+import html
 import importlib.util
 import json
 import math
 import os
 import pkgutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,7 @@ from llmtrain.config.schema import TrackerConfig
 from llmtrain.engine.display import Display
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "rollouts.jsonl"
 
 
 class Tracker:
@@ -43,9 +46,10 @@ class Tracker:
         """Begin, or go on after `step` steps: rows beyond `step` go (at 0: all of them), trackers are opened."""
         if not self.is_main:
             return
-        path = self.folder / METRICS_FILE
-        _keep_rows(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            _keep_rows(self.folder / name, step)
+        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         for make in self._makers:
             tracker = self._try(make, self, step)
             if tracker is not None:
@@ -60,18 +64,38 @@ class Tracker:
         if self._file is None:
             return
         try:
-            self._file.write(_row(step, values))
+            self._file.write(_line({"step": step} | {name: values[name] for name in sorted(values)}))
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.folder / METRICS_FILE}: {error.strerror}. "
-                "Make room and run the same command again."
-            ) from error
-        for tracker in list(self._trackers):
-            finite = {name: value for name, value in values.items() if math.isfinite(value)}
-            if self._try(_log, tracker, step, finite) is None:
-                self._trackers.remove(tracker)
+            raise self._cannot_write(METRICS_FILE, error) from error
+        self._tell(_log, step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._display.row(step, values)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write samples of `step`, each a row of a table, all with the same columns; trackers get them as a table.
+
+        Raises UserError when `rollouts.jsonl` cannot be written.
+        """
+        if self._file is None or not samples:
+            return
+        rows = [{"step": step} | dict(sample) for sample in samples]
+        try:
+            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, rows))
+        except OSError as error:
+            raise self._cannot_write(SAMPLES_FILE, error) from error
+        self._tell(_log_table, step, rows)
+
+    def _cannot_write(self, name: str, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self.folder / name}: {error.strerror}. Make room and run the same command again."
+        )
+
+    def _tell(self, action: Callable[[Any, int, Any], bool], step: int, what: Any) -> None:
+        """Tell every tracker; one that fails is left out."""
+        for tracker in list(self._trackers):
+            if self._try(action, tracker, step, what) is None:
+                self._trackers.remove(tracker)
 
     def say(self, text: str) -> None:
         """Print a line to standard error."""
@@ -100,17 +124,28 @@ class Tracker:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl` in the order of steps; none where there is no file.
 
-    A line that is not complete, as a kill or a running writer leaves it, is passed over; null is read as NaN.
+    Null is read as NaN.
     """
-    path = folder / METRICS_FILE
+    rows = _read_rows(folder / METRICS_FILE)
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `rollouts.jsonl` in the order of steps; none where there is no file."""
+    return _read_rows(folder / SAMPLES_FILE)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a line that is not complete, as a kill or a running writer leaves it, is passed over."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    # not splitlines: JSON may hold other separators of lines, such as U+2028, as they are
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+            rows.append(row)
     return rows
 
 
@@ -121,17 +156,21 @@ def until_step(rows: list[dict[str, Any]], step: int | None) -> list[dict[str, A
 
 def _keep_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`, which are about to be written again; step 0 measures anew, so it drops all."""
-    rows = until_step(read_metrics(path.parent), step) if step else []
+    rows = until_step(_read_rows(path), step) if step else []
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     aside = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text("".join(_row(row.pop("step"), row) for row in rows), encoding="utf-8")
+    aside.write_text("".join(map(_line, rows)), encoding="utf-8")
     os.replace(aside, path)
 
 
-def _row(step: int, values: Mapping[str, float]) -> str:
-    """One line of JSON, names sorted; JSON has no NaN and no infinity, so these become null."""
-    plain = {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
-    return json.dumps({"step": step} | plain, allow_nan=False) + "\n"
+def _line(row: Mapping[str, Any]) -> str:
+    """One line of JSON; JSON has no NaN and no infinity, so these become null."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def check_trackers(config: TrackerConfig) -> None:
@@ -215,6 +254,30 @@ def _own(tracker_class: type, tracker: Tracker) -> Any:
 def _log(tracker: Any, step: int, values: dict[str, float]) -> bool:
     tracker.log(values, step=step)
     return True
+
+
+def _log_table(tracker: Any, step: int, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """As a table where the tracker takes tables, as text for TensorBoard; other trackers take numbers alone."""
+    if hasattr(tracker, "log_table"):
+        table = [list(row.values()) for row in rows]
+        tracker.log_table("rollouts", columns=list(rows[0]), data=table, step=step)
+    elif tracker.name == "tensorboard":
+        tracker.log({"rollouts": _html_table(rows)}, step=step)
+    return True
+
+
+def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in HTML, which Markdown leaves as it is: what its cells hold is text, not markup."""
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in rows[0])]
+    lines += ["".join(f"<td>{_cell(value)}</td>" for value in row.values()) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # an empty line would end the table
+    return "" if value is None else html.escape(str(value)).replace("\n", "<br>")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -22,20 +22,25 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, agree, gradient_sync, largest, total
+from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+Samples = Sequence[Mapping[str, Any]]
 # Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
 EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
 NO_WEIGHT = 1e-30
+# How often in a run people are shown samples, the first step not counted, where the config does not say.
+SHOWN_TIMES = 10
 
 
 class Rows(Protocol):
     """A batch, as the loop sees it."""
 
+    @property
+    def samples(self) -> Samples | None: ...
     def to(self, device: torch.device) -> Self: ...
     def updates(self) -> Iterator[Self]: ...
     def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
@@ -147,6 +152,7 @@ class Trainer:
     def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
         batch = self.batches(step).to(self.layout.device)
+        self._show(step + 1, batch.samples)
         metrics, tokens = Totals(batch.metrics()), 0
         for number, update in enumerate(batch.updates()):
             # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
@@ -166,6 +172,13 @@ class Trainer:
             metrics.add(self.after_update())
             tokens += update.num_tokens()
         return metrics.sums, tokens * self.layout.world
+
+    def _show(self, step: int, samples: Samples | None) -> None:
+        """Keep what people are shown of the step's batch, at some steps, in the order of its rows."""
+        every = self.tracking.samples_every_steps or math.ceil(self.steps / SHOWN_TIMES)
+        if samples is not None and (step == 1 or self._is_due(step, every)):
+            of_all = gathered(samples, self.layout)
+            self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf

@@ -26,7 +26,9 @@ class Choice:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is sampled from, [B, V] float32: tempered, then cut to the top k, then to the nucleus."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             weakest = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < weakest, float("-inf"))

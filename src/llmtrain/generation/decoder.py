@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmtrain.models.attention import KVCache, rounded_up
 from llmtrain.models.experts import ExpertLinear
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, capped
 from llmtrain.models.linear import Linear
 
 PLAIN = (nn.Linear, Linear)  # layers that are a product and nothing else
@@ -62,8 +62,8 @@ class Decoder:
         cache = self.new_cache(lengths, width)
         rows, last = torch.arange(len(prompts), device=self.device), cache.lengths - 1
 
-        def read(hidden: Tensor, _: Tensor) -> Tensor:
-            return self.head(self._filled(hidden[rows, last]))
+        def read(hidden: Tensor, _: Tensor, softcap: float | None = None) -> Tensor:
+            return capped(self.head(self._filled(hidden[rows, last])), softcap)
 
         logits: Tensor = self.model(torch.tensor(padded, device=self.device), read=read, cache=cache)
         return logits[: len(prompts)], cache
@@ -71,8 +71,8 @@ class Decoder:
     def read_tokens(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The logits [R, V] that follow one token more of each row, [R]."""
 
-        def read(hidden: Tensor, _: Tensor) -> Tensor:
-            return self.head(hidden[:, 0])
+        def read(hidden: Tensor, _: Tensor, softcap: float | None = None) -> Tensor:
+            return capped(self.head(hidden[:, 0]), softcap)
 
         logits: Tensor = self.model(self._filled(tokens)[:, None], read=read, cache=cache)
         return logits[: len(tokens)]

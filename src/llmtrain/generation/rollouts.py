@@ -19,39 +19,18 @@ from torch import Tensor
 from llmtrain.config.schema.reinforcement import SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
-from llmtrain.engine.distributed import Layout, full_state, is_sharded
-from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
-from llmtrain.models.lora import merged_state
+from llmtrain.engine.distributed import Layout
+from llmtrain.generation.engines import Engine, Sample
 from llmtrain.objectives.advantages import flat_groups
-from llmtrain.objectives.batch import Batch, Metrics
-from llmtrain.objectives.trajectories import rows_of_process, slots_of_process
+from llmtrain.objectives.batch import Batch, Metrics, Samples
+from llmtrain.objectives.trajectories import Rollout, rows_of_process, slots_of_process
 from llmtrain.rewards.answers import Answer
 from llmtrain.rewards.sums import WeightedSum
 
 # Rows are padded to a multiple of this, so that few widths occur.
 WIDTH_MULTIPLE = 8
-
-
-class Replica:
-    """A model to sample from: the trained one itself, or, where its weights are sharded, a whole copy kept up to date.
-
-    Rows end at different lengths on different processes, so sampling must not wait for the other processes' weights.
-    """
-
-    def __init__(self, part: LanguageModel) -> None:
-        self.part = part
-        self.copy: LanguageModel | None = None
-
-    def __call__(self) -> LanguageModel:
-        """The model with the weights of now. Where sharded, all processes must call this together."""
-        if not is_sharded(self.part):
-            return self.part
-        if self.copy is None:
-            self.copy = LanguageModel(self.part.config, self.part.vocab_size)
-            self.copy.to(next(self.part.parameters()).device)
-        self.copy.load_state_dict(merged_state(self.part, full_state(self.part)))
-        return self.copy.eval()
+# Of longer texts, only the beginning and the end are shown to people.
+SHOWN_CHARACTERS = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,23 +51,27 @@ class SampledAnswers(Batch):
     step: int
     measured: Metrics
     """Scores, lengths, how many were cut off, how many groups have nothing to tell."""
+    sampler_logprobs: Tensor | None = None
+    """[B, S − 1] float32, as that of `Rollout`."""
+    importance_limit: float | None = None
 
 
 def answer(
-    policy: LanguageModel, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
+    sample: Sample, prompts: Sequence[PromptRow], settings: SampledAnswersConfig, *,
     stop_tokens: frozenset[int], decode: Callable[[Sequence[int]], str], seeds: Sequence[int],
 ) -> list[Answer]:  # fmt: skip
     """An answer to each prompt, drawn with its seed, as a reward sees it."""
-    sampled = generate(
-        policy, [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens,
-        stop_tokens=set(stop_tokens), temperature=settings.temperature, seeds=seeds,
+    sampled = sample(
+        [prompt.tokens for prompt in prompts], max_new_tokens=settings.max_new_tokens, stop_tokens=stop_tokens,
+        temperature=settings.temperature, seeds=seeds,
     )  # fmt: skip
+    logprobs: Sequence[Sequence[float] | None] = sampled.logprobs or [None] * len(prompts)
     return [
         Answer(
             prompt_tokens=prompt.tokens, tokens=tokens, prompt=prompt.text, text=decode(tokens),
-            expected=prompt.answer, finished=tokens[-1] in stop_tokens,
+            expected=prompt.answer, finished=tokens[-1] in stop_tokens, logprobs=said,
         )
-        for prompt, tokens in zip(prompts, sampled, strict=True)
+        for prompt, tokens, said in zip(prompts, sampled.tokens, logprobs, strict=True)
     ]  # fmt: skip
 
 
@@ -121,7 +104,8 @@ class _Judged(NamedTuple):
 class Rollouts:
     """The batch source of every method that samples: answers of the policy as it stands, made into a batch."""
 
-    policy: LanguageModel
+    engine: Engine
+    """Answers with the policy as it stands."""
     prompts: Prompts
     reward: WeightedSum
     learn_from: Callable[[SampledAnswers], Batch]
@@ -138,14 +122,19 @@ class Rollouts:
     minibatches: int = 1
     replacements: int = 0
     """How many times, at most, a prompt is replaced whose answers all have the same reward."""
+    importance_limit: float | None = None
+    """As that of `Rollout`."""
+    shown_rows: int = 0
+    """How many answers of a step, over all processes, people are shown."""
     seed: int
     layout: Layout
     autocast: Callable[[], torch.autocast]
 
     def __post_init__(self) -> None:
         rank, world, prompts = self.layout.rank, self.layout.world, self.batch_rows // self.group_rows
-        self.replica = Replica(self.policy)
         rows = rows_of_process(rank, world, self.batch_rows, self.minibatches, self.group_rows)
+        shown = shown_rows(self.batch_rows, self.shown_rows)
+        self.shown = {row: place for place, row in enumerate(rows.tolist()) if row in shown}
         self.asked = (rows[:: self.group_rows] // self.group_rows).tolist()
         self.first_slot = slots_of_process(rank, world, prompts // self.minibatches).start
 
@@ -156,27 +145,27 @@ class Rollouts:
     @torch.no_grad()
     def __call__(self, step: int) -> Batch:
         """Sample and judge this process's rows of the step."""
-        with self.autocast():
-            policy = self.replica()
-            judged = self._judged(policy, step, self.asked)
+        with self.autocast(), self.engine() as sample:
+            judged = self._judged(sample, step, self.asked)
             for replacement in range(1, self.replacements + 1):
                 flat = flat_groups(self._rewards(judged), self.group_rows).nonzero()[:, 0].tolist()
                 if not flat:
                     break
-                others = self._judged(policy, step, [self.asked[place] for place in flat], replacement)
+                others = self._judged(sample, step, [self.asked[place] for place in flat], replacement)
                 for number, place in enumerate(flat):
                     judged[self._group(place)] = others[self._group(number)]
-        return self.learn_from(self._packed(judged, step))
+        batch = self.learn_from(self._packed(judged, step))
+        return dataclasses.replace(batch, samples=self._samples(judged, batch)) if self.shown_rows else batch
 
     def _group(self, number: int) -> slice:
         return slice(number * self.group_rows, (number + 1) * self.group_rows)
 
-    def _judged(self, policy: LanguageModel, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
+    def _judged(self, sample: Sample, step: int, asked: Sequence[int], replacement: int = 0) -> list[_Judged]:
         """Answers to some prompts of the step, given by their numbers; a replacement has draws of its own."""
         everyone, again = self.prompts(step, replacement), (replacement,) if replacement else ()
-        rows = [number * self.group_rows + sample for number in asked for sample in range(self.group_rows)]
+        rows = [number * self.group_rows + place for number in asked for place in range(self.group_rows)]
         answers = answer(
-            policy, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
+            sample, [everyone[row // self.group_rows] for row in rows], self.settings, stop_tokens=self.stop_tokens,
             decode=self.decode, seeds=[derive_seed(self.seed, "rollout", step, row, *again) for row in rows],
         )  # fmt: skip
         components = self.reward.components(answers)
@@ -203,8 +192,26 @@ class Rollouts:
             tokens=tokens, response_mask=mask, rewards=rewards,
             finished=torch.tensor([each.answer.finished for each in judged]),
             group_rows=self.group_rows, first_slot=self.first_slot, seed=self.seed, step=step,
-            measured=self._measured(judged, rewards),
+            measured=self._measured(judged, rewards), sampler_logprobs=sampler_logprobs(judged, width),
+            importance_limit=self.importance_limit,
         ).to(self.layout.device)  # fmt: skip
+
+    def _samples(self, judged: Sequence[_Judged], batch: Batch) -> Samples:
+        """What people are shown; rewards are those of the metrics `align/reward` and `align/reward/<name>`."""
+        kl = batch.kl if isinstance(batch, Rollout) else None  # what learns from pairs, or the best, has none
+        samples = []
+        for row, place in self.shown.items():
+            answer, score, parts, _ = judged[place]
+            samples.append(
+                {
+                    "row": row, "prompt": shortened(answer.prompt), "answer": shortened(answer.text),
+                    "expected": None if answer.expected is None else shortened(answer.expected), "reward": score,
+                    **{f"reward/{name}": value for name, value in parts.items()},
+                    "tokens": len(answer.tokens), "finished": answer.finished,
+                    "kl": None if kl is None else float(kl[place]),
+                }
+            )  # fmt: skip
+        return samples
 
     def _measured(self, judged: Sequence[_Judged], rewards: Tensor) -> Metrics:
         per_answer = {
@@ -219,6 +226,29 @@ class Rollouts:
             replaced = [float(each.replacement) for each in judged[:: self.group_rows]]
             measured["align/replacements"] = means(rewards.new_tensor(replaced))
         return measured
+
+
+def sampler_logprobs(judged: Sequence[_Judged], width: int) -> Tensor | None:
+    """The log-probabilities that an engine has told of its tokens, [B, width − 1]; None where none has."""
+    logprobs = torch.zeros(len(judged), width - 1)
+    for row, (answer, *_) in zip(logprobs, judged, strict=True):
+        if answer.logprobs is None:
+            return None
+        first = len(answer.prompt_tokens) - 1
+        row[first : first + len(answer.tokens)] = torch.tensor(answer.logprobs)
+    return logprobs
+
+
+def shown_rows(batch_rows: int, count: int) -> range:
+    """Which rows of a step people are shown: the same in every step, as far apart as can be, so of many prompts."""
+    count = min(batch_rows, count)
+    return range(0, batch_rows // count * count, batch_rows // count) if count else range(0)
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and its end, with the number of characters that were left out between them."""
+    left_out, half = len(text) - SHOWN_CHARACTERS, SHOWN_CHARACTERS // 2
+    return text if left_out <= 0 else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
 
 
 def means(values: Tensor) -> tuple[Tensor, Tensor]:

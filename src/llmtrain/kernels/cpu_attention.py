@@ -6,7 +6,7 @@ back, in the products' dtype with float32 inside. Rows of up to KEPT_LENGTH posi
 backward pass, half of Q T numbers for each token; longer ones make them again, as FlashAttention does (arXiv
 2205.14135, algorithms 1 and 4). Two custom operators, so that `torch.compile` takes each as a whole.
 
-Shapes: B rows, T positions, D head size, Q query heads, K key-value heads, G = Q / K; N = B K.
+Shapes: B rows, T positions, the last U of which ask, D head size, Q query heads, K key-value heads, G = Q / K; N = B K.
 """
 
 from collections.abc import Iterator
@@ -32,30 +32,30 @@ _HAS = torch.cpu.get_capabilities()
 PRODUCTS_WITHOUT_TILES = bool(_HAS.get("avx512_bf16", False)) and not _HAS.get("amx_bf16", False)
 
 
-def is_faster(query: Tensor) -> bool:
-    """Whether `causal_attention` beats the fused kernel for such queries [B, Q, T, D]."""
-    if not PRODUCTS_WITHOUT_TILES or query.device.type != "cpu" or query.dtype not in FASTER_LENGTHS:
+def is_faster(key: Tensor) -> bool:
+    """Whether `causal_attention` beats the fused kernel for such keys [B, K, T, D]."""
+    if not PRODUCTS_WITHOUT_TILES or key.device.type != "cpu" or key.dtype not in FASTER_LENGTHS:
         return False
-    fewest, most = FASTER_LENGTHS[query.dtype]
-    return fewest <= query.shape[2] <= most  # no `in range`: the compiler cannot take that of a length it leaves open
+    fewest, most = FASTER_LENGTHS[key.dtype]
+    return fewest <= key.shape[2] <= most  # no `in range`: the compiler cannot take that of a length it leaves open
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v with everything ahead masked: [B, Q, T, D] over [B, K, T, D] → [B, Q, T, D]."""
+    """softmax(q kᵀ / sqrt(D)) v with everything ahead masked: [B, Q, U, D] over [B, K, T, D] → [B, Q, U, D]."""
     attended: Tensor = _forward(query, key, value)[0]
     return attended
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attended values [B, Q, T, D], and the probabilities of all blocks in a row, none of long rows."""
+    """Attended values [B, Q, U, D], and the probabilities of all blocks in a row, none of long rows."""
     queries, keys, values = _by_kv_head(query, key, value)
     attended = torch.empty_like(queries)
     kept = queries.new_empty(_kept_numbers(query, key))
-    for heads, block, place in _blocks(queries):
+    for heads, block, seen, place in _blocks(queries, keys):
         queries_here = queries[heads, :, block].flatten(1, 2)
         room = kept[place] if len(kept) else None
-        probabilities = _probabilities(queries_here, keys[heads, : block.stop], block, room)
-        product = torch.bmm(probabilities, values[heads, : block.stop])
+        probabilities = _probabilities(queries_here, keys[heads, seen], block, room)
+        product = torch.bmm(probabilities, values[heads, seen])
         attended[heads, :, block] = _per_query(product, queries)
     return attended.view(query.shape), kept
 
@@ -63,18 +63,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def differentiate(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query [B, Q, T, D], key and value [B, K, T, D] from that of the attended values [B, Q, T, D].
+    """Gradients of query [B, Q, U, D], key and value [B, K, T, D] from that of the attended values [B, Q, U, D].
 
     `kept` are the probabilities that `attend` gave, or nothing: they are made again.
     """
     queries, keys, values = _by_kv_head(query, key, value)
     grads = grad.unflatten(1, (key.shape[1], -1)).flatten(0, 1).contiguous()
     query_grad, key_grad, value_grad = (torch.empty_like(each) for each in (queries, keys, values))
-    for heads, block, place in _blocks(queries):
+    for heads, block, seen, place in _blocks(queries, keys):
         queries_here, grads_here = (each[heads, :, block].flatten(1, 2) for each in (queries, grads))
-        keys_here, values_here = (each[heads, : block.stop] for each in (keys, values))
+        keys_here, values_here = (each[heads, seen] for each in (keys, values))
         if len(kept):
-            probabilities = kept[place].view(len(keys_here), -1, block.stop)
+            probabilities = kept[place].view(len(keys_here), -1, seen.stop)
         else:
             probabilities = _probabilities(queries_here, keys_here, block)
         slope = torch.bmm(grads_here, values_here.mT)
@@ -84,8 +84,8 @@ def differentiate(
         if block.stop == queries.shape[2]:  # the first block to be seen
             key_sum, value_sum = of_keys.float(), of_values.float()
         else:
-            key_sum[:, : block.stop] += of_keys
-            value_sum[:, : block.stop] += of_values
+            key_sum[:, seen] += of_keys
+            value_sum[:, seen] += of_values
         if block.start == 0:  # the last
             key_grad[heads], value_grad[heads] = key_sum, value_sum
     query_grad *= query.shape[-1] ** -0.5
@@ -93,44 +93,45 @@ def differentiate(
 
 
 def _by_kv_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [N, G, T, D], scaled, those of each key-value head together; keys and values [N, T, D]."""
+    """Queries [N, G, U, D], scaled, those of each key-value head together; keys and values [N, T, D]."""
     queries = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1) * query.shape[-1] ** -0.5
     return queries.contiguous(), key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()
 
 
 def _block_length(queries: Tensor) -> int:
-    """Queries of a block, for queries [..., T, D]."""
+    """Queries of a block, for queries [..., U, D]."""
     length = queries.shape[-2]
     return length if length <= WHOLE_LENGTHS.get(queries.dtype, 0) else BLOCK
 
 
 def _kept_numbers(query: Tensor, key: Tensor) -> int:
-    """Numbers of the probabilities that are kept for queries [B, Q, T, D]: block by block, each up to its end."""
+    """Numbers of the probabilities that are kept for queries [B, Q, U, D]: block by block, each up to its end."""
     rows, heads, length, _ = query.shape
-    if length > KEPT_LENGTH:
+    if key.shape[2] > KEPT_LENGTH:
         return 0
-    size = _block_length(query)
+    size, before = _block_length(query), key.shape[2] - length
     whole, rest = length // size, length % size
-    return rows * heads * (size * size * whole * (whole + 1) // 2 + rest * length)
+    return rows * heads * (size * size * whole * (whole + 1) // 2 + rest * length + before * length)
 
 
-def _blocks(queries: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Key-value heads, queries, and place among what is kept, of each block of queries [N, G, T, D]; last one first."""
+def _blocks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Key-value heads, queries, keys and place among what is kept, of each block of [N, G, U, D]; last one first."""
     total, group, length, _ = queries.shape
-    size = _block_length(queries)
-    portion = max(SCORES_BYTES // (group * size * length * queries.element_size()), 1)
+    size, before = _block_length(queries), keys.shape[1] - length
+    portion = max(SCORES_BYTES // (group * size * keys.shape[1] * queries.element_size()), 1)
     place = 0
     for first in range(0, total, portion):
         heads = slice(first, min(first + portion, total))
         for start in reversed(range(0, length, size)):
             block = slice(start, min(start + size, length))
-            numbers = (heads.stop - first) * group * (block.stop - start) * block.stop
-            yield heads, block, slice(place, place + numbers)
+            seen = slice(0, before + block.stop)
+            numbers = (heads.stop - first) * group * (block.stop - start) * seen.stop
+            yield heads, block, seen, slice(place, place + numbers)
             place += numbers
 
 
 def _per_query(rows: Tensor, queries: Tensor) -> Tensor:
-    """[n, G c, D] → [n, G, c, D], with G that of the queries [N, G, T, D]."""
+    """[n, G c, D] → [n, G, c, D], with G that of the queries [N, G, U, D]."""
     return rows.unflatten(1, (queries.shape[1], -1))
 
 

@@ -12,6 +12,7 @@ Shapes: B rows, T positions, N tokens, H hidden size, F inner size, E experts, K
 """
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.kernels.grouped_product import grouped_product
-from llmtrain.models.feed_forward import activate, has_gate, inner_size, make_dense
+from llmtrain.models.feed_forward import ACTIVATIONS, GATES, inner_size, make_dense
+from llmtrain.models.shared_rows import SharedRows
 from llmtrain.objectives.routing import Routing, balanced
 
 
@@ -98,28 +100,35 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, settings: ExpertsConfig) -> None:
         super().__init__()
-        inner = settings.ffn_hidden_size or inner_size(config)
+        inner, bias = expert_size(config, settings), config.has_bias("mlp")
         number, hidden = settings.num_experts, config.hidden_size
-        self.settings, self.activation = settings, config.activation
+        self.settings, self.gated = settings, config.activation in GATES
+        self.activation = (GATES if self.gated else ACTIVATIONS)[config.activation]
         self.router = Router(hidden, settings)
-        up_size = 2 * inner if has_gate(config) else inner
-        self.up = ExpertLinear(number, hidden, up_size, bias=config.bias)  # a gate's rows first, as in a dense layer
-        self.down = ExpertLinear(number, inner, hidden, bias=config.bias)
+        # a gate's rows first, as in a dense layer
+        self.expert_up = ExpertLinear(number, hidden, 2 * inner if self.gated else inner, bias=bias)
+        self.expert_down = ExpertLinear(number, inner, hidden, bias=bias)
         self.shared = make_dense(config, inner * settings.shared_experts) if settings.shared_experts else None
         self.num_experts, self.balance_loss, self.z_loss = number, settings.balance_loss, settings.z_loss
         self.routings: list[Routing] | None = None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rows: SharedRows | None = None) -> Tensor:
+        """`rows`: how rows are put together from the positions in `hidden`, [1, N, H], where they share some."""
         routing, weights = self.router(hidden)
         chosen = routing.chosen
-        if self.training and self.settings.capacity_factor is not None:
-            kept = within_capacity(
-                chosen, self.num_experts, self.capacity, self.settings.capacity_group_tokens
-            )  # fmt: skip
-            routing = Routing(routing.logits, routing.probabilities, chosen, kept)
-            chosen = torch.where(kept, chosen, self.num_experts)  # of no expert: sorted to the end
-        if self.routings is not None and torch.is_grad_enabled():
-            self.routings.append(routing)
+        noted = self.routings if torch.is_grad_enabled() else None
+        limited = self.training and self.settings.capacity_factor is not None
+        if limited or noted is not None:
+            in_rows = routing if rows is None else routing.map(rows.spread)
+            if limited:
+                kept = within_capacity(
+                    in_rows.chosen, self.num_experts, self.capacity, self.settings.capacity_group_tokens
+                )  # fmt: skip
+                in_rows = dataclasses.replace(in_rows, kept=kept)
+                kept = kept if rows is None else rows.gather(kept)
+                chosen = torch.where(kept, chosen, self.num_experts)  # of no expert: sorted to the end
+            if noted is not None:
+                noted.append(in_rows)
         mixed = self._mix(hidden.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1)).view_as(hidden)
         return mixed if self.shared is None else self.shared(hidden) + mixed
 
@@ -136,10 +145,16 @@ class Experts(nn.Module):
         experts, order = chosen.flatten().sort(stable=True)  # [N K]
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=order.device), right=True)
-        rows = _Spread.apply(hidden.to(working_dtype(self.up.weight)), order, places, chosen.shape[1])
-        inner = activate(self.activation, self.up(rows, experts, ends))
-        outputs = _Reordered.apply(self.down(inner, experts, ends), places, order)
+        rows = _Spread.apply(hidden.to(working_dtype(self.expert_up.weight)), order, places, chosen.shape[1])
+        inner = self._activate(self.expert_up(rows, experts, ends))
+        outputs = _Reordered.apply(self.expert_down(inner, experts, ends), places, order)
         return (outputs.unflatten(0, chosen.shape) * weights[..., None]).sum(dim=1).to(hidden.dtype)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
     @torch.no_grad()
     def adapt(self, load: Tensor) -> None:
@@ -150,15 +165,14 @@ class Experts(nn.Module):
 
 def make_feed_forward(config: ModelConfig, layer: int) -> nn.Module:
     """The feed-forward part of this layer, counted from 0: experts where `config.experts` says so, else a dense one."""
-    settings = config.experts
-    if settings is None or not is_sparse(settings, layer):
+    if config.experts is None or not config.sparse_layers[layer]:
         return make_dense(config, inner_size(config))
-    return Experts(config, settings)
+    return Experts(config, config.experts)
 
 
-def is_sparse(settings: ExpertsConfig, layer: int) -> bool:
-    """Whether this layer, counted from 0, has experts."""
-    return layer >= settings.first_layer and (layer - settings.first_layer) % settings.layer_step == 0
+def expert_size(config: ModelConfig, settings: ExpertsConfig) -> int:
+    """F of one expert: `ffn_hidden_size`, or that of a dense layer."""
+    return settings.ffn_hidden_size or inner_size(config)
 
 
 def expert_layers(model: nn.Module) -> list[Experts]:

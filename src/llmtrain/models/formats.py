@@ -1,6 +1,6 @@
 """Models in and out of folders: config.json and safetensors, as the Transformers library and vLLM read them.
 
-Nothing is ever unpickled. `layouts.py` holds the names.
+Nothing is ever unpickled. `layouts/` holds the names.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
+from llmtrain.models.layouts.table import to_config
 
 MAX_FILE_BYTES = 5_000_000_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -184,8 +185,7 @@ def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise UserError(f"{folder / 'config.json'} asks for what is not supported:{listed}")
     try:
-        # as JSON, where strict validation takes a block of keys for what it is
-        return TypeAdapter(ModelConfig).validate_json(json.dumps(ours)), int(fields["vocab_size"])
+        return to_config(ours), int(fields["vocab_size"])
     except ValidationError as error:
         listed = "".join(f"\n  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"{folder / 'config.json'} describes no valid architecture:{listed}") from error
@@ -199,7 +199,9 @@ def _read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read as safetensors: {error}") from error
-    heads = ("lm_head.", "score.")
+    for before, after in layout.renamed:
+        tensors = {re.sub(f"^{re.escape(before)}", after, name): tensors[name] for name in tensors}
+    heads = (f"{layout.head}.", "score.")
     if not any(name.startswith(layout.trunk_prefix) for name in tensors):
         tensors = {name if name.startswith(heads) else layout.trunk_prefix + name: tensors[name] for name in tensors}
     return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(layout.ignored, name)}
@@ -228,9 +230,9 @@ def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[s
     state = model.state_dict()  # a router's bias is no parameter, but belongs to the weights
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in SCORE_STATISTICS}
     expected = their_shapes(layout, model.config, shapes)
-    if "lm_head.weight" not in expected:
+    if f"{layout.head}.weight" not in expected:
         # tied, or a head that a score model has no use for
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        tensors = {name: tensor for name, tensor in tensors.items() if name != f"{layout.head}.weight"}
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -245,7 +247,7 @@ def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[s
     if any(faults.values()):
         listed = "".join(f"\n  {kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise UserError(f"the weights in {folder} do not fit its config.json:{listed}")
-    model.load_state_dict(to_ours(layout, list(shapes), tensors), assign=True, strict=False)
+    model.load_state_dict(to_ours(layout, model.config, list(shapes), tensors), assign=True, strict=False)
 
 
 def _listed(names: list[str]) -> str:

@@ -15,12 +15,23 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
 from llmtrain.models.transformer import Transformer, flops_per_weight
 
-# What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward.
-Read = Callable[[Tensor, Tensor], Any]
+# What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward; where the
+# logits are capped, it is called with the keyword `softcap`.
+Read = Callable[..., Any]
+
+
+def logits(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+    """[..., V] of hidden states [..., H] and the head's weight [V, H]; capped to c tanh(z / c) with `softcap` c."""
+    return capped(F.linear(hidden, head_weight), softcap)
+
+
+def capped(values: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(z / c) in the dtype of z, or z without a cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token: logits = head · hidden.
+    """Predicts the next token: logits = head · hidden, scaled and capped where the architecture says so.
 
     The weights are random in torch's own way until `initialise` is called or a state is loaded.
     """
@@ -64,14 +75,18 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        same_as: Tensor | None = None,
     ) -> Any:
         """Logits [B, T, V] of tokens [B, T] int64, or `read(hidden, head_weight)` without making the logits.
 
-        `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache` and `documents`
-        are those of `Transformer.forward`.
+        `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache`, `documents`
+        and `same_as` are those of `Transformer.forward`.
         """
-        hidden = self.trunk(tokens, positions, cache, documents)
-        return (read or F.linear)(hidden, self.head_weight)
+        hidden = self.trunk(tokens, positions, cache, documents, same_as)
+        if self.config.logit_scale != 1.0:
+            hidden = hidden * self.config.logit_scale
+        softcap = {} if self.config.logit_softcap is None else {"softcap": self.config.logit_softcap}
+        return (read or logits)(hidden, self.head_weight, **softcap)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
@@ -128,9 +143,12 @@ class ScalarModel(nn.Module):
         """`Transformer.flops_per_token`; the score head is nothing beside it."""
         return self.trunk.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own."""
-        hidden = self.trunk(tokens)
+    def forward(self, tokens: Tensor, *, same_as: Tensor | None = None) -> Tensor:
+        """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own.
+
+        `same_as` is that of `Transformer.forward`.
+        """
+        hidden = self.trunk(tokens, same_as=same_as)
         # A product and a sum instead of a matrix product: autocast would take that in bfloat16.
         return (hidden.float() * self.score.weight[0]).sum(dim=-1)
 
@@ -180,15 +198,16 @@ class ActorCritic(nn.Module):
         """Floating-point operations per token of both."""
         return self.policy.flops_per_token(sequence_length) + self.value.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+    def forward(
+        self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None
+    ) -> Any:
         """The policy's logits [B, T, V] or `read(hidden, head_weight)`, and the values [B, T] float32, if wanted.
 
-        Values are the value model's normalised scores: started from a reward model, they start in the unit of the
-        rewards that the policy is trained on.
+        `same_as` is that of `Transformer.forward`. Values are the value model's normalised scores: started from a
+        reward model, they start in the unit of the rewards that the policy is trained on.
         """
-        if not values:
-            return self.policy(tokens, read=read)
-        return self.policy(tokens, read=read), self.value.normalised(self.value(tokens))
+        found = self.policy(tokens, read=read, same_as=same_as)
+        return (found, self.value.normalised(self.value(tokens, same_as=same_as))) if values else found
 
 
 class SharedActorCritic(nn.Module):
@@ -212,13 +231,15 @@ class SharedActorCritic(nn.Module):
         """Those of the policy; the value head is nothing beside it."""
         return self.policy.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+    def forward(
+        self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None
+    ) -> Any:
         """As that of `ActorCritic`."""
 
-        def both(hidden: Tensor, head_weight: Tensor) -> tuple[Any, Tensor]:
-            return (read or F.linear)(hidden, head_weight), self.values(hidden)
+        def both(hidden: Tensor, head_weight: Tensor, **softcap: float) -> tuple[Any, Tensor]:
+            return (read or logits)(hidden, head_weight, **softcap), self.values(hidden)
 
-        return self.policy(tokens, read=both if values else read)
+        return self.policy(tokens, read=both if values else read, same_as=same_as)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Values [B, T] float32 of hidden states [B, T, H]."""

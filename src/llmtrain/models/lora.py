@@ -22,7 +22,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import LoraConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorCritic
-from llmtrain.models.layouts import their_parts
+from llmtrain.models.layouts import layout_for, their_parts
 from llmtrain.models.linear import Linear
 
 OWN_SET, VALUE_SET = "default", "value"  # the names of a model's own adapters, and of those of a value model on it
@@ -95,7 +95,8 @@ def adapt(model: LanguageModel | ScalarModel, settings: LoraConfig) -> None:
     """
     modules = dict(model.named_modules())
     layers = {name: each for name, each in modules.items() if isinstance(each, nn.Linear) and ".blocks." in name}
-    held = {name: their_parts(model.config, name, layer.out_features) for name, layer in layers.items()}
+    layout = layout_for(model.config)
+    held = {name: their_parts(layout, model.config, name, layer.out_features) for name, layer in layers.items()}
     _check("targets", settings.targets, [*layers, *(part for parts in held.values() for part in parts)])
     adapted = {}
     for name, parts in held.items():
@@ -151,9 +152,9 @@ class WithoutAdapters(nn.Module):
         super().__init__()
         self.model, self.options = model, options
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None) -> Any:
+    def forward(self, tokens: Tensor, *, read: Read | None = None, same_as: Tensor | None = None) -> Any:
         with using(self.model, None):
-            return self.model(tokens, read=read, **self.options)
+            return self.model(tokens, read=read, same_as=same_as, **self.options)
 
 
 class AdaptedActorCritic(SharedActorCritic):
@@ -168,13 +169,15 @@ class AdaptedActorCritic(SharedActorCritic):
         """Those of the policy, and of its trunk once more."""
         return self.policy.flops_per_token(sequence_length) + self.policy.trunk.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, read: Read | None = None, values: bool = True) -> Any:
+    def forward(
+        self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None
+    ) -> Any:
         """As that of `ActorCritic`."""
-        found = self.policy(tokens, read=read)
+        found = self.policy(tokens, read=read, same_as=same_as)
         if not values:
             return found
         with using(self.policy, VALUE_SET):
-            return found, self.values(self.policy.trunk(tokens))
+            return found, self.values(self.policy.trunk(tokens, same_as=same_as))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """LoRA weights in and out of folders as the `peft` library has them: adapter_config.json, adapter_model.safetensors.
 
-A and B of each module stand under the names of Transformers' layout (`layouts.py`), and beside them, whole, the modules
+A and B of each module stand under the names of Transformers' layout (`layouts/`), and beside them, whole, the modules
 that were trained as they are.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import LoraConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
-from llmtrain.models.layouts import Layout, layout_for, to_ours, to_theirs
+from llmtrain.models.layouts import Layout, in_their_order, layout_for, to_ours, to_theirs
 from llmtrain.models.lora import OWN_SET, adapted_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HEAD, EMBEDDING = "lm_head.weight", "trunk.token_embedding.weight"
+EMBEDDING = "trunk.token_embedding.weight"
 # Options of peft's that would change what is computed, and the values with which they do not.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "rank_pattern": ({}, None),
@@ -44,13 +44,14 @@ def save_adapter(
     adapted: list[str] = []
     for name, layer in adapted_layers(model):
         a, b = (state[f"{name}.adapters.{OWN_SET}.{matrix}"].cpu() for matrix in ("lora_A", "lora_B"))
+        b = in_their_order(layout, model.config, f"{name}.weight", b)
         for part, part_a, part_b in layer.low_rank().by_part(a, b):
             adapted.append(part)
             tensors |= {f"{part}.lora_A.weight": part_a.clone(), f"{part}.lora_B.weight": part_b.clone()}
     trained = [name for name, each in model.named_parameters() if each.requires_grad and ".adapters." not in name]
     whole = to_theirs(layout, model.config, {name: state[name] for name in trained})
     if EMBEDDING in trained and model.config.tied_embeddings and isinstance(model, LanguageModel):
-        whole[HEAD] = state[EMBEDDING].to("cpu", copy=True)  # peft would take the two apart
+        whole[f"{layout.head}.weight"] = state[EMBEDDING].to("cpu", copy=True)  # peft would take the two apart
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM",
@@ -106,14 +107,14 @@ def add_adapter(model: LanguageModel, folder: Path) -> None:
             f"{folder / WEIGHTS} does not fit the model, or holds other things than LoRA weights: "
             f"{'; '.join(faults[:LISTED])}{more}"
         )
-    model.load_state_dict(to_ours(layout, list(model.state_dict()), weights))
+    model.load_state_dict(to_ours(layout, model.config, list(model.state_dict()), weights))
 
 
 def _is_tied_head(
     name: str, value: Tensor, model: LanguageModel, layout: Layout, tensors: Mapping[str, Tensor]
 ) -> bool:  # fmt: skip
     """Whether this is the output matrix of a model whose embedding, of the same values, is there too."""
-    if name != HEAD or not model.config.tied_embeddings:
+    if name != f"{layout.head}.weight" or not model.config.tied_embeddings:
         return False
     [embedding] = to_theirs(layout, model.config, {EMBEDDING: value})
     return embedding in tensors and torch.equal(tensors[embedding], value)

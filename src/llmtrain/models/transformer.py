@@ -1,9 +1,10 @@
-"""A pre-norm decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
+"""A decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
 
-    embedding (+ learned positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
+    embedding (+ positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
 
 With learned positions, LayerNorm, GELU and biases this is GPT-2 (Radford et al. 2019); with rotary positions,
-RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288).
+RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288). The other
+families differ in where the norms stand, in what a layer sees, and in single parts.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
@@ -13,39 +14,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import ModelConfig
-from llmtrain.models.attention import Attention, KVCache
+from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
+from llmtrain.models.attention import Attention, Context, KVCache
 from llmtrain.models.document_attention import Documents
-from llmtrain.models.experts import make_feed_forward
+from llmtrain.models.experts import Experts, make_feed_forward
+from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
-from llmtrain.models.positions import RotaryTables, rotary_tables
+from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
+from llmtrain.models.shared_rows import SharedRows
 
 # The projections of a block whose outputs are added to the residual stream.
-INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.shared.down.weight")
+INTO_RESIDUAL = (
+    "attention.output.weight", "feed_forward.down.weight",
+    "feed_forward.expert_down.weight", "feed_forward.shared.down.weight",
+)  # fmt: skip
 
 
 class Block(nn.Module):
-    """Attention and feed-forward part, each behind a norm and added to the stream, [B, T, H] → [B, T, H].
+    """Attention A and feed-forward part F, added to the stream x, [B, T, H] → [B, T, H]; n are norms of their own.
 
-    Pre-norm: Xiong et al. 2020 (arXiv 2002.04745, table 1).
+    - pre: x + A(n(x)), then x + F(n(x)) (Xiong et al. 2020, arXiv 2002.04745, table 1).
+    - post: n(x + A(x)), then n(x + F(x)) (Vaswani et al. 2017, arXiv 1706.03762).
+    - reordered: x + n(A(x)), then x + n(F(x)) (OLMo 2, arXiv 2501.00656, section 3.2).
+    - sandwich: x + n(A(n(x))), then x + n(F(n(x))) (Ding et al. 2021, arXiv 2105.13290; Gemma 2).
+    - pre, parallel: x + A(n(x)) + F(n(x)), both behind one norm or each behind its own (GPT-J, GPT-NeoX).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = make_norm(config)
+        self.placement, self.order = config.norm_placement, config.block
+        has_first, has_last = self.placement != "reordered", self.placement in ("reordered", "sandwich")
+        has_second = has_first and self.order != "parallel_shared_norm"
+        self.attention_norm = make_norm(config) if has_first else None
         self.attention = Attention(config, layer)
-        self.feed_forward_norm = make_norm(config)
+        self.attention_output_norm = make_norm(config) if has_last else None
+        self.feed_forward_norm = make_norm(config) if has_second else None
         self.feed_forward = make_feed_forward(config, layer)
+        self.feed_forward_output_norm = make_norm(config) if has_last else None
 
-    def forward(
-        self, hidden: Tensor, rotary: RotaryTables | None = None, cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:  # fmt: skip
-        attended = self.attention(self.attention_norm(hidden), rotary, cache, documents)
-        hidden = hidden + F.dropout(attended, self.dropout, self.training)
-        transformed = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + F.dropout(transformed, self.dropout, self.training)
+    def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+        if self.order != "sequential":
+            return self._parallel(hidden, context, cache)
+        attended = self.attention(self._before(self.attention_norm, hidden), context, cache)
+        hidden = self._added(hidden, attended, self.attention_norm, self.attention_output_norm)
+        transformed = self._transformed(self._before(self.feed_forward_norm, hidden), context)
+        return self._added(hidden, transformed, self.feed_forward_norm, self.feed_forward_output_norm)
+
+    def _parallel(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        normed = self._before(self.attention_norm, hidden)
+        attended = self.attention(normed, context, cache)
+        normed = normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden)
+        transformed = self._transformed(normed, context)
+        return (
+            hidden
+            + F.dropout(attended, self.dropout, self.training)
+            + F.dropout(transformed, self.dropout, self.training)
+        )
+
+    def _transformed(self, normed: Tensor, context: Context) -> Tensor:
+        """A dense part goes position by position; that experts are even, and have room, is a matter of rows."""
+        sparse = isinstance(self.feed_forward, Experts)
+        transformed: Tensor = self.feed_forward(normed, context.rows) if sparse else self.feed_forward(normed)
+        return transformed
+
+    def _before(self, norm: nn.Module | None, hidden: Tensor) -> Tensor:
+        return hidden if norm is None or self.placement == "post" else norm(hidden)
+
+    def _added(self, hidden: Tensor, branch: Tensor, norm: nn.Module | None, output_norm: nn.Module | None) -> Tensor:
+        if output_norm is not None:
+            branch = output_norm(branch.to(hidden.dtype))  # under autocast it is of another
+        hidden = hidden + F.dropout(branch, self.dropout, self.training)
+        return norm(hidden) if self.placement == "post" and norm is not None else hidden
 
 
 class Transformer(nn.Module):
@@ -59,15 +99,18 @@ class Transformer(nn.Module):
         _check_sizes(config)
         self.config = config
         self.vocab_size = vocab_size
+        self.windows = config.windows
+        scale = config.embedding_scale
+        self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.max_sequence_length, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config) if config.norm_placement != "post" else nn.Identity()
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | None = None, same_as: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -75,52 +118,85 @@ class Transformer(nn.Module):
         `cache.begin` has given where they are set. With a cache, the first call takes the right-padded prompts and
         every later one a single token for each row.
         `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
+        `same_as` [B, T] int64: number b · T + t of the position that is computed in the place of each, itself or one
+        with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
         """
         assert cache is None or documents is None, "a cache holds one document for each row"
+        assert same_as is None or (positions is None and cache is None and documents is None), "whole rows alone"
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout)
-        if positions is None and within is not None:
+        rows = None if same_as is None else SharedRows.of(same_as)
+        length = tokens.shape[1]
+        if rows is not None:
+            tokens, positions = rows.gather(tokens), rows.positions()  # [1, N] each
+        elif positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
             positions = cache.begin(tokens)
         elif positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
-        hidden, rotary = self._embed(tokens, positions)
-        for block in self.blocks:
-            hidden = block(hidden, rotary, cache, within)
-        return self.final_norm(hidden)
+            positions = torch.arange(length, device=tokens.device)[None]  # [1, T]
+        lengths: Tensor | int = length
+        if cache is not None:
+            lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
+        hidden = self._embed(tokens, positions)
+        contexts = {
+            window: self._context(window, positions, length, lengths, within, rows) for window in {*self.windows}
+        }
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            hidden = block(hidden, contexts[window], cache)
+        hidden = self.final_norm(hidden)
+        return hidden if rows is None else rows.spread(hidden)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
-        `flops_per_weight` for each weight in a matrix product, and 6 T H for each layer's attention: half of the usual
-        12 T H (arXiv 2204.02311, appendix B), since nothing ahead is computed. Of routed experts, those count that a
-        token goes through.
+        `flops_per_weight` for each weight in a matrix product, and 6 T Q D for each layer's attention: half of the
+        usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window. Of
+        routed experts, those count that a token goes through.
         """
         weights = [each for name, each in self.blocks.named_parameters() if each.ndim > 1 and not name.endswith("bias")]
         products = sum(each.numel() * used_share(self.config, each) * flops_per_weight(each) for each in weights)
-        return products + 6.0 * self.config.num_layers * sequence_length * self.config.hidden_size
+        seen = sum(_mean_seen(window, sequence_length) for window in self.windows)
+        return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, RotaryTables | None]:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         hidden = self.token_embedding(tokens)  # [B, T, H]
-        rotary = None
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         if self.config.positions == "learned":
             hidden = hidden + self.position_embedding(positions)
-        else:
-            rotary = rotary_tables(positions, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
-        return F.dropout(hidden, self.config.dropout, self.training), rotary
+        elif self.config.positions == "sinusoidal":
+            hidden = hidden + sinusoids(positions, self.config.hidden_size).to(hidden.dtype)
+        return F.dropout(hidden, self.config.dropout, self.training)
+
+    def _context(
+        self, window: int | None, positions: Tensor, length: int, lengths: Tensor | int,
+        documents: Documents | None, rows: SharedRows | None,
+    ) -> Context:  # fmt: skip
+        """For the layers with this window.
+
+        `positions` are those that are computed, in rows of `length` columns that hold sequences of `lengths` tokens.
+        """
+        rotary = rotary_tables(self.config, positions, window, lengths) if self.config.positions == "rope" else None
+        numbers = None if documents is None else documents.numbers
+        if needs_mask(self.config, window, length):
+            columns = torch.arange(length, device=positions.device)
+            return Context(rotary, score_mask(self.config, window, columns[None], columns, numbers), rows=rows)
+        mask = None if documents is None else documents.mask
+        return Context(rotary, mask, numbers if mask is None else None, rows)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draws all weights anew: N(0, init_std²), into the residual stream init_std / sqrt(2 num_layers); biases 0.
 
-        Radford et al. 2019, section 2.3. Drawn on the CPU in the order of the parameters, whatever device they
-        are on, from a CPU generator.
+        Radford et al. 2019, section 2.3. Norms begin as if they had no weight. Drawn on the CPU in the order of the
+        parameters, whatever device they are on, from a CPU generator.
         """
+        no_weight = 0.0 if self.config.norm == "zero_centred_rmsnorm" else 1.0
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 or name.endswith("bias"):
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else no_weight)
                 continue
             std = self.config.init_std
             if name.endswith(INTO_RESIDUAL):
@@ -143,16 +219,28 @@ def flops_per_weight(weight: Tensor) -> float:
     return 6.0 if weight.requires_grad else 4.0
 
 
+def _mean_seen(window: int | None, length: int) -> float:
+    """How many of `length` positions one sees on average: T / 2, or w - w² / 2T with a window w."""
+    if window is None or window >= length:
+        return length / 2.0
+    return window - window * window / (2.0 * length)
+
+
 def _check_sizes(config: ModelConfig) -> None:
-    heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-    if config.hidden_size % heads:
+    heads, kv_heads = config.num_heads, config.kv_heads
+    if config.head_dim is None and config.hidden_size % heads:
         raise ConfigError(
-            f"model.num_heads={heads} does not divide model.hidden_size={config.hidden_size}: change one of them"
+            f"model.num_heads={heads} does not divide model.hidden_size={config.hidden_size}: change one of them,"
+            " or give model.head_dim"
         )
     if heads % kv_heads:
         raise ConfigError(f"model.num_kv_heads={kv_heads} does not divide model.num_heads={heads}: change one of them")
-    if config.positions == "rope" and (config.hidden_size // heads) % 2:
+    rotated = rotated_size(config)
+    if config.positions == "rope" and isinstance(config.rope_scaling, DynamicScalingConfig) and rotated == 2:
+        raise ConfigError("model.rope_scaling.name=dynamic needs heads of which more than 2 dimensions are rotated")
+    if config.positions == "rope" and (rotated == 0 or rotated % 2):
         raise ConfigError(
-            f"model.hidden_size={config.hidden_size} / model.num_heads={heads} is odd, but rotary positions turn"
-            " dimensions in pairs: choose an even head size, or model.positions=learned"
+            f"{rotated} of {config.head_size} dimensions of a head would be rotated (model.hidden_size="
+            f"{config.hidden_size}, model.num_heads={heads}, model.head_dim, model.partial_rotary_factor), which is odd"
+            " or nothing, but rotary positions turn dimensions in pairs: change one, or take other model.positions"
         )

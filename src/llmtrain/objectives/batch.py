@@ -1,7 +1,7 @@
 """What every batch type has in common: tensors that share their first dimension, the rows."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,11 +11,17 @@ from torch import Tensor
 # Their ratio is the mean over rows, micro-batches and processes. Of names that end in _max or _min, the first number
 # itself counts: the largest or smallest of all.
 Metrics = dict[str, tuple[Tensor, Tensor]]
+# What people are shown of a batch: a line of a table for each of some rows, `row` being its number among the rows of
+# all processes; the values are numbers, texts, booleans or None.
+Samples = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Rows of tensors. Subclasses are frozen dataclasses whose tensor fields are `[rows, ...]`."""
+
+    samples: Samples | None = dataclasses.field(default=None, kw_only=True)
+    """What people are shown of this process's rows; None for batches that nothing is shown of."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -38,7 +44,7 @@ class Batch:
         return {}
 
     def num_tokens(self) -> int:
-        """Tokens the model is run over, padding included: the elements of the integer matrices."""
+        """Tokens of all rows, padding and shared prompts included: the elements of the integer matrices."""
         tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
         return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2)
 

@@ -4,6 +4,8 @@ The head's logits are the largest tensor of a training step: in float32 they are
 over. Here they are made for a portion of the tokens, used and dropped. Products are taken in the autocast dtype;
 everything between them (log-sum-exp, softmax, losses) is float32.
 
+With a softcap c, the logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2).
+
 Shapes: N tokens, H hidden size, V vocabulary; leading dimensions `...` such as [B, T].
 """
 
@@ -17,11 +19,14 @@ from llmtrain.kernels.cpu_product import times_transposed
 
 # Elements of a portion's logits, by device: small enough not to matter, large enough that the products are efficient.
 PORTION_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+# Up to so many elements, probabilities are kept for the backward pass instead of being made again.
+KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
 def cross_entropy_sum(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over the masked positions of −log p(target) + z_loss · (log-sum-exp)², and −log p(target) of each.
 
     Logits are made once: the gradients are computed along with the loss and only scaled in the backward pass.
@@ -32,6 +37,7 @@ def cross_entropy_sum(
         targets: [...] int64, the token that each position predicts.
         mask: [...] bool, the positions that count.
         z_loss: weight of the squared log-normaliser (PaLM, arXiv 2204.02311, section 5).
+        softcap: what bounds the logits; null leaves them.
 
     Returns:
         The sum (0-dim float32, differentiable) and the negative log-likelihoods ([...] float32, zero where not masked,
@@ -39,35 +45,40 @@ def cross_entropy_sum(
     """
     kept = _Kept(hidden, targets, mask)
     total, nll = _CrossEntropySum.apply(
-        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, _product_dtype(hidden), torch.is_grad_enabled()
-    )
+        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, softcap, _product_dtype(hidden),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     return total, kept.spread(nll)
 
 
 def token_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
-) -> Tensor:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Log-probability of each target, [...] float32, zero where not masked; logits are divided by `temperature`.
 
-    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again.
+    Shapes as in `cross_entropy_sum`. The backward pass makes the logits again, unless they are few.
     """
-    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=False)[0]
+    return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=False)[0]
 
 
 def token_logprobs_and_entropy(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`token_logprobs`, and the entropy in nats of the distribution at each position (not differentiable)."""
-    return _logprobs(hidden, head_weight, targets, mask, temperature, with_entropy=True)
+    return _logprobs(hidden, head_weight, targets, mask, temperature, softcap, with_entropy=True)
 
 
 def _logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, *, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float,
+    softcap: float | None, *, with_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = _Kept(hidden, targets, torch.ones_like(targets, dtype=torch.bool) if mask is None else mask)
     logprobs, entropy = _TokenLogprobs.apply(
-        kept.hidden, head_weight, kept.targets, kept.mask, 1.0 / temperature, _product_dtype(hidden), with_entropy
-    )
+        kept.hidden, head_weight, kept.targets, kept.mask, 1.0 / temperature, softcap, _product_dtype(hidden),
+        with_entropy,
+    )  # fmt: skip
     return kept.spread(logprobs), kept.spread(entropy)
 
 
@@ -100,26 +111,30 @@ class _CrossEntropySum(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor,
         z_loss: float,
+        softcap: float | None,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         hidden_needed, weight_needed = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         nll, penalty = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
-        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
-        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        hidden_grad = torch.empty_like(hidden) if hidden_needed else None
+        weight_grad: Tensor | None = None
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
-            probabilities, normaliser, chosen = _read(times_transposed(states, weight), target)
+            logits = times_transposed(states, weight)
+            logits = logits if softcap is None else _capped(logits, softcap)
+            probabilities, normaliser, chosen = _read(logits, target)
             nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
             penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
             if hidden_needed or weight_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
-                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float()).to(dtype)
+                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float())
+                grad = (grad if softcap is None else grad.mul_(_slope_of_cap(logits, softcap))).to(dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
-            if weight_grad is not None:
-                weight_grad += grad.T @ states
+            if weight_needed:
+                weight_grad = _added(weight_grad, grad.T @ states, head_weight.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(nll)
         return nll.sum() + penalty.sum(), nll
@@ -127,11 +142,14 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities; the backward pass makes the logits again, for only then is each token's gradient known."""
+    """Log-probabilities; the backward pass needs the probabilities, for only then is each token's gradient known.
+
+    A few are kept, many are made again.
+    """
 
     @staticmethod
     def forward(
@@ -141,41 +159,65 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor,
         inverse_temperature: float,
+        softcap: float | None,
         dtype: torch.dtype,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
         weight = head_weight.to(dtype)
+        # the slope of a cap wants the logits themselves, which are made again then
+        keep = softcap is None and hidden.shape[0] * weight.shape[0] <= KEPT_ELEMENTS[hidden.device.type]
+        kept: list[Tensor] = []
         for portion in _portions(hidden, weight):
-            logits = times_transposed(hidden[portion].to(dtype), weight).float() * inverse_temperature
+            logits = _tempered(hidden[portion].to(dtype), weight, inverse_temperature, softcap)
             probabilities, normaliser, chosen = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
-                mean_logit = probabilities.mul_(logits).sum(dim=-1)
+                mean_logit = logits.mul_(probabilities).sum(dim=-1)
                 entropy[portion] = torch.where(mask[portion], normaliser - mean_logit, 0.0)
-        ctx.save_for_backward(hidden, head_weight, targets, mask)
-        ctx.inverse_temperature, ctx.dtype = inverse_temperature, dtype
+            if keep:
+                kept.append(probabilities)
+        ctx.save_for_backward(hidden, head_weight, targets, mask, *kept)
+        ctx.inverse_temperature, ctx.softcap, ctx.dtype = inverse_temperature, softcap, dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, targets, mask = ctx.saved_tensors
+        hidden, head_weight, targets, mask, *kept = ctx.saved_tensors
         hidden_needed, weight_needed = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if hidden_needed else None
-        weight_grad = torch.zeros_like(head_weight) if weight_needed else None
+        hidden_grad = torch.empty_like(hidden) if hidden_needed else None
+        weight_grad: Tensor | None = None
         weight = head_weight.to(ctx.dtype)
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
-        for portion in _portions(hidden, weight):
+        for number, portion in enumerate(_portions(hidden, weight)):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            logits = times_transposed(states, weight).float() * ctx.inverse_temperature
-            grad = logits.softmax(dim=-1).mul_(-slope[:, None])
-            grad = _add_at(grad, targets[portion, None], slope).to(ctx.dtype)
+            if kept:
+                grad = kept[number] * -slope[:, None]
+            else:
+                logits = _tempered(states, weight, ctx.inverse_temperature, ctx.softcap)
+                grad = logits.softmax(dim=-1).mul_(-slope[:, None])
+            grad = _add_at(grad, targets[portion, None], slope)
+            if ctx.softcap is not None:
+                grad = grad.mul_(_slope_of_cap(logits, ctx.softcap * ctx.inverse_temperature))
+            grad = grad.to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
-            if weight_grad is not None:
-                weight_grad += grad.T @ states
-        return hidden_grad, weight_grad, None, None, None, None, None
+            if weight_needed:
+                weight_grad = _added(weight_grad, grad.T @ states, head_weight.dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _added(total: Tensor | None, summand: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum, in the given dtype, of what may not have begun; the total may be overwritten."""
+    return summand.to(dtype) if total is None else total.add_(summand)
+
+
+def _tempered(states: Tensor, weight: Tensor, inverse_temperature: float, softcap: float | None) -> Tensor:
+    """The logits [n, V] of hidden states [n, H], float32, capped, then divided by the temperature."""
+    logits = times_transposed(states, weight).float()
+    logits = logits if softcap is None else _capped(logits, softcap)
+    return logits if inverse_temperature == 1.0 else logits * inverse_temperature
 
 
 def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -193,6 +235,16 @@ def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     normaliser = logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
     return probabilities, normaliser, logits.gather(-1, target)[:, 0].float()
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(z / c), float32."""
+    return softcap * torch.tanh(logits.float() / softcap)
+
+
+def _slope_of_cap(capped: Tensor, softcap: float) -> Tensor:
+    """The derivative of `_capped` where it has given these: 1 - tanh²; the same for values and c scaled alike."""
+    return 1.0 - (capped / softcap).square()
 
 
 def _add_at(matrix: Tensor, column: Tensor, values: Tensor) -> Tensor:

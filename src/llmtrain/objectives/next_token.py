@@ -68,8 +68,8 @@ class NextToken:
         """The summed loss; metrics: loss in nats per token, over all and for each source."""
         targets, mask = next_tokens(batch.tokens, batch.loss_mask)
 
-        def read(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
-            return cross_entropy_sum(hidden, head_weight, targets, mask, z_loss=self.z_loss)
+        def read(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+            return cross_entropy_sum(hidden, head_weight, targets, mask, z_loss=self.z_loss, softcap=softcap)
 
         loss, nll = model(batch.tokens, read=read, documents=batch.documents)
         metrics: Metrics = {"loss": (nll.sum(), self.weight(batch))}

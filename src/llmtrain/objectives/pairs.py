@@ -55,8 +55,8 @@ def answer_logprobs(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
     """Log-probability [B] of each row's answer given what stands before it; tokens and answer mask are [B, S]."""
     targets, counts = next_tokens(tokens, mask)
 
-    def read(hidden: Tensor, head_weight: Tensor) -> Tensor:
-        return token_logprobs(hidden, head_weight, targets, counts)
+    def read(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+        return token_logprobs(hidden, head_weight, targets, counts, softcap=softcap)
 
     return model(tokens, read=read).sum(dim=1)
 

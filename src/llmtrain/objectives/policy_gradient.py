@@ -10,21 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Metrics
-from llmtrain.objectives.kl import kl_k3
+from llmtrain.objectives.kl import kl_k1, kl_k3
 from llmtrain.objectives.logprobs import token_logprobs_and_entropy
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout
 
 LossAverage = Literal["sequence", "token", "constant"]
 
 
 def policy_logprobs(
-    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float
+    model: nn.Module, tokens: Tensor, response_mask: Tensor, temperature: float, group_rows: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, [B, T] float32 each, zero outside the answer.
 
-    Rollouts and updates both read the model through this function, so the ratio of the first update is 1.
+    The prompt of a group, as many rows as stand side by side here, is computed once. Rollouts and updates both read the
+    model through this function, so the ratio of the first update is 1.
     """
-    read: tuple[Tensor, Tensor] = model(tokens, read=logprobs_reader(tokens, response_mask, temperature))
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows))
+    reader = logprobs_reader(tokens, response_mask, temperature)
+    read: tuple[Tensor, Tensor] = model(tokens, read=reader, same_as=same_as)
     return read
 
 
@@ -33,9 +37,14 @@ def logprobs_reader(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What makes these log-probabilities and entropies of hidden states [B, S, H] and the head's weight [V, H]."""
 
-    def read(hidden: Tensor, head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def read(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         return token_logprobs_and_entropy(
-            hidden[:, :-1], head_weight, tokens[:, 1:], response_mask[:, 1:], temperature=temperature
+            hidden[:, :-1],
+            head_weight,
+            tokens[:, 1:],
+            response_mask[:, 1:],
+            temperature=temperature,
+            softcap=softcap,
         )
 
     return read
@@ -79,10 +88,34 @@ def over_mask(mask: Tensor, **values: Tensor) -> Metrics:
     }  # fmt: skip
 
 
+def answer_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each answer, [B], from log-probabilities [B, T]: an estimate (k1) of its KL in nats."""
+    return torch.where(mask, kl_k1(logprobs, reference_logprobs), 0.0).sum(dim=1)
+
+
 def tell_stop(batch: Rollout, metrics: Metrics) -> None:
     """Let the rollout know how far the policy has moved, where a limit is set on that."""
     if batch.kl_stop:
         batch.kl_stop.add(*metrics["approx_kl"])
+
+
+def importance(
+    batch: Rollout, old_logprobs: Tensor, mask: Tensor, *, of_answers: bool = False
+) -> tuple[Tensor | float, Metrics]:
+    """What each choice's loss is multiplied by because other kernels have sampled it: min(π_old / π_sampler, limit).
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training", fengyao.notion.site/off-policy-rl), of tokens [B, T] or whole answers [B]: the clipped ratio π / π_old
+    says nothing of who has sampled. The metric sampler_mismatch is |log π_old − log π_sampler| over tokens.
+    """
+    if batch.sampler_logprobs is None:
+        return 1.0, {}
+    # a log-probability that is no number counts as the policy's own
+    change = torch.where(mask, old_logprobs - batch.sampler_logprobs, 0.0).nan_to_num(nan=0.0)
+    metrics = over_mask(mask, sampler_mismatch=change.abs())
+    if batch.importance_limit is None:
+        return 1.0, metrics
+    return (change.sum(dim=1) if of_answers else change).exp().clamp(max=batch.importance_limit), metrics
 
 
 class Grpo:
@@ -115,7 +148,7 @@ class Grpo:
 
     def weight(self, batch: JudgedAnswers) -> Tensor:
         """Number of answers, of tokens, or of answers times the longest they may be."""
-        mask = batch.response_mask[:, 1:]
+        mask = batch.learned_mask()
         if self.loss_average == "token":
             return mask.sum().float()
         rows = mask.new_tensor(len(mask), dtype=torch.float32)
@@ -124,25 +157,34 @@ class Grpo:
     def __call__(self, model: nn.Module, batch: JudgedAnswers) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics: loss, and over the sampled tokens those of `ratio_metrics`, approx_kl (k3, against the policy that
-        sampled), entropy in nats and, with a reference, reference_kl (k3).
+        Metrics: loss, and over the sampled tokens those of `ratio_metrics` and `importance`, approx_kl (k3, against the
+        policy that sampled), entropy in nats and, with a reference, reference_kl (k3); over answers align/kl (k1, to
+        the reference), where the rollout could not tell it for want of log-probabilities.
         """
-        mask = batch.response_mask[:, 1:]
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        mask = batch.learned_mask()
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
+        old = batch.old_logprobs(logprobs)
         per_token = clipped_policy_loss(
-            logprobs, batch.logprobs, batch.advantages[:, None], mask,
+            logprobs, old, batch.advantages[:, None], mask,
             clip_range=self.clip_range, clip_range_high=self.clip_range_high,
         )  # fmt: skip
-        ratio = ratio_of(logprobs, batch.logprobs, mask)
-        measured = {"approx_kl": kl_k3(batch.logprobs, logprobs), "entropy": entropy}
+        weights, metrics = importance(batch, old, mask)
+        per_token = per_token * weights
+        ratio = ratio_of(logprobs, old, mask)
+        measured = {"approx_kl": kl_k3(old, logprobs), "entropy": entropy}
         if batch.reference_logprobs is not None:
             kl = torch.where(mask, kl_k3(logprobs, batch.reference_logprobs), 0.0)
             measured["reference_kl"] = kl
+            if batch.logprobs is None:
+                moved = answer_kl(old, batch.reference_logprobs, batch.response_mask[:, 1:])
+                metrics["align/kl"] = moved.sum(), moved.new_tensor(float(len(moved)))
             per_token = per_token + self.kl_coefficient * (kl * ratio if self.unbiased_kl else kl)
         if self.loss_average == "sequence":
             per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
         loss = per_token.sum()
-        metrics = over_mask(mask, **measured) | ratio_metrics(
+        metrics |= over_mask(mask, **measured) | ratio_metrics(
             ratio, mask, clip_range=self.clip_range, clip_range_high=self.clip_range_high
         )
         tell_stop(batch, metrics)
@@ -167,17 +209,22 @@ class Reinforce:
     def __call__(self, model: nn.Module, batch: JudgedAnswers) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics: over answers loss and those of `ratio_metrics`; over tokens approx_kl (k3, against the policy that
-        sampled) and entropy in nats.
+        Metrics: over answers loss and those of `ratio_metrics`; over tokens those of `importance`, approx_kl (k3,
+        against the policy that sampled) and entropy in nats.
         """
-        mask = batch.response_mask[:, 1:]
-        logprobs, entropy = policy_logprobs(model, batch.tokens, batch.response_mask, self.temperature)
+        mask = batch.learned_mask()
+        logprobs, entropy = policy_logprobs(
+            model, batch.tokens, batch.response_mask, self.temperature, batch.group_rows
+        )
+        old = batch.old_logprobs(logprobs)
         # the differences are summed, not the log-probabilities: so equal ones give a ratio of exactly 1
-        change = torch.where(mask, logprobs - batch.logprobs, 0.0).sum(dim=1)
+        change = torch.where(mask, logprobs - old, 0.0).sum(dim=1)
         everything, unmoved = torch.ones_like(change, dtype=torch.bool), torch.zeros_like(change)
         losses = clipped_policy_loss(change, unmoved, batch.advantages, everything, clip_range=self.clip_range)
+        weights, metrics = importance(batch, old, mask, of_answers=True)
+        losses = losses * weights
         ratio = ratio_of(change, unmoved, everything)
-        metrics = over_mask(mask, approx_kl=kl_k3(batch.logprobs, logprobs), entropy=entropy)
+        metrics |= over_mask(mask, approx_kl=kl_k3(old, logprobs), entropy=entropy)
         tell_stop(batch, metrics)
         return losses.sum(), metrics | over_mask(everything, loss=losses) | ratio_metrics(
             ratio, everything, clip_range=self.clip_range

@@ -38,12 +38,14 @@ from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.kl import kl_k3
 from llmtrain.objectives.policy_gradient import (
     clipped_policy_loss,
+    importance,
     logprobs_reader,
     over_mask,
     ratio_metrics,
     ratio_of,
     tell_stop,
 )
+from llmtrain.objectives.shared_positions import group_leaders, shared_positions
 from llmtrain.objectives.trajectories import Trajectory
 
 
@@ -72,17 +74,19 @@ class Ppo:
     def __call__(self, model: nn.Module, batch: Trajectory) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics over the sampled tokens: loss, policy_loss, value_loss, those of `ratio_metrics`, approx_kl (k3,
-        against the policy that sampled) and entropy in nats.
+        Metrics over the sampled tokens: loss, policy_loss, value_loss, those of `ratio_metrics` and `importance`,
+        approx_kl (k3, against the policy that sampled) and entropy in nats.
         """
         mask = batch.response_mask[:, 1:]
         logprobs, entropy, values = policy_and_values(model, batch.tokens, batch.response_mask, self.temperature)
         policy_loss = clipped_policy_loss(logprobs, batch.logprobs, batch.advantages, mask, clip_range=self.clip_range)
+        weights, metrics = importance(batch, batch.logprobs, mask)
+        policy_loss = policy_loss * weights
         value_loss = ppo_value_loss(values, batch.values, batch.returns, mask, clip_range=self.value_clip_range)
         # a value model that knows nothing yet makes advantages of noise: at first it learns alone
         policy_weight = 0.0 if batch.step < self.value_warmup_steps else 1.0
         losses = policy_weight * policy_loss + self.value_weight * value_loss
-        metrics = over_mask(
+        metrics |= over_mask(
             mask, loss=losses, policy_loss=policy_loss, value_loss=value_loss,
             approx_kl=kl_k3(batch.logprobs, logprobs), entropy=entropy,
         )  # fmt: skip
@@ -105,8 +109,10 @@ def policy_and_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the sampled tokens, entropies and values of an actor-critic, [B, T] float32 each.
 
-    Log-probabilities and entropies are zero outside the answer. Rollouts and updates both read the model through this
-    function, so the ratio of the first update is 1.
+    All are zero outside the answer. Rollouts and updates both read the model through this function, so the ratio of
+    the first update is 1.
     """
-    (logprobs, entropy), values = model(tokens, read=logprobs_reader(tokens, response_mask, temperature))
-    return logprobs, entropy, values[:, :-1].float()
+    same_as = shared_positions(tokens, response_mask, group_leaders(tokens, group_rows=1))  # no padding, that is
+    reader = logprobs_reader(tokens, response_mask, temperature)
+    (logprobs, entropy), values = model(tokens, read=reader, same_as=same_as)
+    return logprobs, entropy, torch.where(response_mask[:, 1:], values[:, :-1].float(), 0.0)

@@ -5,7 +5,8 @@ loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20). A product of two mea
 sum over rows, so micro-batches and processes would change its gradient. The load over the whole batch of all processes
 is what the adapting biases go by: they need no gradient.
 
-Tokens count up to the last that is learned in their row: padding does not, nor what the objective never looks at.
+Tokens count that stand before the last that is learned in their row: they are what the objective looks at. Padding is
+not, nor is the last one, which predicts nothing, so that rows may share positions (`shared_positions.py`).
 
 Shapes: B rows, T positions, E experts, K experts for each token.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Metrics
@@ -32,6 +34,11 @@ class Routing:
     """[B, T, K] int64: the experts of each token."""
     kept: Tensor | None = None
     """[B, T, K] bool: whether the expert had room for it. None: nothing was dropped."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
+        """Each tensor changed alike."""
+        kept = None if self.kept is None else change(self.kept)
+        return Routing(change(self.logits), change(self.probabilities), change(self.chosen), kept)
 
 
 class RoutedLayer(Protocol):
@@ -57,9 +64,9 @@ class Trained(Protocol):
 
 
 def counted_tokens(batch: Trained) -> Tensor:
-    """[R, S] bool: the tokens of each row up to the last that is learned."""
+    """[R, S] bool: the tokens of each row before the last that is learned."""
     learned = batch.learned_tokens()
-    return learned.flip(1).cumsum(1).flip(1) > 0
+    return F.pad(learned.flip(1).cumsum(1).flip(1)[:, 1:] > 0, (0, 1))
 
 
 def loads(routing: Routing, counted: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ class Rollout(Batch):
     """[B, S] int64: prompt, answer, padding."""
     response_mask: Tensor
     """[B, S] bool: the sampled tokens, end token included."""
-    logprobs: Tensor
-    """[B, T] float32, of the policy that sampled; zero outside the answer, as below."""
     epochs: int = 1
     """Passes over the rollout."""
     minibatches: int = 1
@@ -45,6 +43,14 @@ class Rollout(Batch):
     """The training step that this is the rollout of."""
     kl_stop: KLStop | None = None
     """Ends the updates early. The objective tells it how far the policy has moved."""
+    kl: Tensor | None = None
+    """[B] float32, nats: the log-ratio of the sampling policy to the reference, summed over the answer. None: there is
+    no reference, or nothing was read before the update, which then tells the metric `align/kl`."""
+    sampler_logprobs: Tensor | None = None
+    """[B, T] float32: log-probabilities of the sampled tokens by other kernels than the policy's, which sampled them;
+    zero outside the answer. None: the policy's own kernels have."""
+    importance_limit: float | None = None
+    """Largest weight of a choice that other kernels have sampled. None: each counts alike."""
     measured: Metrics = dataclasses.field(default_factory=dict)
     """What is known of the rollout before it is trained on: rewards, KL."""
 
@@ -84,6 +90,8 @@ class Rollout(Batch):
 class Trajectory(Rollout):
     """A rollout with an advantage and a return for each token: what PPO learns from."""
 
+    logprobs: Tensor
+    """[B, T] float32, of the policy that sampled; zero outside the answer, as below."""
     values: Tensor
     """[B, T] float32, of the value model when the answers were sampled."""
     advantages: Tensor
@@ -98,8 +106,23 @@ class JudgedAnswers(Rollout):
 
     advantages: Tensor
     """[B] float32."""
+    logprobs: Tensor | None
+    """[B, T] float32, of the policy that sampled; zero outside the answer, as below. None: there is a single update, so
+    that policy is the one that is trained."""
     reference_logprobs: Tensor | None = None
     """[B, T] float32, zero outside the answer. None: the loss asks for no reference."""
+
+    learned: Tensor | None = None
+    """[B] bool: whether anything is learned of an answer. None: of all."""
+
+    def learned_mask(self) -> Tensor:
+        """The choices that are learned from, [B, T] bool."""
+        mask = self.response_mask[:, 1:]
+        return mask if self.learned is None else mask & self.learned[:, None]
+
+    def old_logprobs(self, logprobs: Tensor) -> Tensor:
+        """Those of the policy that sampled, [B, T], given what the objective has just read of the trained one."""
+        return logprobs.detach() if self.logprobs is None else self.logprobs
 
 
 def rows_of_process(rank: int, world: int, rows: int, minibatches: int, group_rows: int = 1) -> Tensor:

@@ -15,6 +15,8 @@ from llmtrain.config.targets import accepted_options, check_options, resolve_tar
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # Options that choose another implementation, or need one that the fused kernel is not.
 EXCLUDE_FUSED = {"fused", "foreach", "differentiable"}
+# Rows and columns of the matrix on which a step is tried.
+PROBE_SIZE = 256
 # Keys of the optimizer's config that are arguments of most optimizers, not of all.
 SHARED = ("betas", "eps")
 
@@ -61,6 +63,22 @@ def parameter_groups(model: nn.Module, weight_decay: float | None) -> list[dict[
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def state_bytes_per_weight(config: OptimizerConfig) -> float:
+    """Bytes that the optimizer keeps for a float32 weight of a large matrix: 8 for the two moments of Adam.
+
+    Raises ConfigError as `build_optimizer`.
+    """
+    if optimizer_class(config) in (torch.optim.Adam, torch.optim.AdamW) and not config.options:
+        return 8.0  # without loading what a step needs
+    matrix = nn.Linear(PROBE_SIZE, PROBE_SIZE, bias=False)
+    matrix.weight.grad = torch.ones_like(matrix.weight)
+    optimizer = build_optimizer(matrix, config)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    # a counter of steps is nothing beside a matrix
+    return sum(value.nbytes for value in kept if value.dim()) / matrix.weight.numel()
 
 
 def _refuse_closures(target: type[Optimizer], path: str) -> None:

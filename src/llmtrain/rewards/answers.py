@@ -24,6 +24,8 @@ class Answer:
     """The right answer, where the data has one (column `answer`)."""
     finished: bool
     """Whether the answer ended by itself and was not cut off."""
+    logprobs: Sequence[float] | None = None
+    """Log-probabilities of the tokens, where an engine with kernels of its own has sampled them."""
 
 
 class Reward(Protocol):

@@ -1,7 +1,8 @@
 """`llmtrain align`: preference optimisation (method=dpo and kin) or reinforcement learning (method=ppo and kin)."""
 
-from llmtrain.config.schema import AlignConfig, KtoConfig, PairMethod
+from llmtrain.config.schema import AlignConfig, KtoConfig, PairMethod, VllmRolloutConfig
 from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.generation.vllm_engine import check_installed
 from llmtrain.rewards.functions import check_functions
 from llmtrain.stages import assembly, handover, kto, preference, reinforcement
 from llmtrain.stages.assembly import Run
@@ -10,6 +11,8 @@ from llmtrain.stages.assembly import Run
 def run(config: AlignConfig) -> None:
     """Train, or go on training."""
     check_functions(config.rewards)
+    if isinstance(config.rollout, VllmRolloutConfig):
+        check_installed()
     assembly.start(stage, config)
 
 

@@ -140,13 +140,13 @@ class Run(Generic[Config]):
     def fit(
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | AnyActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
-        parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
+        score: str | None = None, parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
         write_more: Callable[[Path], None] | None = None,
     ) -> None:  # fmt: skip
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few.
 
-        Ends with the last weights in the model, or with the best ones (`checkpoint.final`). `write_more` adds to each
-        checkpoint.
+        Ends with the last weights in the model, or with the best ones (`checkpoint.final`; `score` is that of
+        `handover.checkpoint_config`). `write_more` adds to each checkpoint.
         """
         config, device, steps = self.config, self.layout.device, plan.steps
         if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
@@ -190,8 +190,8 @@ class Run(Generic[Config]):
             learning_rate=lambda step: learning_rate(
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
             ),
-            steps=steps, seed=config.seed, tracker=tracker, checkpoint=config.checkpoint, eval=config.eval,
-            tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
+            steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config, score),
+            eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,

@@ -4,6 +4,7 @@ Every process measures the same rows, so that the numbers do not depend on how m
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +19,13 @@ from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
+from llmtrain.generation.engines import sampling_from
 from llmtrain.generation.rollouts import answer, final_rewards
 from llmtrain.generation.sampler import generate
 from llmtrain.generation.selection import best_rows
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.batch import Batch, Metrics
+from llmtrain.rewards.answers import Answer
 from llmtrain.rewards.rules import is_right
 from llmtrain.rewards.sums import WeightedSum
 
@@ -175,12 +178,54 @@ class BestOf:
         """The best answer to each problem, and its reward; `first` is the number of the first problem."""
         numbers = range(first * self.count, (first + len(rows)) * self.count)
         answers = answer(
-            model, [row for row in rows for _ in range(self.count)], self.settings,
+            sampling_from(model), [row for row in rows for _ in range(self.count)], self.settings,
             stop_tokens=self.problems.tokenizer.stop_ids, decode=self.problems.tokenizer.decode,
             seeds=[derive_seed(self.seed, "best of", number) for number in numbers],
         )  # fmt: skip
         rewards = final_rewards(self.reward(answers), answers, self.settings)
         return [(answers[row].text, float(rewards[row])) for row in best_rows(rewards, self.count).tolist()]
+
+
+class HeldOutPrompts:
+    """Held-out prompts, answered as in rollouts and judged: what a policy has learned for its reward, and beside it.
+
+    Each prompt has draws of its own, the same at every measurement.
+    """
+
+    def __init__(
+        self, model: Callable[[], LanguageModel], tokenizer: Tokenizer, prompts: Sequence[PromptRow],
+        reward: WeightedSum, settings: SampledAnswersConfig, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.reward, self.settings, self.seed = reward, settings, seed
+
+    def __call__(self) -> Values:
+        """Means over answers: `eval/reward`, its parts as `eval/<name>/reward`, `eval/answer_tokens` and the share of
+        answers that were cut off, `eval/unfinished`."""
+        model, found = self.model(), defaultdict[str, list[float]](list)
+        for first in range(0, len(self.prompts), PORTION):
+            answers = self._answers(model, first, PORTION)
+            components = self.reward.components(answers)
+            found["eval/reward"] += self.reward.total(components)
+            for name, values in components.items():
+                found[f"eval/{name}/reward"] += values
+            found["eval/answer_tokens"] += [float(len(each.tokens)) for each in answers]
+            found["eval/unfinished"] += [float(not each.finished) for each in answers]
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def samples(self, count: int = 8) -> list[dict[str, str]]:
+        """The first prompts, as the model reads them, and its answers of now."""
+        answers = self._answers(self.model(), 0, count)
+        asked = [self.tokenizer.decode(each.prompt_tokens, skip_special=False) for each in answers]
+        return [{"prompt": prompt, "answer": each.text} for prompt, each in zip(asked, answers, strict=True)]
+
+    def _answers(self, model: LanguageModel, first: int, count: int) -> list[Answer]:
+        rows = self.prompts[first : first + count]
+        seeds = [derive_seed(self.seed, "held-out prompt", first + number) for number in range(len(rows))]
+        return answer(
+            sampling_from(model), rows, self.settings, stop_tokens=self.tokenizer.stop_ids,
+            decode=self.tokenizer.decode, seeds=seeds,
+        )  # fmt: skip
 
 
 PORTION = 256  # answers that are sampled and judged together

@@ -19,7 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 from llmtrain import __version__
 from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import AlignConfig, LoraConfig, PretrainConfig, SamplingMethod, StageConfig
+from llmtrain.config.schema import (
+    AlignConfig,
+    CheckpointConfig,
+    LoraConfig,
+    PretrainConfig,
+    SamplingMethod,
+    StageConfig,
+)
+from llmtrain.config.validate import filled
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -31,6 +39,7 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "train.micro_batch_rows",
     "tracker.", "checkpoint.", "eval.", "health.",
+    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 
 
@@ -42,6 +51,22 @@ def stage_name(config: StageConfig) -> str:
 def run_folder(config: StageConfig) -> Path:
     """The folder of a run."""
     return Path(config.runs_dir) / config.run
+
+
+def checkpoint_config(config: StageConfig, score: str | None) -> CheckpointConfig:
+    """`config.checkpoint` with what null stands for in `final`: which weights the run hands on.
+
+    `score`: of a policy whose reward can be exploited, the metric that tells, higher is better; null for other runs.
+    """
+    keep, every = config.checkpoint, config.eval.every_steps
+    if keep.final is not None:
+        return keep
+    is_measured = every is not None and keep.every_steps is not None and keep.every_steps % every == 0
+    if score is None or not is_measured:
+        return dataclasses.replace(keep, final="last")
+    if keep.best_metric is not None:
+        return dataclasses.replace(keep, final="best")
+    return dataclasses.replace(keep, final="best", best_metric=score, best_mode="max")
 
 
 def model_folder(path: str | Path) -> Path:
@@ -217,7 +242,8 @@ def _changes(config: StageConfig) -> list[str]:
     """Where the config differs from the run's own in what matters. Raises ConfigError if that run has begun."""
     folder = run_folder(config)
     before = _saved_config(config)
-    lines = differences(before, to_dict(config)) if before else []
+    # keys that are newer than the run have their defaults in it
+    lines = differences(filled(type(config), before), to_dict(config)) if before else []
     changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
     if changed and _has_begun(folder):
         raise ConfigError(

@@ -16,7 +16,7 @@ from llmtrain.data.encoding import AnswerRow, load_judged, with_mismatches
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.distributed import Layout, bare, spread, total
-from llmtrain.generation.rollouts import Replica
+from llmtrain.generation.engines import Replica
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.pairs import answer_logprobs

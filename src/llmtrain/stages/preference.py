@@ -7,7 +7,7 @@ from llmtrain.config.schema import AlignConfig, PairMethod
 from llmtrain.data.batches import PairBatches, collate_pairs
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.distributed import bare, spread
-from llmtrain.generation.rollouts import Replica
+from llmtrain.generation.engines import Replica
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.preference import LOSSES, OnTheFly, Preference, Reference, precomputed
 from llmtrain.stages import assembly

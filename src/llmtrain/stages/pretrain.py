@@ -20,7 +20,7 @@ from llmtrain.data.shards import TokenSource
 from llmtrain.data.streaming import HeldOutTokens, Stream, StreamedBatches, read_positions
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
-from llmtrain.generation.rollouts import Replica
+from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.next_token import NextToken

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,20 @@ from llmtrain.config.schema import (
     RejectionSamplingConfig,
     RlooConfig,
     SamplingMethod,
+    VllmRolloutConfig,
 )
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import PromptBatches
 from llmtrain.data.encoding import PromptRow, load_prompts
+from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import Layout, spread, total
-from llmtrain.engine.trainer import Objective
+from llmtrain.engine.trainer import Evaluator, Objective
+from llmtrain.generation.engines import Engine, OwnEngine, Replica
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
-from llmtrain.generation.rollouts import Replica, Rollouts, SampledAnswers
+from llmtrain.generation.rollouts import Rollouts, SampledAnswers
 from llmtrain.generation.selection import best_and_worst, best_answers
+from llmtrain.generation.vllm_engine import VllmEngine, check_fits
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 from llmtrain.models.lora import VALUE_SET, AdaptedActorCritic, initialise_adapters
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
@@ -38,9 +42,10 @@ from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.policy_gradient import Grpo, Reinforce
 from llmtrain.objectives.ppo import Ppo
 from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
+from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages import assembly, handover
-from llmtrain.stages.assembly import AnyActorCritic, Run
-from llmtrain.stages.evaluators import BestOf, build_problems
+from llmtrain.stages.assembly import AnyActorCritic, Run, Samples
+from llmtrain.stages.evaluators import BestOf, HeldOutPrompts, Problems, build_problems
 from llmtrain.stages.judging import build_reward, check_expected
 from llmtrain.stages.planning import row_digests
 
@@ -70,41 +75,85 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     assert config.train.batch_rows is not None
     if config.reward_model is not None:
         check_same_tokenizer(config.reward_model, tokenizer)
+    engine = build_engine(run, policy)
     reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
-    rows = load_rows(run, method, policy, tokenizer)
+    rows = load_rows(run, method, policy, tokenizer, "train")
     check_expected(reward, rows)
     learner = LEARNERS[type(method)](run, method, run.adapt(policy))
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
     rollouts = Rollouts(
-        policy=policy, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
+        engine=engine, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
         learn_from=learner.learn_from, decode=tokenizer.decode, stop_tokens=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id, settings=method, batch_rows=config.train.batch_rows, group_rows=learner.group_rows,
-        minibatches=learner.minibatches, replacements=learner.replacements, seed=config.seed, layout=run.layout,
-        autocast=run.autocast,
+        minibatches=learner.minibatches, replacements=learner.replacements, shown_rows=config.tracker.samples,
+        importance_limit=config.rollout.importance_limit if isinstance(config.rollout, VllmRolloutConfig) else None,
+        seed=config.seed, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
     run.say(
         f"{method.name}: {plan.steps} steps of {config.train.batch_rows} answers "
         f"to {sum(map(len, rows.values())):,} prompts"
     )
-    problems = build_problems(config, tokenizer, Replica(policy), run.cache)
-    best_of = []
-    if config.eval.best_of and problems.problems:
-        best_of.append(BestOf(problems, reward, method, config.eval.best_of, config.seed))
-    run.write_samples("before", problems.samples)
+    evaluators, samples = build_evaluators(run, method, policy, tokenizer, reward)
+    run.write_samples("before", samples)
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective,
-        tokenizer=tokenizer, plan=plan, evaluators=[*problems.evaluators, *best_of], parts=learner.parts,
+        tokenizer=tokenizer, plan=plan, evaluators=evaluators, score=held_out_score(evaluators), parts=learner.parts,
     )  # fmt: skip
-    run.write_samples("after", problems.samples)
+    run.write_samples("after", samples)
     run.finish(policy, tokenizer, data=said, plan=plan)
 
 
+def build_engine(run: Run[AlignConfig], policy: LanguageModel) -> Engine:
+    """What answers the prompts of rollouts; what is measured is answered by the policy itself in any case."""
+    settings = run.config.rollout
+    if not isinstance(settings, VllmRolloutConfig):
+        return OwnEngine(policy)
+    check_fits(policy, run.layout.device)
+    return VllmEngine(
+        policy, settings, run.layout, run.folder / ".vllm", max_length=assembly.fitting_length(run.config, policy),
+        dtype=run.autocast_dtype or torch.float32,
+    )  # fmt: skip
+
+
+def build_evaluators(
+    run: Run[AlignConfig], method: SamplingMethod, policy: LanguageModel, tokenizer: Tokenizer, reward: WeightedSum
+) -> tuple[list[Evaluator], Callable[[], Samples]]:
+    """What is measured of problems and held-out prompts, and the answers that the report shows.
+
+    Raises ConfigError where `eval.max_prompts` asks for held-out prompts and there are none.
+    """
+    config, replica = run.config, Replica(policy)
+    problems = build_problems(config, tokenizer, replica, run.cache)
+    evaluators, samples = problems.evaluators, problems.samples
+    if config.eval.best_of and problems.problems:
+        evaluators.append(BestOf(problems, reward, method, config.eval.best_of, config.seed))
+    if config.eval.max_prompts:
+        rows = load_rows(run, method, policy, tokenizer, "validation", config.eval.max_prompts)
+        check_expected(reward, rows)
+        asked = [row for each in rows.values() for row in each]
+        if not asked:
+            raise ConfigError("eval.max_prompts: no prompt is held out; name some: data.sources.NAME.validation_path")
+        prompts = HeldOutPrompts(replica, tokenizer, asked, reward, method, config.seed)
+        evaluators.append(prompts)
+        samples = samples if problems.problems else prompts.samples
+    return evaluators, samples
+
+
+def held_out_score(evaluators: Sequence[Evaluator]) -> str | None:
+    """What says best how good answers are, higher is better; null where nothing does."""
+    kinds = {type(each) for each in evaluators}
+    if Problems in kinds:
+        return "eval/exact_match"
+    return "eval/reward" if HeldOutPrompts in kinds else None
+
+
 def load_rows(
-    run: Run[AlignConfig], method: SamplingMethod, policy: LanguageModel, tokenizer: Tokenizer
-) -> dict[str, list[PromptRow]]:
-    """The prompts by source, those that leave room for an answer. Raises ConfigError where none could."""
+    run: Run[AlignConfig], method: SamplingMethod, policy: LanguageModel, tokenizer: Tokenizer, split: Split,
+    limit: int | None = None,
+) -> dict[str, list[PromptRow]]:  # fmt: skip
+    """The prompts by source, the first `limit` that leave room for an answer. Raises ConfigError where none could."""
     config = run.config
     length = assembly.fitting_length(config, policy)
     room = length - method.max_new_tokens
@@ -114,7 +163,7 @@ def load_rows(
             "(train.sequence_length, or the model's max_sequence_length): lower it."
         )
     return run.main_first(
-        lambda: load_prompts(config.data, tokenizer, split="train", max_length=room, cache_dir=run.cache)
+        lambda: load_prompts(config.data, tokenizer, split=split, max_length=room, cache_dir=run.cache, limit=limit)
     )
 
 
@@ -130,12 +179,25 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
         autocast=run.autocast,
     )  # fmt: skip
     objective = Ppo(
-        method.clip_range, method.value_clip_range, method.value_weight, method.temperature, method.value_warmup_steps
-    )
+        method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
+        value_warmup(method, config.train.steps),
+    )  # fmt: skip
     return Learner(
         trained=trained, model=model, learn_from=estimator, objective=objective, parts={"kl": kl},
         minibatches=method.minibatches,
     )  # fmt: skip
+
+
+# A value model that has just begun makes advantages of noise; runs too short to spare the steps do without.
+VALUE_WARMUP_STEPS, SHORT_RUN_STEPS = 2, 20
+
+
+def value_warmup(method: PpoConfig, steps: int | None) -> int:
+    """Steps in which the value model learns alone, in a run of so many steps (null: of epochs)."""
+    if method.value_warmup_steps is not None:
+        return method.value_warmup_steps
+    is_short = steps is not None and steps < SHORT_RUN_STEPS
+    return 0 if is_short or method.value_model == "shared" else VALUE_WARMUP_STEPS
 
 
 def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:

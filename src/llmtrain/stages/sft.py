@@ -11,7 +11,7 @@ from llmtrain.data.packing import PackedConversations
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
-from llmtrain.generation.rollouts import Replica
+from llmtrain.generation.engines import Replica
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run

@@ -31,8 +31,9 @@ from llmtrain.config.schema.data import (
     SourceConfig,
     TemplateConfig,
 )
+from llmtrain.config.schema.experts import ExpertsConfig
 from llmtrain.config.schema.health import HealthConfig
-from llmtrain.config.schema.model import ExpertsConfig, ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.preference import (
     PAIR_METHODS,
     PREFERENCE_METHODS,
@@ -58,6 +59,14 @@ from llmtrain.config.schema.reinforcement import (
     SamplingMethod,
 )
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
+from llmtrain.config.schema.rollout import OwnRolloutConfig, RolloutConfig, VllmRolloutConfig
+from llmtrain.config.schema.rope import (
+    DynamicScalingConfig,
+    LinearScalingConfig,
+    Llama3ScalingConfig,
+    RopeScaling,
+    YarnScalingConfig,
+)
 from llmtrain.config.schema.training import (
     CheckpointConfig,
     EngineConfig,
@@ -81,6 +90,7 @@ __all__ = [
     "CpoConfig",
     "DoctorConfig",
     "DpoConfig",
+    "DynamicScalingConfig",
     "EngineConfig",
     "EvalConfig",
     "ExpertsConfig",
@@ -91,6 +101,8 @@ __all__ = [
     "IpoConfig",
     "KtoConfig",
     "LengthWarmupConfig",
+    "LinearScalingConfig",
+    "Llama3ScalingConfig",
     "LoraConfig",
     "MixedSourceConfig",
     "ModelConfig",
@@ -99,6 +111,7 @@ __all__ = [
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
+    "OwnRolloutConfig",
     "PairMethod",
     "PhaseConfig",
     "PipelineConfig",
@@ -114,6 +127,8 @@ __all__ = [
     "RewardModelConfig",
     "RlooConfig",
     "RobustConfig",
+    "RolloutConfig",
+    "RopeScaling",
     "RowSourceConfig",
     "RowsConfig",
     "SampledAnswersConfig",
@@ -129,4 +144,6 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
+    "VllmRolloutConfig",
+    "YarnScalingConfig",
 ]

@@ -12,6 +12,7 @@ from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, Toke
 from llmtrain.config.schema.preference import PreferenceMethod
 from llmtrain.config.schema.reinforcement import SamplingMethod
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
+from llmtrain.config.schema.rollout import OwnRolloutConfig, RolloutConfig
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.training import (
     CheckpointConfig,
@@ -76,6 +77,7 @@ class AlignConfig(StageConfig):
 
     data: RowsConfig
     method: PreferenceMethod | SamplingMethod = Field(discriminator="name")
+    rollout: RolloutConfig = Field(default_factory=OwnRolloutConfig, discriminator="name")
     reward_model: str | None = None
     """Folder of the reward model, for methods that sample. Null: the newest one, or none where `rewards` are given."""
     reward_model_weight: float = 1.0
@@ -170,6 +172,9 @@ class ShowConfig:
     """Whose data to show."""
     rows: int = Field(default=3, ge=1)
     """How many rows."""
+    model: str | None = None
+    """A model's name (`configs/model/`) or folder, instead of a stage: show its layers, its parameters, what it costs
+    to compute, and the memory that pretraining it takes as keys of pretrain say (`train.sequence_length`, ...)."""
     run: str | None = None
     """Name or folder of a run, instead of a stage: show what it saw, at `step` or of `document`."""
     runs_dir: str = "runs"

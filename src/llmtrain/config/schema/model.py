@@ -5,46 +5,11 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from llmtrain.config.schema.experts import ExpertsConfig
+from llmtrain.config.schema.rope import RopeScaling
 from llmtrain.config.schema.strict import STRICT
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExpertsConfig:
-    """Layers whose feed-forward part is several experts, of which a router picks a few for each token.
-
-    Read by `models/experts.py`; the losses and the balance by `objectives/routing.py`.
-    """
-
-    num_experts: int = Field(default=8, ge=2)
-    """Routed experts of a layer."""
-    experts_per_token: int = Field(default=2, ge=1)
-    """Experts that each token is sent to (Switch: 1, Mixtral: 2)."""
-    shared_experts: int = Field(default=0, ge=0)
-    """Experts beside them that every token goes through (DeepSeek)."""
-    ffn_hidden_size: int | None = Field(default=None, ge=1)
-    """Inner width of one expert. Null: that of a dense layer, `model.ffn_hidden_size` or its default."""
-    first_layer: int = Field(default=0, ge=0)
-    """The first layer with experts, counted from 0; those before it are dense."""
-    layer_step: int = Field(default=1, ge=1)
-    """From there on, every so many layers have experts (Switch: 2); the others are dense."""
-    scores: Literal["softmax", "sigmoid"] = "softmax"
-    """How the router's logits become scores: over all experts together, or of each by itself (DeepSeek-V3)."""
-    normalise_weights: bool = True
-    """Divide the scores of a token's experts by their sum: with softmax as if it were taken after the choice."""
-    weight_scale: float = Field(default=1.0, gt=0)
-    """Factor on the weights of the routed experts (DeepSeek-V3: 2.5)."""
-    capacity_factor: float | None = Field(default=None, gt=0)
-    """In training, an expert takes this times its even share of a group of tokens and drops the rest. Null: all."""
-    capacity_group_tokens: int = Field(default=128, ge=1)
-    """Tokens of a row, one after the other, that share a capacity."""
-    balance_loss: float = Field(default=0.01, ge=0)
-    """Weight of the loss that evens out the experts' load, of each layer; the loss is 1 where the load is even."""
-    z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log-sum-exp of the router's logits, of each layer (ST-MoE: 0.001)."""
-    balance_bias_rate: float = Field(default=0.0, ge=0)
-    """Move a bias on each expert's score against its load by so much after each update (DeepSeek-V3: 0.001)."""
-    jitter: float = Field(default=0.0, ge=0, lt=1)
-    """In training, the router's inputs are multiplied by uniform draws of 1 - jitter to 1 + jitter (Switch: 0.01)."""
+BiasedPart = Literal["qkv", "attention_output", "mlp", "norm"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -60,33 +25,105 @@ class ModelConfig:
     hidden_size: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     num_heads: int = Field(default=4, ge=1)
-    """Query heads; must divide `hidden_size`."""
+    """Query heads; must divide `hidden_size`, unless `head_dim` is given."""
     num_kv_heads: int | None = Field(default=None, ge=1)
     """Key-value heads (grouped-query attention); must divide `num_heads`. Null: as many as `num_heads`."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of a head. Null: `hidden_size` / `num_heads`."""
     ffn_hidden_size: int | None = Field(default=None, ge=1)
-    """Inner width of the feed-forward part. Null: 4 x hidden (GELU), 8/3 x hidden up to a multiple of 64 (SwiGLU)."""
+    """Inner width of the feed-forward part. Null: 4 x hidden, with a gate 8/3 x hidden up to a multiple of 64."""
     max_sequence_length: int = Field(default=512, ge=2)
     """Longest sequence in tokens that the model is built for."""
-    positions: Literal["rope", "learned"] = "rope"
-    """How positions enter: rotary embedding (Llama) or a learned table (GPT-2)."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before attention, before the feed-forward part and at the end."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
-    """Feed-forward kind: gated SiLU (Llama), exact GELU, or its tanh approximation (GPT-2)."""
-    bias: bool = False
-    """Biases in linear layers and LayerNorm (GPT-2: true, Llama: false)."""
-    tied_embeddings: bool = True
-    """Use the token embedding as the output head."""
+    positions: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"
+    """How positions enter: rotary embedding (Llama), a table learned (GPT-2) or of sines added to the embeddings,
+    distances taken off the scores (ALiBi: MPT), or not at all."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
+    rope_local_theta: float | None = Field(default=None, gt=0)
+    """Base in layers with a sliding window, unscaled there (Gemma 3: 10,000). Null: the same rotation in all layers."""
+    rope_scaling: RopeScaling | None = Field(default=None, discriminator="name")
+    """Longer sequences than were trained on: linear, dynamic (NTK), yarn or llama3, each with its factor."""
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head that is rotated, from its beginning (GPT-NeoX: 0.25)."""
+    sliding_window: int | None = Field(default=None, ge=1)
+    """Positions that one sees, its own and those just before. Null: all before it."""
+    attention_pattern: list[Literal["sliding", "full"]] | None = Field(default=None, min_length=1)
+    """Which layers have the window, repeated over the layers (Gemma 2: [sliding, full]). Null: all."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """Normalise queries and keys: each head (Qwen3, Gemma 3), or the whole projection (OLMo 2)."""
+    attention_scale: float | None = Field(default=None, gt=0)
+    """What scores are multiplied by. Null: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = Field(default=None, gt=0)
+    """Scores s become c tanh(s / c) (Gemma 2: 50). Null: they stay."""
+    norm: Literal["rmsnorm", "layernorm", "zero_centred_rmsnorm"] = "rmsnorm"
+    """Normalisation; the weight of zero_centred_rmsnorm is what is added to 1 (Gemma)."""
+    norm_placement: Literal["pre", "post", "reordered", "sandwich"] = "pre"
+    """Where norms stand: before each branch, after its addition (the first Transformer; then none at the end), on its
+    output (OLMo 2), or before it and on its output (Gemma 2)."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in the norms."""
+    block: Literal["sequential", "parallel", "parallel_shared_norm"] = "sequential"
+    """The feed-forward part reads what attention has added to, or the same as attention: behind a norm of its own
+    (GPT-NeoX), or behind attention's (Falcon)."""
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu_squared"] = "swiglu"
+    """Feed-forward kind: gated SiLU (Llama), gated exact GELU or its tanh approximation (Gemma), or without a gate."""
+    bias: bool = False
+    """Biases in linear layers and LayerNorm (GPT-2: true, Llama: false)."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values (Qwen2: true). Null: as `bias`."""
+    attention_output_bias: bool | None = None
+    """Bias of attention's output projection. Null: as `bias`."""
+    mlp_bias: bool | None = None
+    """Biases of the feed-forward part. Null: as `bias`."""
+    norm_bias: bool | None = None
+    """Biases of LayerNorm (Falcon: true). Null: as `bias`."""
+    tied_embeddings: bool = True
+    """Use the token embedding as the output head."""
+    embedding_scale: float | Literal["sqrt_hidden_size"] = 1.0
+    """What token embeddings are multiplied by, before positions are added (Gemma: sqrt_hidden_size)."""
+    logit_scale: float = Field(default=1.0, gt=0)
+    """What the logits are multiplied by."""
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """Logits z become c tanh(z / c) (Gemma 2: 30). Null: they stay."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on embeddings, attention weights and both residual branches during training."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
     experts: ExpertsConfig | None = None
     """Mixture of experts in place of the feed-forward part. Null: all layers are dense."""
+    published_vocab_size: int | None = Field(default=None, ge=1)
+    """Tokens of the vocabulary that the model was published with. `llmtrain show model=` counts with it; a run has the
+    vocabulary of its own tokenizer."""
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads`, or what null means."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, or what null means."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer; None where a position sees all before it."""
+        pattern = self.attention_pattern or ["sliding"]
+        kinds = (pattern[layer % len(pattern)] for layer in range(self.num_layers))
+        return [self.sliding_window if kind == "sliding" else None for kind in kinds]
+
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """Whether each layer has experts in the place of a dense feed-forward part."""
+        first, step = (self.experts.first_layer, self.experts.layer_step) if self.experts else (self.num_layers, 1)
+        return [layer >= first and (layer - first) % step == 0 for layer in range(self.num_layers)]
+
+    def has_bias(self, part: BiasedPart) -> bool:
+        """Whether the layers of this part have biases; norms only where they are LayerNorm."""
+        if part == "norm" and self.norm != "layernorm":
+            return False
+        own: bool | None = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

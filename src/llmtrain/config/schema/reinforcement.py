@@ -46,8 +46,9 @@ class PpoConfig(SampledAnswersConfig):
     """Clip of the value update."""
     value_weight: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
-    value_warmup_steps: int = Field(default=0, ge=0)
-    """First steps in which only the value model learns."""
+    value_warmup_steps: int | None = Field(default=None, ge=0)
+    """First steps in which only the value model learns. Null: 2, and none in runs of less than 20 steps or with
+    value_model=shared."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty per nat of log-ratio to the reference, in the reward of each token."""
     kl_estimator: Literal["k1", "k3"] = "k1"
@@ -56,9 +57,9 @@ class PpoConfig(SampledAnswersConfig):
     """Adapt the coefficient to hold this KL per answer. Null: the coefficient is fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Answers over which the coefficient adapts."""
-    kl_limit: float | None = Field(default=None, gt=0)
+    kl_limit: float | None = Field(default=0.1, gt=0)
     """Leave out the rest of a rollout's updates after one that began with a KL per token above this, in nats, between
-    the policy and the one that sampled."""
+    the policy and the one that sampled. Null: never."""
     whiten_rewards: bool = True
     """Divide rewards by their standard deviation over the batch (the mean is kept)."""
     whiten_advantages: bool = True
@@ -93,9 +94,9 @@ class GrpoConfig(SampledAnswersConfig):
     """Weight of the KL to the reference (k3) in the loss of each token. 0: no reference model is loaded."""
     unbiased_kl: bool = True
     """Multiply that KL by the ratio, so that its gradient is right on average (DeepSeek-V3.2). GRPO's paper: false."""
-    kl_limit: float | None = Field(default=None, gt=0)
+    kl_limit: float | None = Field(default=0.1, gt=0)
     """Leave out the rest of a rollout's updates after one that began with a KL per token above this, in nats, between
-    the policy and the one that sampled."""
+    the policy and the one that sampled. Null: never."""
     dynamic_sampling: int = Field(default=0, ge=0)
     """How many times, at most, prompts are replaced by others where all answers got the same reward (DAPO)."""
     mask_unfinished: bool = False
@@ -118,9 +119,9 @@ class RlooConfig(SampledAnswersConfig):
     """Clip of the ratio of each answer."""
     kl_coefficient: float = Field(default=0.05, ge=0)
     """Penalty per nat of an answer's log-ratio to the reference, in its reward. 0: no reference model is loaded."""
-    kl_limit: float | None = Field(default=None, gt=0)
+    kl_limit: float | None = Field(default=0.1, gt=0)
     """Leave out the rest of a rollout's updates after one that began with a KL per token above this, in nats, between
-    the policy and the one that sampled."""
+    the policy and the one that sampled. Null: never."""
     whiten_advantages: bool = False
     """Shift and scale advantages to mean 0 and standard deviation 1 over the batch."""
 

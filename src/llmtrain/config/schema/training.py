@@ -110,8 +110,10 @@ class CheckpointConfig:
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `best_metric` is better."""
-    final: Literal["last", "best"] = "last"
-    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`."""
+    final: Literal["last", "best"] | None = None
+    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`.
+    Null: the last; of methods of `align` that sample, whose reward can be exploited, the one with the best held-out
+    score (eval/exact_match, else eval/reward), if every checkpoint is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,6 +130,9 @@ class EvalConfig:
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Answer this many held-out prompts of each source of `data` as well, sampled as in rollouts, and judge the answers
+    (methods of `align` that sample): `eval/reward`. Null: none."""
     best_of: int | None = Field(default=None, ge=2)
     """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
     that sample): a baseline, best-of-n."""
@@ -139,6 +144,11 @@ class TrackerConfig:
 
     every_steps: int = Field(default=1, ge=1)
     """Write a row of metrics every n steps."""
+    samples: int = Field(default=4, ge=0)
+    """Sampled answers that are kept each time with their rewards (methods of `align` that sample): in `rollouts.jsonl`,
+    the report and the trackers. 0: none."""
+    samples_every_steps: int | None = Field(default=None, ge=1)
+    """Keep them at every n-th step, and at the first and the last. Null: at every tenth part of the run."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run folder."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"

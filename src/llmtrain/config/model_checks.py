@@ -1,0 +1,103 @@
+"""Parts of an architecture that do not fit together, or of which one has no effect."""
+
+from collections.abc import Iterator
+
+from llmtrain.config.plain import Finding
+from llmtrain.config.view import View, finding, no_effect
+
+ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
+
+
+def _changed(view: View, key: str, why: str, *others: str) -> Iterator[Finding]:
+    """`no_effect` for a key of the model."""
+    yield from no_effect(view, f"model.{key}", why, *(f"model.{other}" for other in others))
+
+
+def attention_shape(view: View) -> Iterator[Finding]:
+    """Heads divide the width where it gives their size, key-value heads divide the heads, rope turns pairs."""
+    hidden, heads, kv_heads = view["model.hidden_size"], view["model.num_heads"], view["model.num_kv_heads"]
+    given, share = view["model.head_dim"], view["model.partial_rotary_factor"]
+    rotated = int((given or hidden // heads) * share)
+    if given is None and hidden % heads:
+        problem = f"{heads} does not divide model.hidden_size={hidden}; change one, or give model.head_dim"
+        yield finding(problem, "model.num_heads", "model.hidden_size")
+    elif view["model.positions"] == "rope" and (rotated == 0 or rotated % 2):
+        per_head = f"{hidden} / {heads} heads = {hidden // heads} per head" if given is None else f"{given} per head"
+        of_them = f", of which {share:g} are {rotated}" if share != 1.0 else ""
+        keys = ("model.hidden_size", "model.num_heads") if given is None else ("model.head_dim",)
+        keys = ("model.partial_rotary_factor", *keys) if share != 1.0 else keys
+        yield finding(f"{per_head}{of_them}; rope needs an even number", *keys)
+    if kv_heads is not None and heads % kv_heads:
+        yield finding(f"{kv_heads} does not divide model.num_heads={heads}", "model.num_kv_heads", "model.num_heads")
+
+
+def rotary(view: View) -> Iterator[Finding]:
+    """Only rotary positions have frequencies."""
+    positions = view["model.positions"]
+    for key in ROPE if positions != "rope" else ():
+        yield from _changed(view, key, f"model.positions={positions} has no frequencies", "positions")
+
+
+def rope_scaling(view: View) -> Iterator[Finding]:
+    """Bounds stand in their order; dynamic scaling is for generation."""
+    scaling = view["model.rope_scaling"]
+    if scaling is None or view["model.positions"] != "rope":
+        return
+    key = "model.rope_scaling"
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        if low in scaling and scaling[low] >= scaling[high]:
+            problem = f"{scaling[low]:g} is not below {key}.{high}={scaling[high]:g}"
+            yield finding(problem, f"{key}.{low}", f"{key}.{high}")
+    if scaling["name"] != "dynamic":
+        return
+    head_dim = view["model.head_dim"] or view["model.hidden_size"] // view["model.num_heads"]
+    if int(head_dim * view["model.partial_rotary_factor"]) == 2:
+        yield finding("dynamic needs heads of which more than 2 dimensions are rotated", f"{key}.name")
+    longest, length = scaling["original_max_sequence_length"], view["train.sequence_length"]
+    if length > longest:
+        problem = (
+            f"{length} is longer than {key}.original_max_sequence_length={longest}: dynamic scaling is for generation,"
+            " for its angles depend on the longest row beside; train with yarn, llama3 or linear"
+        )
+        yield finding(problem, "train.sequence_length", f"{key}.original_max_sequence_length")
+
+
+def windows(view: View) -> Iterator[Finding]:
+    """Which layers have a window is said of a window that some have, and that is shorter than the sequences."""
+    window, pattern, layers = view["model.sliding_window"], view["model.attention_pattern"], view["model.num_layers"]
+    longest = view["model.max_sequence_length"]
+    if window is None:
+        for key in ("attention_pattern", "rope_local_theta"):
+            yield from _changed(view, key, "no layer has a window: give model.sliding_window", "sliding_window")
+        return
+    if window >= longest:
+        problem = f"has no effect: {window} positions are all of model.max_sequence_length={longest}"
+        yield finding(problem, "model.sliding_window", "model.max_sequence_length")
+    if pattern is not None and "sliding" not in pattern[:layers]:
+        yield finding("has no effect: no layer is sliding", "model.sliding_window", "model.attention_pattern")
+    elif pattern is not None and len(pattern) > layers:
+        problem = f"has {len(pattern)} entries for model.num_layers={layers}"
+        yield finding(problem, "model.attention_pattern", "model.num_layers")
+
+
+def norms(view: View) -> Iterator[Finding]:
+    """Parallel blocks are pre-norm; RMSNorm has no biases."""
+    block, placement, norm = view["model.block"], view["model.norm_placement"], view["model.norm"]
+    if block != "sequential" and placement != "pre":
+        problem = f"{placement} does not go with model.block={block}, whose norms stand before both parts: take pre"
+        yield finding(problem, "model.norm_placement", "model.block")
+    if norm != "layernorm":
+        yield from _changed(view, "norm_bias", f"model.norm={norm} has no biases", "norm")
+
+
+def embeddings(view: View) -> Iterator[Finding]:
+    """Sines come in pairs; a scale is a positive number."""
+    hidden, scale = view["model.hidden_size"], view["model.embedding_scale"]
+    if view["model.positions"] == "sinusoidal" and hidden % 2:
+        problem = f"{hidden} is odd; sinusoidal positions are pairs of sine and cosine"
+        yield finding(problem, "model.hidden_size", "model.positions")
+    if isinstance(scale, int | float) and scale <= 0:
+        yield finding(f"{scale} is not above 0", "model.embedding_scale")
+
+
+MODEL_CHECKS = (attention_shape, rotary, rope_scaling, windows, norms, embeddings)

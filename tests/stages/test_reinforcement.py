@@ -1,0 +1,117 @@
+"""What is measured of a policy that samples, on prompts that are held out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.stages.test_preference import run
+
+from llmtrain.config.compose import load_config
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema.reinforcement import PpoConfig, SampledAnswersConfig
+from llmtrain.config.seeds import derive_seed
+from llmtrain.data.encoding import PromptRow
+from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.generation.sampler import generate
+from llmtrain.models.formats import load_language_model
+from llmtrain.rewards.rules import Length, Regex
+from llmtrain.rewards.sums import WeightedSum
+from llmtrain.stages import align, evaluators, reinforcement
+from llmtrain.stages.evaluators import HeldOutPrompts, Problems
+from llmtrain.stages.reinforcement import held_out_score
+
+SETTINGS = SampledAnswersConfig(max_new_tokens=7)
+REWARD = WeightedSum({"length": Length(maximum=9), "letter": Regex(pattern="[a-z]")}, {"length": 2.0, "letter": 0.0})
+
+
+def held_out(parent: Path, seed: int) -> HeldOutPrompts:
+    tokenizer = load_tokenizer(parent)
+    prompts = [PromptRow(tokenizer.encode(text), text, None) for text in ("What is 1?", "12 - 3", "The answer", "1 +")]
+    model = load_language_model(parent).eval()
+    return HeldOutPrompts(lambda: model, tokenizer, [*prompts, *prompts], REWARD, SETTINGS, seed)
+
+
+def test_the_held_out_reward_is_that_of_each_answer_alone(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluators, "PORTION", 3)
+    measure = held_out(parent, seed=5)
+    values = measure()
+    found = []
+    for number, row in enumerate(measure.prompts):
+        seeds = [derive_seed(5, "held-out prompt", number)]
+        stops = set(measure.tokenizer.stop_ids)
+        (tokens,) = generate(measure.model(), [row.tokens], max_new_tokens=7, stop_tokens=stops, seeds=seeds)
+        text = measure.tokenizer.decode(tokens)
+        letter = float(any("a" <= each <= "z" for each in text))
+        found.append((2.0 * -min(1.0, len(tokens) / 9), letter, len(tokens), tokens[-1] not in stops))
+    reward, letter, length, unfinished = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    assert 0 < letter < 1, "the test wants answers that differ"
+    assert values == pytest.approx({
+        "eval/reward": reward, "eval/length/reward": reward / 2, "eval/letter/reward": letter,
+        "eval/answer_tokens": length, "eval/unfinished": unfinished,
+    }, rel=1e-6)  # fmt: skip
+    assert measure() == values, "the same draws at every measurement"
+    assert held_out(parent, seed=6)() != values
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "alone"),
+    [({}, 20, 2), ({}, None, 2), ({}, 19, 0), ({"value_model": "shared"}, 90, 0), ({"value_warmup_steps": 5}, 9, 5),
+     ({"value_warmup_steps": 0}, 90, 0)],
+)  # fmt: skip
+def test_a_value_model_learns_alone_at_first_where_there_is_time(
+    options: dict[str, Any], steps: int | None, alone: int
+) -> None:
+    assert reinforcement.value_warmup(PpoConfig(**options), steps) == alone
+
+
+def test_a_run_measures_held_out_prompts_and_shows_their_answers(parent: Path, tmp_path: Path) -> None:
+    talk = [
+        [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number."},
+         {"role": "user", "content": "Thanks"}] for n in range(8)
+    ]  # fmt: skip
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"prompt": turns}) + "\n" for turns in talk))
+    line = [
+        "method=reinforce", "rewards=length", "method.max_new_tokens=4", "train.steps=1", "train.batch_rows=2",
+        "schedule.warmup_steps=0", "eval.problems=null", "eval.max_prompts=2", "data=files", "data.validation_every=3",
+        f"data.sources.files.path={file}", f"model.init_from={parent}", f"runs_dir={tmp_path}",
+    ]  # fmt: skip
+    align.run(load_config("align", [*line, "run=a"]))
+    rows = [json.loads(text) for text in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 1]
+    samples = json.loads((tmp_path / "a" / "samples.json").read_text())
+    asked = "<|user|>What is {}?<|assistant|>A number.<|end|><|user|>Thanks<|assistant|>"
+    for moment in ("before", "after"):
+        assert [each["prompt"] for each in samples[moment]] == [asked.format(2), asked.format(5)], moment
+    assert "A number." in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_held_out_prompts_that_are_not_there_are_asked_for(parent: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"prompt": "What is 1?"}\n')
+    line = [
+        "method=reinforce", "rewards=length", "method.max_new_tokens=4", "train.steps=1", "train.batch_rows=2",
+        "schedule.warmup_steps=0", "eval.problems=null", "eval.max_prompts=2", "data=files",
+        f"data.sources.files.path={tmp_path / 'one.jsonl'}", f"model.init_from={parent}", f"runs_dir={tmp_path}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"eval.max_prompts: no prompt is held out; name some: data\.sources"):
+        align.run(load_config("align", [*line, "run=b"]))
+
+
+@pytest.mark.parametrize(("method", "best"), [(["method=ppo"], True), (["method=dpo"], False)])
+def test_the_checkpoint_with_the_best_held_out_answers_is_handed_on(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: list[str], best: bool
+) -> None:
+    rewards = ["rewards=length", "method.max_new_tokens=4"] if best else []
+    run(parent, tmp_path, "run", *method, *rewards, "train.steps=4", "eval.every_steps=2", "checkpoint.every_steps=2",
+        "eval.problems=embedded:arithmetic", "eval.max_problems=2")  # fmt: skip
+    assert ("best by eval/exact_match: step " in capsys.readouterr().err) is best
+
+
+def test_a_right_answer_tells_more_than_a_reward(parent: Path) -> None:
+    prompts = held_out(parent, seed=0)
+    problems = Problems(prompts.model, prompts.tokenizer, prompts.prompts, max_new_tokens=4)
+    assert held_out_score([prompts, problems]) == "eval/exact_match"
+    assert held_out_score([prompts]) == "eval/reward"
+    assert held_out_score([]) is None
