@@ -137,6 +137,10 @@ BAD = [
         "model.experts.normalise_weights: the weight of a single expert is always 1 then, and the router learns",
     ),
     (
+        "pretrain model.experts.num_experts=2 model.experts.balance_bias_rate=0.1",
+        "model.experts.balance_bias_rate: has no effect: a token goes through all of model.experts.num_experts=2",
+    ),
+    (
         "pretrain model.experts.first_layer=4",
         "model.experts.first_layer: no layer has experts: the last of model.num_layers=4 is 3, counted from 0",
     ),

@@ -33,8 +33,9 @@ def gallery(name: str) -> LanguageModel:
     return on_meta(model, model.published_vocab_size)
 
 
-# Exact: the parameters of the reference implementation, transformers 5.23's GPT2LMHeadModel and LlamaForCausalLM with
-# the configs of the released checkpoints (openai-community/gpt2*, huggyllama/*, meta-llama/*).
+# Exact: the parameters of the reference implementation, transformers 5.23's GPT2LMHeadModel, LlamaForCausalLM and so on
+# with the configs of the released checkpoints (openai-community/gpt2*, huggyllama/*, meta-llama/*, mistralai/*, Qwen/*,
+# allenai/*).
 EXACT = {
     "gpt2_small": 124_439_808,
     "gpt2_medium": 354_823_168,
@@ -50,12 +51,27 @@ EXACT = {
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama_1b": 1_235_814_400,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "olmoe_1b_7b": 6_919_161_856,
 }
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_parameters_are_those_of_the_reference(name: str) -> None:
     assert num_parameters(gallery(name)) == EXACT[name]
+
+
+# As printed, with the table of the embeddings: Mixtral (arXiv 2401.04088, figure 3), Qwen3 (arXiv 2505.09388, table 2:
+# "3.3B", which is cut), OLMoE (arXiv 2409.02060, table 10).
+ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.35e9, "olmoe_1b_7b": 1.28e9}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_those_printed(name: str) -> None:
+    model = gallery(name)
+    found = num_active(model) + model.trunk.token_embedding.weight.numel()
+    assert found == pytest.approx(ACTIVE[name], rel=3e-3)
 
 
 # As printed: GPT-3's table 2.1 (arXiv 2005.14165) and LLaMA's table 2 (arXiv 2302.13971), in two or three digits.
@@ -120,11 +136,16 @@ def test_what_is_counted_is_what_is_built_and_multiplied(name: str) -> None:
     assert sum(line.numel for line in weights_by_name(counted)) == num_parameters(counted)
     tables = sum(size for each, size in sizes.items() if "embedding" in each or each == "head.weight")
     assert num_without_embeddings(counted) == num_parameters(counted) - tables
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    grouped = torch.ops.llmtrain.grouped_product
+    with FlopCounterMode(display=False, custom_mapping={grouped: grouped_flops}) as counter, torch.no_grad():
         model(tokens)
     products = counter.get_flop_counts()["Global"]
-    matrices = sum(products.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    matrices = sum(products.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm, grouped))
     assert matrices == 2 * tokens.numel() * num_active(counted)
+
+
+def grouped_flops(inputs: tuple[int, int], weight: tuple[int, int, int], *_: object, **__: object) -> int:
+    return 2 * inputs[0] * weight[1] * weight[2]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -170,12 +191,16 @@ def assert_keeps_what_is_predicted(config: ModelConfig, dtype: torch.dtype) -> N
     one, two = (dataclasses.replace(config, num_layers=layers) for layers in (1, 2))
     tokens = torch.randint(50, (rows, length))
     kept = {each.num_layers: kept_bytes(LanguageModel(each, 50), tokens, dtype) for each in (one, two)}
-    predicted = sum(activation_bytes(one, rows * length, length, dtype.itemsize).values())
+    predicted = sum(kept_by(each, rows, length, dtype) * sign for each, sign in ((two, 1), (one, -1)))
     if config.norm == "rmsnorm":  # not fused on a processor
         heads = config.num_heads + config.kv_heads if config.qk_norm != "none" else 0
         predicted += 4 * (2 * config.hidden_size + heads * config.head_size) * rows * length
     # what is kept for each token and no dimension: norms' means and deviations
     assert kept[2] - kept[1] == pytest.approx(predicted, rel=0.03)
+
+
+def kept_by(config: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    return sum(activation_bytes(config, rows * length, length, dtype.itemsize).values())
 
 
 def kept_bytes(model: nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> int:

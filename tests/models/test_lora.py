@@ -108,11 +108,12 @@ def test_logits_loss_and_gradients_are_those_of_peft(case: str, tmp_path: Path) 
         torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "switch_tiny"])  # Transformers cannot read it
 @torch.no_grad()
 def test_adapters_of_every_family_are_those_of_peft(name: str, tmp_path: Path) -> None:
     """In float64: within 1e-4 of theirs, whose norms and softmax are float32; merged and switched off within 1e-12."""
-    config, settings, tokens = tiny_model(name), LoraConfig(rank=4), some_tokens()
+    config, tokens = tiny_model(name), some_tokens()
+    settings = LoraConfig(rank=4) if not all(config.sparse_layers) else LoraConfig(rank=4, targets=["attention.*"])
     model = adapted(config, settings)
     theirs, model = their_model(tmp_path, config, settings, model).double(), model.double()
     merged, before, ours = LanguageModel(config, VOCAB).double(), plain(config).double(), model(tokens)

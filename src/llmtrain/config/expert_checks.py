@@ -19,6 +19,10 @@ def chosen_experts(view: View) -> Iterator[Finding]:
     if chosen == 1 and view[f"{KEY}.normalise_weights"]:
         problem = "the weight of a single expert is always 1 then, and the router learns nothing; set it to false"
         yield finding(problem, f"{KEY}.normalise_weights", f"{KEY}.experts_per_token")
+    if chosen == number:
+        why = f"a token goes through all of {KEY}.num_experts={number}, so their load is even"
+        for key in ("balance_loss", "balance_bias_rate"):
+            yield from no_effect(view, f"{KEY}.{key}", why, f"{KEY}.experts_per_token")
 
 
 def sparse_layers(view: View) -> Iterator[Finding]:

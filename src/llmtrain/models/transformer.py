@@ -148,6 +148,11 @@ class Transformer(nn.Module):
         hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The weights of the blocks' matrix products, [O, I], of experts [E, O, I]."""
+        return [each for name, each in self.blocks.named_parameters() if each.ndim > 1 and not name.endswith("bias")]
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
@@ -155,8 +160,7 @@ class Transformer(nn.Module):
         usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window. Of
         routed experts, those count that a token goes through.
         """
-        weights = [each for name, each in self.blocks.named_parameters() if each.ndim > 1 and not name.endswith("bias")]
-        products = sum(each.numel() * used_share(self.config, each) * flops_per_weight(each) for each in weights)
+        products = sum(each.numel() * used_share(self.config, each) * flops_per_weight(each) for each in self.matrices)
         seen = sum(_mean_seen(window, sequence_length) for window in self.windows)
         return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
