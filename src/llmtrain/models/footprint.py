@@ -110,6 +110,7 @@ def _kept_by_experts(config: ModelConfig, settings: ExpertsConfig, size: int) ->
     shared = _kept_inside(config, inner * settings.shared_experts)
     # weights and scores in float32; whole numbers of 8 bytes: the choice and, twice, where a copy stands
     router = 4 * settings.num_experts + copies * (4 + 3 * 8) + (4 - size) * config.hidden_size
+    router += (settings.jitter > 0) * 4 * config.hidden_size  # what the router's inputs were multiplied by
     return router + size * (shared + copies * (_kept_inside(config, inner) + 2 * config.hidden_size))
 
 
