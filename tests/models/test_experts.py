@@ -294,6 +294,7 @@ def test_a_bias_takes_part_in_the_choice_only() -> None:
 def test_compiles_in_one_graph(settings: ExpertsConfig) -> None:
     model = build(dataclasses.replace(settings, capacity_factor=1.0)).train()
     row = torch.randint(2, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     gradients = []
     for each in (compiled, model):
