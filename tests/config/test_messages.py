@@ -123,6 +123,45 @@ BAD = [
     ("pretrain model.hidden_size=132", "132 / 4 heads = 33 per head; rope needs an even number"),
     ("pretrain model=gpt2_tiny model.rope_theta=5", "model.rope_theta: has no effect"),
     ("pretrain train.sequence_length=1024", "train.sequence_length: 1024 is longer model.max_sequence_length=512"),
+    # experts
+    (
+        "pretrain model.experts.num_experts=1",
+        "model.experts.num_experts: 1 is not allowed; it takes a whole number >= 2",
+    ),
+    (
+        "pretrain model.experts.num_experts=4 model.experts.experts_per_token=5",
+        "model.experts.experts_per_token: 5 experts for each token are more than there are: model.experts.num_experts",
+    ),
+    (
+        "pretrain model.experts.experts_per_token=1",
+        "model.experts.normalise_weights: the weight of a single expert is always 1 then, and the router learns",
+    ),
+    (
+        "pretrain model.experts.num_experts=2 model.experts.balance_bias_rate=0.1",
+        "model.experts.balance_bias_rate: has no effect: a token goes through all of model.experts.num_experts=2",
+    ),
+    (
+        "pretrain model.experts.first_layer=4",
+        "model.experts.first_layer: no layer has experts: the last of model.num_layers=4 is 3, counted from 0",
+    ),
+    (
+        "pretrain model.ffn_hidden_size=64 model.experts.ffn_hidden_size=32",
+        "model.ffn_hidden_size: has no effect: no layer is dense",
+    ),
+    (
+        "pretrain model=mixtral_tiny model.experts.capacity_group_tokens=64",
+        "model.experts.capacity_group_tokens: has no effect: nothing is dropped; set model.experts.capacity_factor",
+    ),
+    (
+        "pretrain model.experts.scores=sigmoid model.experts.z_loss=0.001",
+        "model.experts.z_loss: has no effect: it holds down the normaliser of a softmax",
+    ),
+    (
+        "pretrain model=switch_tiny train.sequence_length=128",
+        "model.experts.capacity_group_tokens: 256 tokens are more than a row has",
+    ),
+    ("pretrain model.experts.top_k=2", "model.experts.top_k: unknown key"),
+    ("sft model.experts.num_experts=4", "model.experts: has no effect: this stage starts from the newest finished run"),
     # length and batch
     ("pretrain train.tokens=8192 train.epochs=1", "the length of the run is said 2 times: train.tokens, train.epochs"),
     ("pretrain train.steps=null", "the length of the run is missing: give one of train.steps, train.tokens"),

@@ -72,6 +72,10 @@ CASES = {
         ["init.name=scaled", "init_std=0.1"],
         "model.init_std: has no effect: scaled says how large weights are by their shapes",
     ),
+    "routers": (
+        [f"init={MUP}", "experts.num_experts=4"],
+        "model.init.name: mup has no rule for the routers of experts",
+    ),
     "base model": (["init.name=mup"], "model.init.base_head_dim: needs a value: a whole number >= 1"),
     "key of another kind": (["init.name=small", "init.zero_head=true"], "model.init.zero_head: unknown key"),
     "zero head": (

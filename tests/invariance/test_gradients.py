@@ -18,6 +18,7 @@ from llmtrain.config.schema import (
     CpoConfig,
     DpoConfig,
     EvalConfig,
+    ExpertsConfig,
     HingeConfig,
     IpoConfig,
     ModelConfig,
@@ -38,6 +39,7 @@ from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.generation.selection import best_and_worst, best_answers
+from llmtrain.models.experts import expert_layers
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 from llmtrain.models.mup import at_width
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
@@ -51,6 +53,7 @@ from llmtrain.objectives.ppo import Ppo, policy_and_values
 from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
+from llmtrain.objectives.routing import Routed
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory, rows_of_process
 from llmtrain.rewards.models import LearnedReward
 from llmtrain.rewards.sums import WeightedSum
@@ -68,11 +71,18 @@ PREFERENCE = {
 OBJECTIVES = (
     "next_token", "mup", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
     "token grpo", "reinforce",
+    *(f"experts {name}" for name in ("next_token", "sft", "packed", "rankings", "dpo", "kto", "ppo", "grpo")),
 )  # fmt: skip
 METHODS = ("ppo", "shared ppo", "grpo", "rloo", "reinforce", "online_dpo", "rejection_sampling")
 GROUPED = ("grpo", "rloo", "online_dpo", "rejection_sampling")
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, num_kv_heads=1, max_sequence_length=64)
 MUP = dataclasses.replace(CONFIG, init=MupInitConfig(base_hidden_size=8, base_head_dim=4))
+EXPERTS = dataclasses.replace(
+    CONFIG, experts=ExpertsConfig(
+        num_experts=4, shared_experts=1, ffn_hidden_size=32, first_layer=1, capacity_factor=0.9,
+        capacity_group_tokens=8, balance_loss=0.3, z_loss=0.1, balance_bias_rate=0.2,
+    ),
+)  # fmt: skip
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
 
@@ -145,11 +155,11 @@ def language_model(seed: int, config: ModelConfig = CONFIG) -> LanguageModel:
     return model
 
 
-def actor_critic() -> ActorCritic:
-    value = ScalarModel.from_language_model(language_model(3), torch.Generator().manual_seed(4))
+def actor_critic(config: ModelConfig) -> ActorCritic:
+    value = ScalarModel.from_language_model(language_model(3, config), torch.Generator().manual_seed(4))
     value.score_mean.fill_(0.3)
     value.score_std.fill_(0.7)
-    return ActorCritic(language_model(1), value)
+    return ActorCritic(language_model(1, config), value)
 
 
 def shared_actor_critic() -> SharedActorCritic:
@@ -160,26 +170,39 @@ def shared_actor_critic() -> SharedActorCritic:
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """A model and its objective."""
+    kind = name.removeprefix("experts ")
+    return build_of(kind, CONFIG if kind == name else EXPERTS)
+
+
+def build_of(name: str, config: ModelConfig) -> tuple[nn.Module, Any]:
+    """A model of this architecture, and the objective of this name."""
     if name.endswith("ppo"):
-        return (actor_critic() if name == "ppo" else shared_actor_critic()), Ppo()
+        return (actor_critic(config) if name == "ppo" else shared_actor_critic()), Ppo()
     if name.endswith("grpo"):
-        return language_model(1), Grpo(loss_average="token" if name == "token grpo" else "sequence")
+        return language_model(1, config), Grpo(loss_average="token" if name == "token grpo" else "sequence")
     if name in ("rloo", "reinforce"):
         return language_model(1), Reinforce()
     if name == "mup":
         return language_model(1, at_width(MUP)), NextToken(z_loss=1e-3)
     if name in ("bradley_terry", "rankings"):
         objective = BradleyTerry(margin_weight=0.5, centring_weight=0.1) if name == "rankings" else BradleyTerry()
-        return ScalarModel.from_language_model(language_model(1), torch.Generator().manual_seed(2)), objective
+        return ScalarModel.from_language_model(language_model(1, config), torch.Generator().manual_seed(2)), objective
     if name in PREFERENCE:
         method = PREFERENCE[name]
         reference = OnTheFly(language_model(2).eval()) if method.reference else None
-        return language_model(1), build_objective(method, reference)
-    return language_model(1), Kto(beta=0.5, undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
+        return language_model(1, config), build_objective(method, reference)
+    return language_model(1, config), Kto(beta=0.5, undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
+
+
+def routed(model: nn.Module, objective: Any, layout: Layout) -> Any:
+    """The objective with the auxiliary losses of the model's experts, if it has any."""
+    layers = expert_layers(model)
+    return Routed(objective, layers, partial(total, layout=layout), layout.device) if layers else objective
 
 
 def global_batch(name: str) -> Batch:
     """Eight rows of very different lengths; nearly all that is to be learnt stands in a few of them."""
+    name = name.removeprefix("experts ")
     draw = torch.Generator().manual_seed(7)
     lengths = torch.tensor(LENGTHS)
     inside = torch.arange(WIDTH) < lengths[:, None]
@@ -262,12 +285,20 @@ def plain_gradients(name: str) -> list[dict[str, Tensor]]:
             reference = answer_logprobs(language_model(9).double(), *batch.rows()).view(2, -1).T
         batch = dataclasses.replace(batch, reference=reference)
         assert mismatched_ratios(model, batch).mean() > 0, "a baseline that is cut off shows nothing"
-    found = []
+    found, objective = [], routed(model, objective, ALONE)
     for update in batch.updates():
         model.zero_grad()
-        (objective(Separately(model), update)[0] / objective.weight(update)).backward()
+        (objective(Separately(model), update)[0] / objective.weight(update)).sum().backward()
         found.append({key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None})
+        if isinstance(objective, Routed):
+            objective.after_update()
+    found[-1] |= biases(model)
     return found
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    """What routers have adapted to, by name; what they had before the last update shows in its gradient."""
+    return {key: value.clone() for key, value in model.named_buffers() if key.endswith("router.bias")}
 
 
 class Separately(nn.Module):
@@ -316,7 +347,8 @@ def trainer(model: nn.Module, batches: Any, objective: Any, layout: Layout, micr
         folder=Path(), layout=layout, model=model, batches=batches, objective=objective, optimizer=optimizer,
         learning_rate=lambda step: 0.0, steps=1, seed=0, tracker=quiet_tracker(), checkpoint=CheckpointConfig(),
         eval=EvalConfig(), tracking=TrackerConfig(), write_extra=lambda folder, step: None, autocast=no_autocast,
-        micro_batch_rows=micro, max_grad_norm=None, speed=Speed(layout.device, 1.0, 1.0),
+        micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", dict),
+        speed=Speed(layout.device, 1.0, 1.0),
     )  # fmt: skip
     return made, optimizer
 
@@ -334,13 +366,15 @@ def trained_gradients(name: str, layout: Layout, sharding: Any, micro: int | Non
     trained, objective = build(name)
     model = spread(trained, layout, sharding)
     batches: Any = Fixed(own_rows(global_batch(name), layout))
-    if name == "kto":
+    if name.endswith("kto"):
         batches = Baseline(
             batches=batches, counts=batches.counts, model=model, reference=language_model(9).eval(), layout=layout,
             micro_batch_rows=micro, autocast=no_autocast,
         )  # fmt: skip
+    objective = routed(trained, objective, layout)
     made, optimizer = trainer(model, batches, objective, layout, micro)
     made._step(0, objective)
+    optimizer.seen[-1] |= biases(trained)
     return optimizer.seen
 
 

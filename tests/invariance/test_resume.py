@@ -18,6 +18,10 @@ BEST = [
     "eval.every_steps=3",
 ]  # fmt: skip
 DROPOUT = ["model.dropout=0.2", "model.stochastic_depth=0.2"]
+EXPERTS = [
+    "model.experts.num_experts=4", "model.experts.capacity_factor=0.9", "model.experts.capacity_group_tokens=8",
+    "model.experts.jitter=0.1",    "model.experts.balance_bias_rate=0.01", "model.experts.z_loss=0.001",
+]  # fmt: skip
 CASES = COMMANDS | {
     "dropout": [*COMMANDS["pretrain"], *DROPOUT, "train.micro_batch_rows=2"],
     "mup": [*COMMANDS["pretrain"], "model.init={name:mup,base_hidden_size:8,base_head_dim:4}"],
@@ -25,6 +29,7 @@ CASES = COMMANDS | {
     "lora-sft": [*COMMANDS["lora-sft"], "adapter.dropout=0.1"],
     "packed": [*COMMANDS["sft"], "data.packing=true"],
     "best": [*COMMANDS["pretrain"], *BEST],
+    "experts": [*COMMANDS["pretrain"], *EXPERTS, "train.micro_batch_rows=2"],
     "rankings": [
         "reward",
         "data=files",
@@ -35,7 +40,7 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "mup", "length-warmup", "best")
+INDEPENDENT = ("pretrain", "dropout", "mup", "length-warmup", "best", "experts")
 FAST = ("dropout",)
 
 

@@ -12,7 +12,7 @@ from tests.tiny import MODELS, tiny_model
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.generation.decoder import Decoder
 from llmtrain.models import layouts
 from llmtrain.models.formats import load_language_model, load_scalar_model, read_config, save_model
@@ -38,6 +38,7 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
 LOCAL = {"rope_type": "default", "rope_theta": 50.0}
+QWEN3_MOE = {**GROUPED, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 # The name of the config class and its options; the sequences are three times as long as the windows.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2_SIZES),
@@ -69,6 +70,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "gpt-bigcode": ("GPTBigCode", GPT2_SIZES),
     "falcon": ("Falcon", SIZES),
+    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 5, "sliding_window": WINDOW}),
+    "qwen3-moe": ("Qwen3Moe", {**QWEN3_MOE, "norm_topk_prob": True}),
+    "qwen3-moe, second layers": ("Qwen3Moe", {
+        **QWEN3_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2, "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    }),
+    "qwen3-moe, dense first": ("Qwen3Moe", {**QWEN3_MOE, "mlp_only_layers": [0], "attention_bias": True}),
+    "olmoe": ("Olmoe", {**GROUPED, "num_experts": 6, "num_experts_per_tok": 3}),
     "mpt": ("Mpt", {**MPT_SIZES, "n_heads": 4}),
     "mpt, 6 heads": ("Mpt", {**MPT_SIZES, "n_heads": 6}),
 }  # fmt: skip
@@ -78,7 +87,8 @@ TYPES = {
     "gpt2": "gpt2", "llama 2": "llama", "llama 3": "llama", "llama dynamic": "llama", "mistral": "mistral",
     "qwen2": "qwen2", "qwen2 window": "qwen2", "qwen3": "qwen3", "gemma 2": "gemma2", "gemma 3": "gemma3_text",
     "olmo 2": "olmo2", "phi 3": "phi3", "pythia": "gpt_neox", "gpt-bigcode": "gpt_bigcode", "falcon": "falcon",
-    "mpt": "mpt",
+    "mpt": "mpt", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "qwen3-moe, second layers": "qwen3_moe",
+    "qwen3-moe, dense first": "qwen3_moe", "olmoe": "olmoe",
 }  # fmt: skip
 
 
@@ -179,7 +189,10 @@ def test_cached_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> N
     assert cached_difference(load_language_model(tmp_path), theirs, steps=12) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["mistral", "qwen3", "gemma 3", "olmo 2", "phi 3", "pythia", "gpt-bigcode", "falcon"])
+@pytest.mark.parametrize("case", [
+    "mistral", "qwen3", "gemma 3", "olmo 2", "phi 3", "pythia", "gpt-bigcode", "falcon",
+    "mixtral", "qwen3-moe",
+])  # fmt: skip
 def test_score_models_both_ways(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     config = getattr(transformers, f"{name}Config")(**options, num_labels=1)
@@ -195,10 +208,11 @@ def test_score_models_both_ways(case: str, tmp_path: Path) -> None:
 
 
 # The rest is called as its family.
+OURS = ("switch_tiny",)  # an encoder-decoder there
 SHIPPED = {"gemma3": "gemma3_text", "pythia": "gpt_neox", "starcoder": "gpt_bigcode"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OURS])
 def test_what_is_shipped_is_written_as_its_family(name: str, tmp_path: Path) -> None:
     """Whatever vocabulary it was published with."""
     config, family = dataclasses.replace(tiny_model(name), published_vocab_size=99), name.removesuffix("_tiny")
@@ -271,6 +285,8 @@ COMBINED = {
     "window and norms": {"sliding_window": 8, "norm_placement": "reordered"},
     "scaled rotation and part of it": {"partial_rotary_factor": 0.5, "qk_norm": "head"},
     "post norms": {"norm_placement": "post"},
+    "experts beside a shared one": {"experts": ExpertsConfig(num_experts=4, shared_experts=1)},
+    "experts and biases": {"experts": ExpertsConfig(num_experts=4), "bias": True},
 }
 
 
@@ -306,6 +322,10 @@ REFUSED = {
     "falcon": ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
     "bigcode": ("gpt-bigcode", {"multi_query": False}, "multi_query=False"),
     "neox": ("pythia", {"hidden_act": "silu"}, "hidden_act='silu'"),
+    "sparse layers": ("qwen3-moe", {"mlp_only_layers": [2]}, r"experts in layers \[0, 1\]"),
+    "no sparse layer": ("qwen3-moe", {"decoder_sparse_step": 9}, "by which no layer has experts"),
+    "no step": ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    "clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
 }  # fmt: skip
 
 

@@ -52,11 +52,16 @@ def test_what_is_counted_is_what_is_built_and_multiplied(name: str) -> None:
     assert sum(line.numel for line in weights_by_name(counted)) == num_parameters(counted)
     tables = sum(size for each, size in sizes.items() if "embedding" in each or each == "head.weight")
     assert num_without_embeddings(counted) == num_parameters(counted) - tables
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    grouped = torch.ops.llmtrain.grouped_product
+    with FlopCounterMode(display=False, custom_mapping={grouped: grouped_flops}) as counter, torch.no_grad():
         model(tokens)
     products = counter.get_flop_counts()["Global"]
-    matrices = sum(products.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    matrices = sum(products.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm, grouped))
     assert matrices == 2 * tokens.numel() * num_active(counted)
+
+
+def grouped_flops(inputs: tuple[int, int], weight: tuple[int, int, int], *_: object, **__: object) -> int:
+    return 2 * inputs[0] * weight[1] * weight[2]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,12 +107,16 @@ def assert_keeps_what_is_predicted(config: ModelConfig, dtype: torch.dtype) -> N
     one, two = (dataclasses.replace(config, num_layers=layers) for layers in (1, 2))
     tokens = torch.randint(50, (rows, length))
     kept = {each.num_layers: kept_bytes(LanguageModel(each, 50), tokens, dtype) for each in (one, two)}
-    predicted = sum(activation_bytes(one, rows * length, length, dtype.itemsize).values())
+    predicted = sum(kept_by(each, rows, length, dtype) * sign for each, sign in ((two, 1), (one, -1)))
     if config.norm == "rmsnorm":  # not fused on a processor
         heads = config.num_heads + config.kv_heads if config.qk_norm != "none" else 0
         predicted += 4 * (2 * config.hidden_size + heads * config.head_size) * rows * length
     # what is kept for each token and no dimension: norms' means and deviations
     assert kept[2] - kept[1] == pytest.approx(predicted, rel=0.03)
+
+
+def kept_by(config: ModelConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    return sum(activation_bytes(config, rows * length, length, dtype.itemsize).values())
 
 
 def kept_bytes(model: nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> int:

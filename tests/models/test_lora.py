@@ -82,7 +82,8 @@ def their_model(folder: Path, config: ModelConfig, settings: LoraConfig, model: 
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     save_model(folder / "base", plain(config), extra_config=TOKEN_IDS)
     save_adapter(folder / "adapter", model, model.state_dict(), settings, str(folder / "base"))
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}  # in any dtype
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", **plainly)
     return peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
 
 
@@ -108,11 +109,12 @@ def test_logits_loss_and_gradients_are_those_of_peft(case: str, tmp_path: Path) 
         torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "switch_tiny"])  # Transformers cannot read it
 @torch.no_grad()
 def test_adapters_of_every_family_are_those_of_peft(name: str, tmp_path: Path) -> None:
     """In float64: within 1e-4 of theirs, whose norms and softmax are float32; merged and switched off within 1e-12."""
-    config, settings, tokens = tiny_model(name), LoraConfig(rank=4), some_tokens()
+    config, tokens = tiny_model(name), some_tokens()
+    settings = LoraConfig(rank=4) if config.experts is None else LoraConfig(rank=4, targets=["attention.*"])
     model = adapted(config, settings)
     theirs, model = their_model(tmp_path, config, settings, model).double(), model.double()
     merged, before, ours = LanguageModel(config, VOCAB).double(), plain(config).double(), model(tokens)

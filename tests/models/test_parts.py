@@ -13,7 +13,7 @@ from torch import Tensor
 from llmtrain.config.schema import ModelConfig, YarnScalingConfig
 from llmtrain.models.attention import Attention, Context, attend_one, attend_one_capped
 from llmtrain.models.document_attention import Documents
-from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.experts import make_feed_forward
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.masks import added, score_mask
 from llmtrain.models.norms import make_norm
@@ -144,7 +144,7 @@ FORMULAS = {
 @torch.no_grad()
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_feed_forward_parts(activation: Any) -> None:
-    part, hidden = drawn(make_feed_forward(with_parts(activation=activation, bias=True))), normal(5, 24)
+    part, hidden = drawn(make_feed_forward(with_parts(activation=activation, bias=True), 0)), normal(5, 24)
     function = FORMULAS[activation]
     if activation in ("swiglu", "geglu", "geglu_tanh"):
         gate, up = (hidden @ part.gate_up.weight.T + part.gate_up.bias).chunk(2, dim=-1)

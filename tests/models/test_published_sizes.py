@@ -9,7 +9,7 @@ from tests.models.small import published
 from tests.tiny import MODELS
 
 from llmtrain.config.folders import packaged_configs
-from llmtrain.models.footprint import num_parameters, num_without_embeddings
+from llmtrain.models.footprint import num_active, num_parameters, num_without_embeddings
 from llmtrain.models.formats import save_config
 
 # All parameters of a released checkpoint, by its name on the Hugging Face hub: exact.
@@ -57,6 +57,9 @@ RELEASED = {
     "falcon_7b": ("tiiuae/falcon-7b", 6_921_720_704),
     "mpt_7b": ("mosaicml/mpt-7b", 6_649_286_656),
     "starcoder_15b": ("bigcode/starcoderbase", 15_517_456_384),
+    "mixtral_8x7b": ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
+    "qwen3_30b_a3b": ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+    "olmoe_1b_7b": ("allenai/OLMoE-1B-7B-0924", 6_919_161_856),
 }
 # Parameters without embeddings and head as they are printed; digits in full are exact, others rounded.
 PYTHIA = "Biderman et al. 2023 (arXiv 2304.01373), table 1"
@@ -96,6 +99,8 @@ GPT_3 = {
     "gpt3_175b": 175.0e9,
 }
 LLAMA_1 = {"llama_7b": 6.7e9, "llama_13b": 13.0e9, "llama_33b": 32.5e9, "llama_65b": 65.2e9}
+# Parameters that a token goes through as the model's cards print them, with the embedding.
+ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.3e9, "olmoe_1b_7b": 1.3e9}
 OURS = ("bench_a", "bench_b", "llama_10m", "llama_100m", *MODELS)
 
 
@@ -127,6 +132,14 @@ def test_gpt_3_has_the_parameters_of_the_paper_as_far_as_it_prints_them(name: st
 def test_llama_has_the_parameters_of_the_paper_in_its_three_digits(name: str) -> None:
     """Cut, not rounded: the largest has 65.29B."""
     assert math.floor(num_parameters(published(name)) / 1e8) * 1e8 == LLAMA_1[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_goes_through_as_many_as_printed(name: str) -> None:
+    """To the digit that is printed, rounded or cut: Qwen3's is 3.35B."""
+    model = published(name)
+    active = num_active(model) + model.trunk.token_embedding.weight.numel()
+    assert active == pytest.approx(ACTIVE[name], abs=0.06e9)
 
 
 def test_gpt_3_differs_from_what_the_lora_paper_counts_by_less_than_its_embedding() -> None:

@@ -15,6 +15,7 @@ from llmtrain.models.footprint import (
     activation_bytes,
     head_bytes,
     num_active,
+    num_in_products,
     num_parameters,
     num_without_embeddings,
     weights_by_name,
@@ -104,7 +105,7 @@ def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig
         "weights, float32": 4 * parameters,
         "gradients, float32": 4 * parameters,
         f"state of {optimizer.target.rpartition('.')[2]}": round(state_bytes_per_weight(optimizer) * parameters),
-        **({"weights in bfloat16, for products": 2 * num_active(model)} if in_bfloat16 else {}),
+        **({"weights in bfloat16, for products": 2 * num_in_products(model)} if in_bfloat16 else {}),
         **{f"activations of blocks: {name}": size for name, size in kept.items()},
         **head_bytes(model.config, model.vocab_size, rows * length, device),
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.adapter_checks import ADAPTER_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
+from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
@@ -307,6 +308,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     run_name,
     shown_run,
     *MODEL_CHECKS,
+    *EXPERT_CHECKS,
     sequence_fits,
     architecture_from_folder,
     run_length,

@@ -108,6 +108,8 @@ def initialisation(view: View) -> Iterator[Finding]:
         yield from _changed(view, "init_std", f"{kind} says how large weights are by their shapes", "init.name")
     if kind != "mup":
         return
+    if view["model.experts"] is not None:
+        yield finding("mup has no rule for the routers of experts", "model.init.name", "model.experts")
     if view["model.init.zero_head"] and view["model.tied_embeddings"]:
         problem = "the head is the embedding, which is not to be zero; set model.tied_embeddings=false"
         yield finding(problem, "model.init.zero_head", "model.tied_embeddings")

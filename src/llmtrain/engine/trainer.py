@@ -62,10 +62,10 @@ class Objective(Protocol):
     """What is minimised."""
 
     def weight(self, batch: Any) -> Tensor:
-        """What the loss is averaged over: tokens, pairs."""
+        """What the loss is averaged over: tokens, pairs. A loss of several terms has one for each."""
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Summed loss; metrics as (sum, weight) pairs."""
+        """Summed loss, or one for each term; metrics as (sum, weight) pairs."""
 
 
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
@@ -103,6 +103,8 @@ class Trainer:
     micro_batch_rows: int | None = None
     max_grad_norm: float | None = 1.0
     compile: bool = False
+    after_update: Callable[[], Metrics] = dict
+    """What goes by an update that has been made, such as the balance of experts; its metrics."""
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     speed: Speed
@@ -162,11 +164,12 @@ class Trainer:
                     with self.autocast():
                         loss, parts = loss_of(self.model, micro)
                     # the processes' gradients are averaged, so each counts its share `world` times
-                    (loss * (self.layout.world / weight)).backward()
+                    (loss * (self.layout.world / weight)).sum().backward()
                 metrics.add(parts)
             metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            metrics.add(self.after_update())
             tokens += update.num_tokens()
         return metrics.sums, tokens * self.layout.world
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.models.attention import KVCache, rounded_up
+from llmtrain.models.experts import ExpertLinear
 from llmtrain.models.heads import LanguageModel, capped
 from llmtrain.models.linear import Linear
 
@@ -43,6 +44,8 @@ class Decoder:
         shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         for module in linears:
             shared[id(module)] = PreparedLinear(module.weight, module.bias, self.dtype, packed=packed)
+        experts = [module for module in model.modules() if isinstance(module, ExpertLinear)]
+        shared |= {id(each): each.in_dtype(self.dtype) for each in experts}
         self.head = PreparedLinear(model.head_weight, None, self.dtype, packed=packed)
         self.model = copy.deepcopy(model, shared).eval()  # new modules over the same weights
         self.least_rows = LEAST_ROWS if self.device.type == "cpu" else 1

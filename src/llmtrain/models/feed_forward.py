@@ -56,11 +56,11 @@ def inner_size(config: ModelConfig) -> int:
 class FeedForward(nn.Module):
     """down(f(up(x))), [B, T, H] → [B, T, H] (Radford et al. 2019; f = GELU: arXiv 1606.08415, eq. 2)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up = Linear(config.hidden_size, inner_size(config), bias=config.has_bias("mlp"))
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.has_bias("mlp"))
+        self.up = Linear(config.hidden_size, inner, bias=config.has_bias("mlp"))
+        self.down = Linear(inner, config.hidden_size, bias=config.has_bias("mlp"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(self.activation(self.up(hidden)))
@@ -72,17 +72,17 @@ class GatedFeedForward(nn.Module):
     `gate_up` holds both matrices, the gate's rows first, so that one product computes both.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
         self.activation = GATES[config.activation]
-        self.gate_up = Linear(config.hidden_size, 2 * inner_size(config), bias=config.has_bias("mlp"))
-        self.down = Linear(inner_size(config), config.hidden_size, bias=config.has_bias("mlp"))
+        self.gate_up = Linear(config.hidden_size, 2 * inner, bias=config.has_bias("mlp"))
+        self.down = Linear(inner, config.hidden_size, bias=config.has_bias("mlp"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [B, T, F] each
         return self.down(self.activation(gate) * up)
 
 
-def make_feed_forward(config: ModelConfig) -> nn.Module:
-    """The feed-forward part that `activation` names."""
-    return GatedFeedForward(config) if config.activation in GATES else FeedForward(config)
+def make_dense(config: ModelConfig, inner: int) -> nn.Module:
+    """The feed-forward part that `activation` names, of this inner size."""
+    return (GatedFeedForward if config.activation in GATES else FeedForward)(config, inner)

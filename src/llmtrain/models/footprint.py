@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
+from llmtrain.models.experts import expert_size
 from llmtrain.models.feed_forward import GATES, inner_size
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.logprobs import PORTION_ELEMENTS
@@ -49,8 +50,14 @@ def num_without_embeddings(model: LanguageModel) -> int:
     return num_parameters(model) - sum(left_out.values())
 
 
+def num_in_products(model: LanguageModel) -> int:
+    """Weights in matrix products, whether a token goes through them or not."""
+    return sum(each.numel() for each in (*model.trunk.matrices, model.head_weight))
+
+
 def num_active(model: LanguageModel) -> int:
-    """Weights that a token is multiplied with: those in matrix products, without attention's scores."""
+    """Weights that a token is multiplied with: those in matrix products, without attention's scores; of routed experts
+    those that it goes through."""
     return round(model.flops_per_token(0) / 6)
 
 
@@ -67,11 +74,12 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
     each norm; rows of up to 512 positions may keep their probabilities there (`kernels/cpu_attention.py`). What layers
     share is not counted, nor the mask of a window or of ALiBi.
     """
-    hidden, inner, size = config.hidden_size, inner_size(config), product_bytes
+    hidden, size = config.hidden_size, product_bytes
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
     fused, normed = config.attention_softcap is None, config.qk_norm != "none"
     norms = 4 if config.norm_placement == "sandwich" else 2 if config.block == "sequential" else 1  # of their own input
     per_norm = 8 if config.norm == "zero_centred_rmsnorm" else 4  # its quotient too
+    sparse = sum(config.sparse_layers)
     inputs = 1 if config.block == "parallel_shared_norm" and size == 4 else 2  # autocast makes a copy for each
     changed = (config.positions == "rope" or normed) * (queries + keys) + (config.attention_scale is not None) * queries
     per_token = {
@@ -82,10 +90,28 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
         "attended values": size * queries + fused * 4 * config.num_heads,
         # float32 after the hyperbolic tangent and after the softmax, and as they go into the product
         "capped scores": (not fused) * (8 + size % 4) * config.num_heads * length,
-        "feed-forward": size * inner * (4 if config.activation in GATES else 1 if config.activation == "relu" else 2),
         "dropout": (2 * hidden if config.dropout else 0),  # a mask of a byte for each branch
     }
-    return {part: config.num_layers * tokens * kept for part, kept in per_token.items() if kept}
+    kept = {part: config.num_layers * number for part, number in per_token.items()}
+    kept["feed-forward"] = (config.num_layers - sparse) * size * _kept_inside(config, inner_size(config))
+    if config.experts is not None:
+        kept["experts"] = sparse * _kept_by_experts(config, config.experts, size)
+    return {part: tokens * number for part, number in kept.items() if number}
+
+
+def _kept_inside(config: ModelConfig, inner: int) -> int:
+    """Numbers that a feed-forward part of this inner size keeps of a token, beside its input."""
+    return inner * (4 if config.activation in GATES else 1 if config.activation == "relu" else 2)
+
+
+def _kept_by_experts(config: ModelConfig, settings: ExpertsConfig, size: int) -> int:
+    """Bytes that experts keep of a token: its copies and what becomes of them, and the router's numbers."""
+    inner, copies = expert_size(config, settings), settings.experts_per_token
+    shared = _kept_inside(config, inner * settings.shared_experts)
+    # weights and scores in float32; whole numbers of 8 bytes: the choice and, twice, where a copy stands
+    router = 4 * settings.num_experts + copies * (4 + 3 * 8) + (4 - size) * config.hidden_size
+    router += (settings.jitter > 0) * 4 * config.hidden_size  # what the router's inputs were multiplied by
+    return router + size * (shared + copies * (_kept_inside(config, inner) + 2 * config.hidden_size))
 
 
 def head_bytes(config: ModelConfig, vocab_size: int, tokens: int, device_type: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
 from llmtrain.models.layouts.table import to_config
@@ -80,7 +80,15 @@ def load_scalar_model(
 
 
 def _with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
-    return config if dropout is None else dataclasses.replace(config, dropout=dropout, stochastic_depth=0.0)
+    """With another dropout; with none, experts drop no tokens either and routers draw nothing: training is exact."""
+    if dropout is None:
+        return config
+    experts = config.experts
+    if experts is not None and dropout == 0.0:
+        experts = dataclasses.replace(
+            experts, capacity_factor=None, capacity_group_tokens=ExpertsConfig.capacity_group_tokens, jitter=0.0
+        )
+    return dataclasses.replace(config, dropout=dropout, stochastic_depth=0.0, experts=experts)
 
 
 def save_model(
@@ -223,7 +231,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Puts the tensors in place of the model's own, which are on the meta device."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    state = model.state_dict()  # a router's bias is no parameter, but belongs to the weights
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in SCORE_STATISTICS}
     expected = their_shapes(layout, model.config, shapes)
     if f"{layout.head}.weight" not in expected:
         # tied, or a head that a score model has no use for

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, MupInitConfig
 
-# The two projections of a block whose outputs are added to the residual stream.
-INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
+# The projections of a block whose outputs are added to the residual stream.
+INTO_RESIDUAL = (
+    "attention.output.weight", "feed_forward.down.weight",
+    "feed_forward.expert_down.weight", "feed_forward.shared.down.weight",
+)  # fmt: skip
 
 
 class Matrix(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import LoraConfig
 from llmtrain.config.seeds import derive_seed
+from llmtrain.models.experts import ExpertLinear, Router
 from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorCritic
 from llmtrain.models.layouts import layout_for, their_parts
 from llmtrain.models.linear import Linear
@@ -91,13 +92,14 @@ class AdaptedLinear(Linear):
 def adapt(model: LanguageModel | ScalarModel, settings: LoraConfig) -> None:
     """Freezes the model's weights but those of `also_train`, and sets adapters, all zero, beside those of `targets`.
 
-    Raises ConfigError for a pattern that matches nothing.
+    Raises ConfigError for a pattern that matches nothing, or nothing but experts and routers, which get no adapters.
     """
     modules = dict(model.named_modules())
     layers = {name: each for name, each in modules.items() if isinstance(each, nn.Linear) and ".blocks." in name}
     layout = layout_for(model.config)
     held = {name: their_parts(layout, model.config, name, layer.out_features) for name, layer in layers.items()}
-    _check("targets", settings.targets, [*layers, *(part for parts in held.values() for part in parts)])
+    experts = [name for name, each in modules.items() if isinstance(each, ExpertLinear | Router)]
+    _check("targets", settings.targets, [*layers, *(part for parts in held.values() for part in parts)], experts)
     adapted = {}
     for name, parts in held.items():
         wanted = [Part(part, rows, _matches(settings.targets, name, part)) for part, rows in parts.items()]
@@ -194,8 +196,13 @@ def _matches(patterns: Iterable[str], *names: str) -> bool:
     return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns for name in names)
 
 
-def _check(key: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+def _check(key: str, patterns: Iterable[str], names: Sequence[str], experts: Sequence[str] = ()) -> None:
     for pattern in patterns:
         if not _matches([pattern], *names):
+            if _matches([pattern], *experts):
+                raise ConfigError(
+                    f"adapter.{key}: {pattern!r} matches experts and their routers alone, which get no adapters: leave"
+                    " it out, or train them as they are with adapter.also_train"
+                )
             known = ", ".join(dict.fromkeys(re.sub(r"^.*\.\d+\.|^trunk\.", "", name) for name in names))
             raise ConfigError(f"adapter.{key}: {pattern!r} matches no module of this model; there are {known}")

@@ -48,13 +48,13 @@ class SharedRows(NamedTuple):
         """The place of each computed position in its row, [1, N] int64."""
         return self.computed[None] % self.sources.shape[1]
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """What is computed, [1, N], of tokens [B, T]."""
-        return tokens.flatten()[self.computed][None]
+    def gather(self, values: Tensor) -> Tensor:
+        """What is computed, [1, N, ...], of values [B, T, ...]."""
+        return values.flatten(0, 1)[self.computed][None]
 
-    def spread(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, H] of all positions from those that were computed, [1, N, H]."""
-        return taken(hidden[0], self.sources)
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [B, T, C] of all positions from those that were computed, [1, N, C]."""
+        return taken(values[0], self.sources)
 
 
 def taken(values: Tensor, which: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.models.attention import Attention, Context, KVCache
 from llmtrain.models.document_attention import Documents
-from llmtrain.models.feed_forward import make_feed_forward
+from llmtrain.models.experts import Experts, make_feed_forward
 from llmtrain.models.initialisation import drawn_matrix
 from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.attention_output_norm = make_norm(config) if has_last else None
         self.feed_forward_norm = make_norm(config) if has_second else None
-        self.feed_forward = make_feed_forward(config)
+        self.feed_forward = make_feed_forward(config, layer)
         self.feed_forward_output_norm = make_norm(config) if has_last else None
 
     def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
@@ -58,14 +58,21 @@ class Block(nn.Module):
             return self._parallel(hidden, context, cache)
         attended = self.attention(self._before(self.attention_norm, hidden), context, cache)
         hidden = self._added(hidden, attended, self.attention_norm, self.attention_output_norm)
-        transformed = self.feed_forward(self._before(self.feed_forward_norm, hidden))
+        transformed = self._transformed(self._before(self.feed_forward_norm, hidden), context)
         return self._added(hidden, transformed, self.feed_forward_norm, self.feed_forward_output_norm)
 
     def _parallel(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         normed = self._before(self.attention_norm, hidden)
         attended = self.attention(normed, context, cache)
-        transformed = self.feed_forward(normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden))
+        normed = normed if self.feed_forward_norm is None else self.feed_forward_norm(hidden)
+        transformed = self._transformed(normed, context)
         return hidden + self._thinned(attended) + self._thinned(transformed)
+
+    def _transformed(self, normed: Tensor, context: Context) -> Tensor:
+        """A dense part goes position by position; that experts are even, and have room, is a matter of rows."""
+        sparse = isinstance(self.feed_forward, Experts)
+        transformed: Tensor = self.feed_forward(normed, context.rows) if sparse else self.feed_forward(normed)
+        return transformed
 
     def _before(self, norm: nn.Module | None, hidden: Tensor) -> Tensor:
         return hidden if norm is None or self.placement == "post" else norm(hidden)
@@ -145,13 +152,19 @@ class Transformer(nn.Module):
         hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
 
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The weights of the blocks' matrix products, [O, I], of experts [E, O, I]."""
+        return [each for name, each in self.blocks.named_parameters() if each.ndim > 1 and not name.endswith("bias")]
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
         `flops_per_weight` for each weight in a matrix product, and 6 T Q D for each layer's attention: half of the
-        usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window.
+        usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window. Of
+        routed experts, those count that a token goes through.
         """
-        products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
+        products = sum(each.numel() * used_share(self.config, each) * flops_per_weight(each) for each in self.matrices)
         seen = sum(_mean_seen(window, sequence_length) for window in self.windows)
         return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
@@ -189,10 +202,17 @@ class Transformer(nn.Module):
         """
         no_weight = 0.0 if self.config.norm == "zero_centred_rmsnorm" else 1.0
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.fill_(0.0 if name.endswith("bias") else no_weight)
             else:
                 parameter.copy_(drawn_matrix(self.config, name, parameter.shape, generator))
+
+
+def used_share(config: ModelConfig, weight: Tensor) -> float:
+    """Of a weight in a matrix product: how much of it a token goes through; with experts ([E, O, I]), some of them."""
+    if config.experts is None or weight.ndim < 3:
+        return 1.0
+    return config.experts.experts_per_token / config.experts.num_experts
 
 
 def flops_per_weight(weight: Tensor) -> float:

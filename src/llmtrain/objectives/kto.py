@@ -38,6 +38,10 @@ class AnswerBatch(Batch):
         tokens = torch.cat([self.answers, self.mismatched])
         return tokens, torch.cat([self.answers_mask, self.mismatched_mask])
 
+    def learned_tokens(self) -> Tensor:
+        """The answers, [B, S] bool; of the mismatched ones there is no gradient."""
+        return self.answers_mask
+
 
 class Kto:
     """λ (1 − σ(β (log-ratio − baseline))) of a good answer, λ (1 − σ(β (baseline − log-ratio))) of another; the mean.

@@ -32,6 +32,10 @@ class TokenBatch(Batch):
     cut_into: int = 1
     """The short rows that were made of each full one; where micro-batches count rows, they count full ones."""
 
+    def learned_tokens(self) -> Tensor:
+        """The loss mask."""
+        return self.loss_mask
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         """The batch in portions of at most `rows` full rows (None: in one)."""
         return super().micro_batches(rows and rows * self.cut_into)

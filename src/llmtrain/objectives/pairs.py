@@ -34,6 +34,10 @@ class PairBatch(Batch):
         """Tokens and answer mask of all rows, [2·B, S] each: first the chosen, then the rejected."""
         return torch.cat([self.chosen, self.rejected]), torch.cat([self.chosen_mask, self.rejected_mask])
 
+    def learned_tokens(self) -> Tensor:
+        """The answers of all rows, [2·B, S] bool."""
+        return self.rows()[1]
+
 
 def answer_scores(scores: Tensor, mask: Tensor) -> Tensor:
     """The score [B] at the last answer token of each row, from scores [B, S] of all positions and the answer mask."""

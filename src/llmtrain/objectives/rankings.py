@@ -41,6 +41,10 @@ class RankingBatch(Batch):
         there = self.there
         return self.tokens.transpose(0, 1)[there], self.mask.transpose(0, 1)[there]
 
+    def learned_tokens(self) -> Tensor:
+        """The answers of all rows, [A, S] bool."""
+        return self.rows()[1]
+
     def by_ranking(self, values: Tensor) -> Tensor:
         """Values [A] of the answers in the order of `there`, as [B, K]; 0 where there is no answer."""
         there = self.there

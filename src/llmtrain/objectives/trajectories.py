@@ -54,6 +54,10 @@ class Rollout(Batch):
     measured: Metrics = dataclasses.field(default_factory=dict)
     """What is known of the rollout before it is trained on: rewards, KL."""
 
+    def learned_tokens(self) -> Tensor:
+        """The sampled tokens."""
+        return self.response_mask
+
     def metrics(self) -> Metrics:
         """The rollout's rewards, KL and lengths."""
         return self.measured

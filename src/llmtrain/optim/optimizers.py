@@ -55,9 +55,9 @@ def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
 def parameter_groups(
     model: nn.Module, weight_decay: float | None, scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, each once: those with two or more dimensions decay, the others do not.
+    """Trainable parameters in two groups, each once: matrices and embeddings decay; norms, biases and other vectors do
+    not, as in nanoGPT. The biases of experts are vectors too, one below the other.
 
-    Matrices and embeddings decay; norms, biases and other vectors do not, as in nanoGPT.
     Empty groups are left out. Without weight decay (None) all are in one group.
 
     `scales`: what multiplies the learning rate of parameters, by name. Those with the same one are a group of their
@@ -67,7 +67,7 @@ def parameter_groups(
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = weight_decay is not None and parameter.dim() >= 2
+            decays = weight_decay is not None and parameter.dim() >= 2 and not name.endswith("bias")
             groups.setdefault((not decays, (scales or {}).get(name, 1.0)), []).append(parameter)
     return [
         {

@@ -31,12 +31,14 @@ from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
-from llmtrain.engine.trainer import BatchSource, Evaluator, Objective, Trainer
+from llmtrain.engine.trainer import BatchSource, Evaluator, Metrics, Objective, Trainer
+from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
 from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
+from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
@@ -179,6 +181,10 @@ class Run(Generic[Config]):
             if write_more:
                 write_more(folder)
 
+        after_update: Callable[[], Metrics] = dict
+        if layers := expert_layers(trained):
+            routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
+            objective, after_update = routed, routed.after_update
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(
@@ -191,7 +197,8 @@ class Run(Generic[Config]):
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health,
+            compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
+            speed=Speed(device, flops, peak), health=config.health,
         )  # fmt: skip
         try:
             self.step = trainer.fit()

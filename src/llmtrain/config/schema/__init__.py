@@ -31,6 +31,7 @@ from llmtrain.config.schema.data import (
     SourceConfig,
     TemplateConfig,
 )
+from llmtrain.config.schema.experts import ExpertsConfig
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.initialisation import (
     MUP_OPTIMIZERS,
@@ -102,6 +103,7 @@ __all__ = [
     "DynamicScalingConfig",
     "EngineConfig",
     "EvalConfig",
+    "ExpertsConfig",
     "GenerateConfig",
     "Gpt2InitConfig",
     "GrpoConfig",

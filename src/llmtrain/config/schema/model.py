@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from llmtrain.config.schema.experts import ExpertsConfig
 from llmtrain.config.schema.initialisation import Gpt2InitConfig, InitConfig, MupInitConfig
 from llmtrain.config.schema.rope import RopeScaling
 from llmtrain.config.schema.strict import STRICT
@@ -93,6 +94,8 @@ class ModelConfig:
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 x layers)."""
     init: InitConfig = Field(default_factory=Gpt2InitConfig, discriminator="name")
+    experts: ExpertsConfig | None = None
+    """Mixture of experts in place of the feed-forward part. Null: all layers are dense."""
     published_vocab_size: int | None = Field(default=None, ge=1)
     """Tokens of the vocabulary that the model was published with. `llmtrain show model=` counts with it; a run has the
     vocabulary of its own tokenizer."""
@@ -118,6 +121,12 @@ class ModelConfig:
         pattern = self.attention_pattern or ["sliding"]
         kinds = (pattern[layer % len(pattern)] for layer in range(self.num_layers))
         return [self.sliding_window if kind == "sliding" else None for kind in kinds]
+
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """Whether each layer has experts in the place of a dense feed-forward part."""
+        first, step = (self.experts.first_layer, self.experts.layer_step) if self.experts else (self.num_layers, 1)
+        return [layer >= first and (layer - first) % step == 0 for layer in range(self.num_layers)]
 
     def has_bias(self, part: BiasedPart) -> bool:
         """Whether the layers of this part have biases; norms only where they are LayerNorm."""

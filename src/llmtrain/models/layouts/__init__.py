@@ -4,6 +4,7 @@ What no table can express has a layout of our own, which only this package reads
 """
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.models.layouts.experts import MIXTRAL, OLMOE, QWEN3_MOE
 from llmtrain.models.layouts.falcon import FALCON
 from llmtrain.models.layouts.gemma import GEMMA2, GEMMA3
 from llmtrain.models.layouts.gpt2 import GPT2, GPT_BIGCODE
@@ -36,7 +37,8 @@ __all__ = [
 ]
 
 FAMILIES = (
-    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT_BIGCODE, FALCON, MPT, OWN,
+    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT_BIGCODE, FALCON, MPT,
+    MIXTRAL, QWEN3_MOE, OLMOE, OWN,
 )  # fmt: skip
 LAYOUTS = {layout.model_type: layout for layout in FAMILIES}
 

@@ -17,9 +17,11 @@ def their_shapes(layout: Layout, config: ModelConfig, shapes: Shapes) -> dict[st
     theirs: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         names, rule = _their_names(layout, name)
-        for part, rows in zip(names, _rows(config, names, shape), strict=True):
-            split = (rows, *shape[1:])
-            theirs[part] = split[::-1] if rule.transposed else split
+        one = shape[1:] if rule.stacked else shape
+        for parts in _by_expert(config, rule, names):
+            for part, rows in zip(parts, _rows(config, parts, one), strict=True):
+                split = (rows, *one[1:])
+                theirs[part] = split[::-1] if rule.transposed else split
     return theirs
 
 
@@ -40,9 +42,10 @@ def their_tensors(layout: Layout, config: ModelConfig, state: Mapping[str, Tenso
     for name, tensor in state.items():
         names, rule = _their_names(layout, name)
         tensor = in_their_order(layout, config, name, tensor.detach())
-        parts = tensor.split(_rows(config, names, tuple(tensor.shape)))
-        for part, value in zip(names, parts, strict=True):
-            yield part, value.T if rule.transposed and value.ndim == 2 else value
+        for parts, one in zip(_by_expert(config, rule, names), tensor if rule.stacked else [tensor], strict=True):
+            values = one.split(_rows(config, parts, tuple(one.shape)))
+            for part, value in zip(parts, values, strict=True):
+                yield part, value.T if rule.transposed and value.ndim == 2 else value
 
 
 def in_their_order(layout: Layout, config: ModelConfig, name: str, rows: Tensor) -> Tensor:
@@ -56,11 +59,16 @@ def to_ours(layout: Layout, config: ModelConfig, names: list[str], theirs: Mappi
     state: dict[str, Tensor] = {}
     for name in names:
         parts, rule = _their_names(layout, name)
-        values = [theirs[part].T if rule.transposed and theirs[part].ndim == 2 else theirs[part] for part in parts]
-        if rule.grouped:
-            values = [values[0][_grouped_rows(config).argsort()]]
-        state[name] = torch.cat(values).float() if len(values) > 1 else _own_float(values[0])
+        each = [_one_of_ours(config, rule, [theirs[part] for part in own]) for own in _by_expert(config, rule, parts)]
+        state[name] = torch.stack(each) if rule.stacked else each[0]
     return state
+
+
+def _one_of_ours(config: ModelConfig, rule: Rule, theirs: list[Tensor]) -> Tensor:
+    values = [value.T if rule.transposed and value.ndim == 2 else value for value in theirs]
+    if rule.grouped:
+        values = [values[0][_grouped_rows(config).argsort()]]
+    return torch.cat(values).float() if len(values) > 1 else _own_float(values[0])
 
 
 def _own_float(tensor: Tensor) -> Tensor:
@@ -74,6 +82,14 @@ def _their_names(layout: Layout, name: str) -> tuple[list[str], Rule]:
     pattern = re.sub(r"\.blocks\.\d+\.", ".blocks.{i}.", module)
     rule = next((rule for rule in layout.rules if rule.ours == pattern), Rule(pattern, (pattern,)))
     return [f"{part.replace('{i}', layer[1] if layer else '')}.{leaf}" for part in rule.theirs], rule
+
+
+def _by_expert(config: ModelConfig, rule: Rule, names: list[str]) -> list[list[str]]:
+    """The names of each expert's parts; of what is no stack, the names as they are."""
+    if not rule.stacked:
+        return [names]
+    assert config.experts is not None, "a family with a stack of experts is written for no other architecture"
+    return [[name.replace("{e}", str(expert)) for name in names] for expert in range(config.experts.num_experts)]
 
 
 def _rows(config: ModelConfig, names: list[str], shape: tuple[int, ...]) -> list[int]:

@@ -102,18 +102,20 @@ class RopeByLayer:
 
 @dataclass(frozen=True)
 class OneWindow:
-    """`sliding_window` of all layers, or null."""
+    """`sliding_window` of all layers, or null; Qwen's has a `switch`."""
 
     default: int | None = None
+    switch: str | None = None
 
     def write(self, ours: Fields) -> Fields:
         first, *others = set(ours["windows"])
         if others:
             raise Inexpressible
-        return {"sliding_window": first}
+        return {"sliding_window": first} | ({self.switch: first is not None} if self.switch else {})
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
-        return {"sliding_window": theirs.get("sliding_window", self.default)}, []
+        is_off = self.switch is not None and not theirs.get(self.switch, False)
+        return {"sliding_window": None if is_off else theirs.get("sliding_window", self.default)}, []
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A part writes some of our values as keys of theirs and reads them back. So nobod
 family has: those that are the same after they were written and read.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.schema.model import BiasedPart
+from llmtrain.models.experts import expert_size
 from llmtrain.models.feed_forward import inner_size
 
 Fields = dict[str, Any]
@@ -39,14 +41,15 @@ class Part(Protocol):
         """Their keys (dots lead into blocks) for an architecture as `described` gives it. May raise Inexpressible."""
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
-        """Our keys for a config.json, and what of it is not supported; `ours` is what parts before have read."""
+        """Our keys (dots lead into blocks) for a config.json, and what of it is not supported; `ours` is what parts
+        before have read."""
 
 
 @dataclass(frozen=True)
 class Key:
     """A key of theirs that is one of ours; `values` holds their words for ours, the first of which is written.
 
-    `default` is theirs where the key is missing.
+    `default` is theirs where the key is missing. Dots lead into blocks, of theirs and of ours.
     """
 
     theirs: str
@@ -55,7 +58,9 @@ class Key:
     values: Mapping[Any, tuple[Any, ...]] | None = None
 
     def write(self, ours: Fields) -> Fields:
-        value = ours[self.ours]
+        value = look_up(ours, self.ours, _MISSING)
+        if value is _MISSING:
+            raise Inexpressible
         if self.values is None:
             return {self.theirs: value}
         if value not in self.values:
@@ -138,12 +143,20 @@ class WholeHeads:
 
 @dataclass(frozen=True)
 class Rule:
-    """One module of ours ({i}: its layer) and theirs; several of theirs lie in ours one below the other."""
+    """One module of ours ({i}: its layer) and theirs; several of theirs lie in ours one below the other.
+
+    With {e} in the names of theirs, ours is a stack of as many as there are experts.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     transposed: bool = False  # theirs is [in, out] (Conv1D), ours [out, in]
     grouped: bool = False  # theirs has each key-value head's queries, key and value together
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours holds all experts, [E, ...]."""
+        return "{e}" in self.theirs[0]
 
 
 @dataclass(frozen=True)
@@ -178,10 +191,11 @@ class Layout:
 
     def read_fields(self, theirs: Fields) -> tuple[Fields, list[str]]:
         """Our keys, and what of theirs is not supported."""
-        ours, faults = dict(self.ours), []
+        ours, faults = copy.deepcopy(self.ours), []
         for part in self.parts:
             read, found = part.read(theirs, ours)
-            ours |= read
+            for key, value in read.items():
+                put(ours, key, value)
             faults += found
         skipped = look_up(theirs, STOCHASTIC_DEPTH, 0.0)
         return _shortened(ours | ({"stochastic_depth": skipped} if skipped else {})), faults
@@ -214,6 +228,7 @@ def described(config: ModelConfig) -> Fields:
         "ffn_hidden_size": inner_size(config),
         "windows": config.windows,
         "width_ratio": config.width_ratio,  # learning rates go by it: no family has a word for that
+        "sparse_layers": config.sparse_layers,
         "attention_scale": None if config.attention_scale == config.head_size**-0.5 else config.attention_scale,
         "embedding_scale": config.hidden_size**0.5 if by_width else config.embedding_scale,
         **{f"{part}_bias": config.has_bias(part) for part in BIASES},
@@ -222,6 +237,11 @@ def described(config: ModelConfig) -> Fields:
         ours |= dict.fromkeys(ROPE)
     elif not any(config.windows) or (config.rope_local_theta == config.rope_theta and config.rope_scaling is None):
         ours["rope_local_theta"] = None
+    if config.experts is not None:
+        experts = {key: value for key, value in ours["experts"].items() if key not in ("first_layer", "layer_step")}
+        ours["experts"] = experts | {"ffn_hidden_size": expert_size(config, config.experts)}
+        if all(config.sparse_layers):
+            ours["ffn_hidden_size"] = expert_size(config, config.experts)
     for key in ("bias", "sliding_window", "attention_pattern"):
         del ours[key]
     return ours
