@@ -22,7 +22,7 @@ from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
@@ -168,7 +168,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"{model.vocab_size}. Use the model's own tokenizer: leave tokenizer.path away."
             )
         return model
-    return LanguageModel(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
+    return make_model(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
 
 
 def domain(
