@@ -338,7 +338,7 @@ class SharedActorCritic(nn.Module):
     ) -> Any:
         """As that of `ActorCritic`."""
 
-        def both(hidden: Tensor, head_weight: Tensor, **softcap: float) -> tuple[Any, Tensor]:
+        def both(hidden: Tensor, head_weight: Tensor, **softcap: Any) -> tuple[Any, Tensor]:
             return (read or logits)(hidden, head_weight, **softcap), self.values(hidden)
 
         return self.policy(tokens, read=both if values else read, same_as=same_as)
