@@ -32,6 +32,7 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GPT2_SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
 MPT_SIZES = {"n_layers": 2, "d_model": 48, "max_seq_len": 64, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
+BLOOM_SIZES = {"n_layer": 2, "hidden_size": 48, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
 GEMMA = {**GROUPED, "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "hidden_size": 40}
 ORIGINAL = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
@@ -80,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {**GROUPED, "num_experts": 6, "num_experts_per_tok": 3}),
     "mpt": ("Mpt", {**MPT_SIZES, "n_heads": 4}),
     "mpt, 6 heads": ("Mpt", {**MPT_SIZES, "n_heads": 6}),
+    "bloom": ("Bloom", {**BLOOM_SIZES, "n_head": 4}),
+    "bloom, 6 heads": ("Bloom", {**BLOOM_SIZES, "n_head": 6}),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("case", CASES)
 # Phi-3 without a window and without partial rotation is Llama to us; these stay what they are.
@@ -89,6 +92,7 @@ TYPES = {
     "olmo 2": "olmo2", "phi 3": "phi3", "pythia": "gpt_neox", "gpt-bigcode": "gpt_bigcode", "falcon": "falcon",
     "mpt": "mpt", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "qwen3-moe, second layers": "qwen3_moe",
     "qwen3-moe, dense first": "qwen3_moe", "olmoe": "olmoe",
+    "bloom": "bloom",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tests.models.small import published
-from tests.tiny import MODELS, tiny_model
+from tests.tiny import MODELS, TINY_MODELS, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,13 +19,13 @@ from llmtrain.models.footprint import (
     num_without_embeddings,
     weights_by_name,
 )
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import EncoderDecoder, LanguageModel, make_model
 from llmtrain.models.meta import on_meta
 
 
 def without_numbers(config: ModelConfig, vocab_size: int) -> LanguageModel:
     with on_meta():
-        return LanguageModel(config, vocab_size)
+        return make_model(config, vocab_size)
 
 
 def test_parameters_are_told_apart() -> None:
@@ -42,22 +42,24 @@ def test_parameters_are_told_apart() -> None:
     assert num_without_embeddings(tied) == 124_439_808 - (50257 + 1024) * 768
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_what_is_counted_is_what_is_built_and_multiplied(name: str) -> None:
     """Parameters of the model as it is built; of its products those that torch's own counter sees."""
     config, vocab_size, tokens = tiny_model(name), 300, torch.zeros(2, 24, dtype=torch.int64)
-    model, counted = LanguageModel(config, vocab_size), without_numbers(config, vocab_size)
+    model, counted = make_model(config, vocab_size), without_numbers(config, vocab_size)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     assert num_parameters(counted) == sum(sizes.values())
     assert sum(line.numel for line in weights_by_name(counted)) == num_parameters(counted)
-    tables = sum(size for each, size in sizes.items() if "embedding" in each or each == "head.weight")
+    left_out = ("embedding.weight", "relative_bias.weight")
+    tables = sum(size for each, size in sizes.items() if each.endswith(left_out) or each == "head.weight")
     assert num_without_embeddings(counted) == num_parameters(counted) - tables
     grouped = torch.ops.llmtrain.grouped_product
+    source = {"source": tokens} if isinstance(model, EncoderDecoder) else {}
     with FlopCounterMode(display=False, custom_mapping={grouped: grouped_flops}) as counter, torch.no_grad():
-        model(tokens)
+        model(tokens, **source)
     products = counter.get_flop_counts()["Global"]
     matrices = sum(products.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm, grouped))
-    assert matrices == 2 * tokens.numel() * num_active(counted)
+    assert matrices == 2 * tokens.numel() * (1 + len(source)) * num_active(counted)
 
 
 def grouped_flops(inputs: tuple[int, int], weight: tuple[int, int, int], *_: object, **__: object) -> int:
@@ -75,6 +77,15 @@ def test_attention_is_counted_as_far_as_it_sees(name: str) -> None:
         pairs += int(seen.sum()) - min(window or length, length) / 2
     flops = length * (model.flops_per_token(length) - model.flops_per_token(0))
     assert flops == pytest.approx(3 * 4 * pairs * config.num_heads * config.head_size, rel=1e-12)
+
+
+def test_attention_of_encoders_is_counted_as_far_as_it_sees() -> None:
+    """12 T Q D for each layer that sees all T, half where it sees what is before; of both stacks the mean."""
+    size, length = 12 * 24 * 128, 24
+    cost = {name: on_meta(tiny_model(name), 300) for name in ("bert_tiny", "t5_tiny")}
+    flops = {name: model.flops_per_token(length) - model.flops_per_token(0) for name, model in cost.items()}
+    assert flops["bert_tiny"] == 4 * size
+    assert flops["t5_tiny"] == 2 * (size + size / 2 + size) / 2  # two layers of both: read, write, and cross
 
 
 GPT = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True}
@@ -96,21 +107,22 @@ def test_activations_are_what_autograd_keeps(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_activations_of_every_architecture(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "is_faster", lambda key: False)
     assert_keeps_what_is_predicted(dataclasses.replace(tiny_model(name), attention_pattern=None), dtype)
 
 
 def assert_keeps_what_is_predicted(config: ModelConfig, dtype: torch.dtype) -> None:
-    rows, length = 5, 48
+    rows, length, stacks = 5, 48, 1 + (config.architecture == "encoder_decoder")
     one, two = (dataclasses.replace(config, num_layers=layers) for layers in (1, 2))
     tokens = torch.randint(50, (rows, length))
-    kept = {each.num_layers: kept_bytes(LanguageModel(each, 50), tokens, dtype) for each in (one, two)}
+    kept = {each.num_layers: kept_bytes(make_model(each, 50), tokens, dtype) for each in (one, two)}
     predicted = sum(kept_by(each, rows, length, dtype) * sign for each, sign in ((two, 1), (one, -1)))
     if config.norm == "rmsnorm":  # not fused on a processor
         heads = config.num_heads + config.kv_heads if config.qk_norm != "none" else 0
-        predicted += 4 * (2 * config.hidden_size + heads * config.head_size) * rows * length
+        norms = 2 * stacks + stacks - 1  # a block of the decoder has one more
+        predicted += 4 * (norms * config.hidden_size + heads * config.head_size) * rows * length
     # what is kept for each token and no dimension: norms' means and deviations
     assert kept[2] - kept[1] == pytest.approx(predicted, rel=0.03)
 
@@ -135,6 +147,7 @@ def kept_bytes(model: nn.Module, tokens: torch.Tensor, dtype: torch.dtype) -> in
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
-        loss = model(tokens, read=lambda hidden, head, **softcap: hidden.float().sum())
+        source = {"source": tokens} if isinstance(model, EncoderDecoder) else {}
+        loss = model(tokens, read=lambda hidden, head, **others: hidden.float().sum(), **source)
     assert math.isfinite(loss.item())
     return sum(size for size, _ in found.values())

@@ -21,7 +21,7 @@ from llmtrain.models.footprint import (
     weights_by_name,
 )
 from llmtrain.models.formats import read_config
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.meta import on_meta
 from llmtrain.models.mup import at_width
 from llmtrain.optim.optimizers import state_bytes_per_weight
@@ -42,7 +42,7 @@ def show_model(model: str, overrides: Sequence[str], console: Console) -> None:
     else:
         architecture, vocab_size = at_width(config.model), vocabulary(config.model, config.tokenizer)
     with on_meta():
-        built = LanguageModel(architecture, vocab_size)
+        built = make_model(architecture, vocab_size)
     _print_layers(console, built)
     _print_parameters(console, built)
     _print_flops(console, built, sorted({config.train.sequence_length, architecture.max_sequence_length}))

@@ -89,3 +89,12 @@ def drawn_matrix(config: ModelConfig, name: str, shape: Sequence[int], generator
         elif config.init.zero_query and name.endswith("attention.qkv.weight"):
             values[: config.num_heads * config.head_size] = 0.0
     return values
+
+
+def draw(config: ModelConfig, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Draws a matrix of the model anew as `drawn_matrix` does; biases become 0, and norms as if they had no weight."""
+    if parameter.ndim > 1 and not name.endswith("bias"):
+        parameter.copy_(drawn_matrix(config, name, parameter.shape, generator))
+    else:
+        no_weight = 0.0 if config.norm == "zero_centred_rmsnorm" else 1.0
+        parameter.fill_(0.0 if name.endswith("bias") else no_weight)

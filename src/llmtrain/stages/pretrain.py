@@ -22,7 +22,7 @@ from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.mup import at_width
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
@@ -169,7 +169,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"{model.vocab_size}. Use the model's own tokenizer: leave tokenizer.path away."
             )
         return model
-    model = LanguageModel(at_width(config.model), tokenizer.vocab_size)
+    model = make_model(at_width(config.model), tokenizer.vocab_size)
     return model.initialise(torch.Generator().manual_seed(config.seed))
 
 
