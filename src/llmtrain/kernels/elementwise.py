@@ -38,8 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
-        lengths = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True)
-        inverse = (lengths * lengths).mul_(1.0 / inputs.shape[-1]).add_(eps).rsqrt_()
+        inverse = inputs.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         unit = inputs * inverse
         ctx.save_for_backward(unit, weight, inverse)
         return unit * weight

@@ -62,10 +62,10 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
     them again; the last term) unless they are capped, nor, without dropout, its masks. The residual stream, which they
     hold in 16 bits, is float32 here. `product_bytes` is the size of a number in matrix products: 4, or 2 with autocast.
 
-    Counted as torch's fused kernels keep it: layer_norm and rms_norm their input, attention queries, keys, values,
-    output and a log-sum-exp for each head. On a processor RMSNorm is not fused and keeps its quotient as well, 4 H for
-    each norm; rows of up to 512 positions may keep their probabilities there (`kernels/cpu_attention.py`). What layers
-    share is not counted, nor the mask of a window or of ALiBi.
+    Counted as fused kernels keep it: layer_norm and rms_norm their input (or, on a processor, its quotient), attention
+    queries, keys, values, output and a log-sum-exp for each head. Rows of up to 512 positions may keep their
+    probabilities on a processor (`kernels/cpu_attention.py`). What layers share is not counted, nor the mask of a
+    window or of ALiBi.
     """
     hidden, inner, size = config.hidden_size, inner_size(config), product_bytes
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
