@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache
+from llmtrain.models.meta import on_meta
 from llmtrain.models.transformer import Transformer, flops_per_weight
 
 # What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward; where the
@@ -117,7 +118,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_language_model(cls, model: LanguageModel, generator: torch.Generator) -> Self:
         """A copy of the language model's trunk with a new score head, on the same device."""
-        with torch.device("meta"):
+        with on_meta():
             scalar_model = cls(model.config, model.vocab_size)
         scalar_model = scalar_model.to_empty(device=model.head_weight.device)
         scalar_model.trunk = copy.deepcopy(model.trunk)
