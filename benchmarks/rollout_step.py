@@ -89,8 +89,8 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     def even(answers: Any) -> list[float]:
         return [sum(token % 2 == 0 for token in answer.tokens) / len(answer.tokens) for answer in answers]
 
+    run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())  # before the first tensor, as in a run
     policy = load_policy(str(folder), dropout=0.0)
-    run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
     learner = LEARNERS[type(config.method)](run, config.method, policy)
     rollouts = Rollouts(
         engine=OwnEngine(policy), prompts=Prompts(), reward=WeightedSum({"even": even}, {"even": 1.0}),

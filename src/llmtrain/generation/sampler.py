@@ -12,7 +12,7 @@ from llmtrain.generation.decoder import Decoder, SourceDecoder
 from llmtrain.models.heads import EncoderDecoder, LanguageModel
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],

@@ -70,10 +70,10 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
     masks. The residual stream, which they hold in 16 bits, is float32 here. `product_bytes` is the size of a number in
     matrix products: 4, or 2 with autocast. A decoder beside an encoder has as many tokens of a source as of a text.
 
-    Counted as torch's fused kernels keep it: layer_norm and rms_norm their input, attention queries, keys, values,
-    output and a log-sum-exp for each head. On a processor RMSNorm is not fused and keeps its quotient as well, 4 H for
-    each norm; rows of up to 512 positions may keep their probabilities there (`kernels/cpu_attention.py`). What layers
-    share is not counted, nor the mask of a window or of ALiBi.
+    Counted as fused kernels keep it: layer_norm and rms_norm their input (or, on a processor, its quotient), attention
+    queries, keys, values, output and a log-sum-exp for each head. Rows of up to 512 positions may keep their
+    probabilities on a processor (`kernels/cpu_attention.py`). What layers share is not counted, nor the mask of a
+    window or of ALiBi.
     """
     stacks = [config, config.encoder] if config.architecture == "encoder_decoder" else [config]
     found: dict[str, int] = {}

@@ -19,6 +19,7 @@ from llmtrain.config.schema import (
     RopeScaling,
     YarnScalingConfig,
 )
+from llmtrain.kernels import elementwise
 
 RotaryTables = tuple[Tensor, Tensor]
 
@@ -75,6 +76,8 @@ def rotate(heads: Tensor, tables: RotaryTables) -> Tensor:
     size = cosines.shape[-1]
     if size < heads.shape[-1]:
         return torch.cat((rotate(heads[..., :size], tables), heads[..., size:]), dim=-1)
+    if elementwise.fuses(heads):
+        return elementwise.rotate_halves(heads, cosines, signed_sines)
     first, second = heads.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
     return torch.addcmul(heads * cosines, swapped, signed_sines).to(heads.dtype)

@@ -200,8 +200,8 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes = torch.where(mask, grad_logprobs * ctx.inverse_temperature, 0.0)
         for number, portion in enumerate(_portions(hidden, weight)):
             states, slope = hidden[portion].to(ctx.dtype), slopes[portion]
-            if kept:
-                grad = kept[number] * -slope[:, None]
+            if kept:  # overwritten: autograd itself refuses a second pass over them
+                grad = kept[number].mul_(-slope[:, None])
             else:
                 logits = _tempered(states, weight, ctx.inverse_temperature, ctx.softcap)
                 grad = logits.softmax(dim=-1).mul_(-slope[:, None])
