@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
+from llmtrain.config.schema import DynamicScalingConfig, ExpertsConfig, ModelConfig
 from llmtrain.generation import batching, decoder
 from llmtrain.generation.batching import ContinuousBatch, enough_rows
 from llmtrain.generation.decoder import Decoder, PreparedLinear
@@ -49,11 +49,15 @@ T5 = dataclasses.replace(
 )  # fmt: skip
 FIRST_BOTH = dataclasses.replace(FIRST, architecture="encoder_decoder", embedding_scale="sqrt_hidden_size", bias=True)
 CROSS_CAPPED = dataclasses.replace(GROUPED, architecture="encoder_decoder", attention_softcap=5.0, qk_norm="head")
+EXPERTS = dataclasses.replace(
+    GROUPED, init_std=0.2, experts=ExpertsConfig(num_experts=5, shared_experts=1, first_layer=1, capacity_factor=0.5)
+)
 KINDS = {
     "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
     "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
     "t5": T5, "first-both": FIRST_BOTH, "cross-capped": CROSS_CAPPED,
+    "experts": EXPERTS,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(

@@ -17,6 +17,10 @@ from llmtrain.stages import assembly
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
 FSDP = ["engine.processes=2", "engine.sharding=fsdp"]
+EXPERTS = [
+    "model.experts.num_experts=4", "model.experts.shared_experts=1", "model.experts.scores=sigmoid",
+    "model.experts.balance_bias_rate=0.01",
+]  # fmt: skip
 LAUNCHERS = {
     "torchrun": [
         "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
@@ -67,6 +71,22 @@ def test_learning_rates_by_width_are_those_of_the_sharded_parameters(tmp_path: P
     for name, layout in {"alone": ALONE, "fsdp": FSDP}.items():
         pretrain(tmp_path, name, [*layout, *mup])
     assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_experts_and_their_biases_go_on_in_another_layout(tmp_path: Path) -> None:
+    pretrain(tmp_path, "alone", EXPERTS)
+    pretrain(tmp_path, "fsdp", [*EXPERTS, *FSDP])
+    assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
+    rewind(tmp_path / "fsdp", step=4)
+    assert "at step 4" in pretrain(tmp_path, "fsdp", EXPERTS)
+    assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
+    weights, others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("fsdp", "alone"))
+    biases = [name for name in weights if name.endswith("router.bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert weights[name].unique().numel() > 1
+        torch.testing.assert_close(weights[name], others[name])
 
 
 @pytest.mark.slow

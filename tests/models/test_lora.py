@@ -13,7 +13,7 @@ from tests.tiny import MODELS, tiny_model
 from torch import Tensor
 
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import LoraConfig, ModelConfig
+from llmtrain.config.schema import ExpertsConfig, LoraConfig, ModelConfig
 from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.models.heads import LanguageModel, ScalarModel, trained_share
 from llmtrain.models.lora import (
@@ -290,6 +290,21 @@ def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
         adapt(plain(), LoraConfig(targets=["attention.qkv", "q_prj"]))
     with pytest.raises(ConfigError, match=r"adapter\.also_train: 'head' .* token_embedding, attention_norm"):
         adapt(plain(), LoraConfig(also_train=["head"]))
+
+
+def test_experts_get_no_adapters_and_may_be_trained_as_they_are() -> None:
+    config = dataclasses.replace(LLAMA, experts=ExpertsConfig(num_experts=4, shared_experts=1, first_layer=1))
+    with pytest.raises(ConfigError, match=r"adapter\.targets: 'expert_up' matches experts and their routers alone"):
+        adapt(plain(config), LoraConfig(targets=["expert_up", "attention.*"]))
+    model = adapted(config, LoraConfig(also_train=["router"]))
+    parts = {name.partition(".feed_forward.")[2] for name, _ in adapted_layers(model)} - {""}
+    assert parts == {"gate_up", "down", "shared.gate_up", "shared.down"}
+    merged = LanguageModel(config, VOCAB)
+    merged.load_state_dict(merged_state(model, model.state_dict()))
+    torch.testing.assert_close(merged(some_tokens()), model(some_tokens()), rtol=1e-5, atol=1e-5)
+    loss_of(model(some_tokens())).backward()
+    trained = {name for name, each in model.named_parameters() if each.grad is not None and ".adapters." not in name}
+    assert trained == {"trunk.blocks.1.feed_forward.router.weight"}
 
 
 def test_what_is_trained_is_counted() -> None:
