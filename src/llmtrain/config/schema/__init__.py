@@ -33,6 +33,17 @@ from llmtrain.config.schema.data import (
 )
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.objective import (
+    SENTINELS,
+    FillInTheMiddleConfig,
+    MaskedConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+    PrefixConfig,
+    SpanCorruptionConfig,
+    SpanLengths,
+    TokenLossConfig,
+)
 from llmtrain.config.schema.preference import (
     PAIR_METHODS,
     PREFERENCE_METHODS,
@@ -80,6 +91,7 @@ from llmtrain.config.schema.training import (
 __all__ = [
     "PAIR_METHODS",
     "PREFERENCE_METHODS",
+    "SENTINELS",
     "AdapterConfig",
     "AlignConfig",
     "CheckpointConfig",
@@ -92,6 +104,7 @@ __all__ = [
     "DynamicScalingConfig",
     "EngineConfig",
     "EvalConfig",
+    "FillInTheMiddleConfig",
     "GenerateConfig",
     "GrpoConfig",
     "HealthConfig",
@@ -102,10 +115,13 @@ __all__ = [
     "LinearScalingConfig",
     "Llama3ScalingConfig",
     "LoraConfig",
+    "MaskedConfig",
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "NextTokenConfig",
     "NoAdapterConfig",
+    "ObjectiveConfig",
     "OnlineDpoConfig",
     "OptimizerConfig",
     "OrpoConfig",
@@ -116,6 +132,7 @@ __all__ = [
     "PipelineStage",
     "PpoConfig",
     "PreferenceMethod",
+    "PrefixConfig",
     "PrepareConfig",
     "PretrainConfig",
     "ReinforceConfig",
@@ -137,8 +154,11 @@ __all__ = [
     "ShowConfig",
     "SimpoConfig",
     "SourceConfig",
+    "SpanCorruptionConfig",
+    "SpanLengths",
     "StageConfig",
     "TemplateConfig",
+    "TokenLossConfig",
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",

@@ -1,0 +1,97 @@
+"""What a pretraining objective makes of rows of text, and by what it is learned and measured."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema import (
+    FillInTheMiddleConfig,
+    MaskedConfig,
+    PrefixConfig,
+    PretrainConfig,
+    SpanCorruptionConfig,
+)
+from llmtrain.data.corruption import Corruption
+from llmtrain.data.infilling import Infilling
+from llmtrain.data.masking import BORDERS, Masking
+from llmtrain.data.prefixes import Prefixes
+from llmtrain.data.sequences import TextRows
+from llmtrain.data.spans import SpanCorruption
+from llmtrain.data.special_tokens import infilling_tokens, mask_tokens, sentinels
+from llmtrain.data.tokenizers import Tokenizer
+from llmtrain.engine.trainer import Objective
+from llmtrain.objectives.masked import MaskedTokens
+from llmtrain.objectives.next_token import NextToken
+from llmtrain.objectives.sequence_to_sequence import SequenceToSequence
+
+Corrupt = Callable[[Mapping[int, TextRows]], Corruption[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One objective."""
+
+    row_length: int
+    """Tokens of text in a row; what the model reads of it may be longer or shorter."""
+    objective: Callable[[Sequence[str]], Objective]
+    """What is minimised, given the names of the sources."""
+    measure: Objective
+    """The same as a number of nats, of held-out rows."""
+    corrupt: Corrupt | None = None
+    """What becomes of rows, given the rows of each source by its number. None: they stay as they are."""
+    corrupt_held_out: Corrupt | None = None
+    """What becomes of held-out rows."""
+    metrics: tuple[str, ...] = ()
+    """What else of the objective's metrics is measured on held-out rows."""
+
+
+def build_task(config: PretrainConfig, tokenizer: Tokenizer) -> Task:
+    """The task of `objective`. Raises DataError where the tokenizer lacks a special token that it needs."""
+    objective, length, whose = config.objective, config.train.sequence_length, _whose(config)
+    losses: dict[str, Any] = {"z_loss": objective.z_loss, "label_smoothing": objective.label_smoothing}
+    next_token = partial(Task, length, lambda names: NextToken(source_names=names, **losses), NextToken())
+    if isinstance(objective, MaskedConfig):
+        special = mask_tokens(tokenizer, whose, objective.next_sentence)
+        mask = partial(Masking, objective, tokenizer, special)
+        return Task(
+            length - BORDERS if objective.next_sentence else length,
+            lambda names: MaskedTokens(source_names=names, **losses), MaskedTokens(next_sentence_weight=0.0),
+            mask, mask, ("masked_accuracy", *(["next_sentence_accuracy"] if objective.next_sentence else [])),
+        )  # fmt: skip
+    if isinstance(objective, SpanCorruptionConfig):
+        lengths = objective.lengths_for(length)
+        take_out = partial(
+            SpanCorruption, objective, sentinels(tokenizer, lengths.spans, whose), eos_id=tokenizer.eos_id,
+            start_id=tokenizer.pad_id,
+        )  # fmt: skip
+        return Task(
+            lengths.text, lambda names: SequenceToSequence(source_names=names, **losses), SequenceToSequence(),
+            lambda _: take_out(), lambda _: take_out(text_only=True),
+        )  # fmt: skip
+    if isinstance(objective, PrefixConfig):
+        prefixes = Prefixes(objective, tokenizer.pad_id)
+        return next_token(lambda _: prefixes, lambda _: prefixes)
+    if isinstance(objective, FillInTheMiddleConfig):
+        tokens = infilling_tokens(tokenizer, whose)
+        infilling = Infilling(objective, tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        return next_token(lambda _: infilling)  # held-out text is read from left to right
+    return next_token()
+
+
+def check_rows(config: PretrainConfig, rows: Mapping[str, TextRows]) -> None:
+    """Raises ConfigError for a source that has no other place for a second segment to come from."""
+    for name, each in rows.items():
+        if isinstance(config.objective, MaskedConfig) and config.objective.next_sentence and len(each) < 2:
+            raise ConfigError(
+                f"objective.next_sentence: data.sources.{name} has {len(each)} row(s) of text, and two are needed: one "
+                "for each segment. Add text, or lower train.sequence_length"
+            )
+
+
+def _whose(config: PretrainConfig) -> str:
+    """What errors call the tokenizer."""
+    if config.tokenizer.path:
+        return f"the tokenizer of tokenizer.path={config.tokenizer.path}"
+    return f"the tokenizer of model.init_from={config.model.init_from}" if config.model.init_from else "the tokenizer"
