@@ -18,7 +18,9 @@ GPT2 = ModelConfig(
     num_layers=2, hidden_size=32, num_heads=4, max_sequence_length=32, positions="learned", norm="layernorm",
     activation="gelu_tanh", bias=True,
 )  # fmt: skip
-BOTH = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+BERT = dataclasses.replace(GPT2, architecture="encoder", num_kv_heads=2, norm_placement="post", mlm_head=True)
+BOTH = pytest.mark.parametrize("config", [LLAMA, GPT2, BERT], ids=["llama", "gpt2", "bert"])
+DIRECTIONS = pytest.mark.parametrize("is_causal", [True, False])
 LENGTHS = [[5, 1, 14, 4], [24], [1, 1, 22]]
 WAYS = pytest.mark.parametrize("masked", [False, True], ids=["one by one", "masked"])
 
@@ -42,7 +44,7 @@ def tokens(seed: int = 1) -> Tensor:
 def use_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other devices do, and dropout."""
     one_by_one = Documents.of
-    monkeypatch.setattr(Documents, "of", lambda numbers, dropout: one_by_one(numbers, dropout=0.1))
+    monkeypatch.setattr(Documents, "of", lambda numbers, dropout, **kind: one_by_one(numbers, 0.1, **kind))
 
 
 @BOTH
@@ -124,11 +126,12 @@ def test_bfloat16_takes_the_faster_kernel_for_each_document(monkeypatch: pytest.
         assert (one - other).norm() <= 2e-2 * other.norm()
 
 
-def test_operators_are_sound_for_compilers() -> None:
+@DIRECTIONS
+def test_operators_are_sound_for_compilers(is_causal: bool) -> None:
     tensors = [torch.randn(3, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2)]
-    torch.library.opcheck(_forward, (*tensors, numbers()))
+    torch.library.opcheck(_forward, (*tensors, numbers(), is_causal))
     projected = [torch.randn(3, 24, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
-    torch.library.opcheck(_forward, (*projected, numbers()))
+    torch.library.opcheck(_forward, (*projected, numbers(), is_causal))
 
 
 def test_a_cache_takes_no_documents() -> None:

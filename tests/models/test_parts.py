@@ -11,7 +11,8 @@ from tests.models.small import CONFIG, LENGTH, drawn, normal, with_parts
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, YarnScalingConfig
-from llmtrain.models.attention import Attention, Context, attend_one, attend_one_capped
+from llmtrain.models.attend import attend_one, attend_one_capped
+from llmtrain.models.attention import Attention, Context
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.heads import LanguageModel
@@ -283,7 +284,7 @@ def test_every_parameter_learns_and_nothing_ahead_is_seen(name: str) -> None:
 def test_documents_in_a_row_are_as_alone(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if masked:  # as on other devices, and with dropout
         of = Documents.of
-        monkeypatch.setattr(Documents, "of", lambda numbers, dropout: of(numbers, 0.1))
+        monkeypatch.setattr(Documents, "of", lambda numbers, dropout, **kind: of(numbers, 0.1, **kind))
     model, tokens = built(name), row_of_tokens(1)
     together = model(tokens, documents=torch.tensor([[0] * 4 + [1] * 9]))
     torch.testing.assert_close(together[:, :4], model(tokens[:, :4]), atol=1e-5, rtol=0)

@@ -7,7 +7,8 @@ import torch
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.attention import KVCache, attend_one
+from llmtrain.models.attend import attend_one
+from llmtrain.models.attention import KVCache
 from llmtrain.models.feed_forward import inner_size
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.positions import rotary_tables, rotate

@@ -1,7 +1,7 @@
-"""Causal self-attention with grouped queries, and the cache that generation keeps of keys and values.
+"""Attention with grouped queries, to the row itself or to a source, and what generation keeps of keys and values.
 
-Shapes: B rows, T positions, S positions in the cache, H hidden size, D head size,
-Q query heads, K key-value heads (Q a multiple of K), G = Q / K.
+Shapes: B rows, T positions, S positions in the cache or of a source, H hidden size, D head size,
+Q query heads, K key-value heads (Q a multiple of K).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
+from llmtrain.models.attend import attend_capped, attend_one, attend_one_capped
 from llmtrain.models.document_attention import document_attention
 from llmtrain.models.linear import Linear
 from llmtrain.models.masks import added, score_mask
@@ -32,13 +33,14 @@ class KVCache:
     a row's own tokens hold padding, or what other rows have left there: finite, and masked.
 
     `lengths` are the unpadded lengths of the prompts, 0 for rows that `adopt` fills; `capacity` is the longest that a
-    row may grow, `dtype` that of the projections.
+    row may grow, `dtype` that of the projections; `source` is beside a decoder that has an encoder.
     """
 
     def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config, self.windows = config, {*config.windows}
+        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device,
+        source: "SourceCache | None" = None,
+    ) -> None:  # fmt: skip
+        self.config, self.windows, self.source = config, {*config.windows}, source
         shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.lengths = torch.tensor(lengths, device=device)  # [R]
@@ -48,10 +50,11 @@ class KVCache:
         self.written = 0  # columns that hold numbers
         self.adding = False  # single tokens, no longer prompts
 
-    def begin(self, tokens: Tensor) -> Tensor:
+    def begin(self, tokens: Tensor, relative: Tensor | None = None) -> Tensor:
         """Positions of the tokens [B, T] that come next, [1, T] for prompts, [B, 1] for one token more of each row.
 
         There may be more rows of tokens than the cache has: what is added to fill them up is not kept.
+        `relative` is that of `score_mask`.
         """
         if self.width == 0:
             self._set_width(tokens.shape[1])
@@ -65,7 +68,8 @@ class KVCache:
         self.places = (starts.view(rows, kv_heads) + columns).flatten()  # [R 2K], of R 2K S
         keys, dtype = torch.arange(self.width, device=tokens.device), self.layers[0].dtype
         self.masks = {  # of each kind of layer, [R, 1 or Q, 1, width]
-            window: added(score_mask(self.config, window, columns, keys), dtype) for window in self.windows
+            window: added(score_mask(self.config, window, columns, keys, relative=relative), dtype)
+            for window in self.windows
         }
         self.lengths = columns[:, 0] + 1
         self.longest += 1
@@ -80,14 +84,7 @@ class KVCache:
         rows, head_size = len(self.lengths), key.shape[3]
         new = torch.cat((key, value), dim=2)[:rows]
         self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
-        keys, values = self.views[layer]
-        one, mask = query[:rows].transpose(1, 2), self.masks[window]
-        if self.config.attention_softcap is None:
-            attended = attend_one(one, keys, values, mask)
-        else:
-            attended = attend_one_capped(one, keys, values, mask, self.config.attention_softcap)
-        lacking = len(query) - rows
-        return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, lacking)) if lacking else attended
+        return _attend_rows(self.config, query, *self.views[layer], self.masks[window])
 
     def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
         """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
@@ -96,6 +93,8 @@ class KVCache:
             mine[rows, :, : other.width] = theirs[which, :, : other.width]
         self.lengths[rows] = other.lengths[which]
         self.longest = int(self.lengths.max())
+        if self.source is not None and other.source is not None:
+            self.source.adopt(rows, other.source, which)
 
     def release(self, rows: Tensor) -> None:
         """Forgets what the given rows ([N] indices) have seen; they are computed on as if they were new."""
@@ -112,6 +111,8 @@ class KVCache:
         self.longest = int(self.lengths.max())
         self.width = 0
         self._set_width(self.longest)
+        if self.source is not None:
+            self.source.select(rows)
 
     def _set_width(self, columns: int) -> None:
         """Makes at least so many columns readable. Memory is touched only when it is first needed."""
@@ -124,9 +125,72 @@ class KVCache:
         self.views = [layer[:, :, :width].chunk(2, dim=1) for layer in self.layers]  # keys, values [R, K, width, D]
 
 
+class SourceCache:
+    """Keys and values of each row's source, per layer [R, 2K, S, D]: written once, attended to by every token.
+
+    `lengths` are those of the sources without padding, 0 for rows that `adopt` fills; `capacity` is the longest.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._set_lengths(torch.tensor(lengths, device=device))
+
+    def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes a layer's keys and values of the sources, [R, S, K, D]."""
+        self.layers[layer][:, :, : key.shape[1]] = torch.cat((key, value), dim=2).transpose(1, 2)
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        """One query of each row [B, 1, Q, D] over its source → [B, Q, 1, D]."""
+        keys, values = self.layers[layer][:, :, : self.width].chunk(2, dim=1)
+        return _attend_rows(self.config, query, keys, values, self.mask)
+
+    def adopt(self, rows: Tensor, other: "SourceCache", which: Tensor) -> None:
+        """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine[rows, :, : other.width] = theirs[which, :, : other.width]
+        self._set_lengths(self.lengths.index_copy(0, rows, other.lengths[which]))
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows ([new R] indices) only, in this order."""
+        self.layers = [layer[rows] for layer in self.layers]
+        self._set_lengths(self.lengths[rows])
+
+    def _set_lengths(self, lengths: Tensor) -> None:
+        self.lengths = lengths  # [R]
+        self.width = rounded_up(max(int(lengths.max()), 1))
+        # A row without a request is computed along with the others: it must see something.
+        seen = torch.arange(self.width, device=lengths.device) < lengths.clamp(min=1)[:, None, None, None]
+        self.mask = added(seen, self.layers[0].dtype)  # [R, 1, 1, width]
+
+
+def _attend_rows(config: ModelConfig, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Queries [B, 1, Q, D] over the keys and values of the first R of B rows [R, K, S, D] → [B, Q, 1, D], or zeros."""
+    rows = len(keys)
+    one = query[:rows].transpose(1, 2)
+    if config.attention_softcap is None:
+        attended = attend_one(one, keys, values, mask)
+    else:
+        attended = attend_one_capped(one, keys, values, mask, config.attention_softcap)
+    lacking = len(query) - rows
+    return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, lacking)) if lacking else attended
+
+
 def rounded_up(columns: int) -> int:
     """The next multiple of WIDTH_MULTIPLE."""
     return -(-columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+class Source(NamedTuple):
+    """What an encoder has made of another text."""
+
+    states: Tensor
+    """[B, S, H]."""
+    mask: Tensor | None = None
+    """[B, 1, 1, S] bool, true for what is no padding; None where all is."""
 
 
 class Context(NamedTuple):
@@ -134,34 +198,40 @@ class Context(NamedTuple):
 
     rotary: RotaryTables | None = None
     mask: Tensor | None = None
-    """Of `score_mask`, over the positions of a row; None where one sees all before it, in its document."""
+    """Of `score_mask`, over the positions of a row; None where one sees all of its document, or all before it."""
     documents: Tensor | None = None
     """[B, T] numbers of documents that are attended to one by one."""
     rows: SharedRows | None = None
     """Where positions that rows share are found."""
+    source: Source | None = None
+    """What cross-attention looks at, but for what a cache holds of it."""
 
 
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(D)) v per head, each position seeing itself and what is before it, [B, T, H] → [B, T, H].
 
-    With documents, it sees what is before it in its own document; with shared rows, B is 1, T what is computed, and a
-    position sees what is before it in its row. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1);
-    Q/K query heads share a key-value head (Ainslie et al. 2023, arXiv 2305.13245). `qkv` holds the three projections,
-    query rows first, so that one product computes all.
+    In an encoder it sees what is behind it too; with documents, its own document alone; with shared rows, B is 1, T
+    what is computed, and a position sees what is before it in its row. With `crosses`, keys and values are those of a
+    source, all of which is seen. Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Q/K query heads share a key-value head
+    (Ainslie et al. 2023, arXiv 2305.13245). `qkv` holds the three projections, query rows first, so that one product
+    computes all; `key_value` those of a source.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, crosses: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.crosses = layer, crosses
+        self.is_causal = config.is_causal and not crosses
         self.window = config.windows[layer]
         self.num_heads, self.num_kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
         self.softcap = config.attention_softcap
         self.dropout = config.dropout
-        qkv_size = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        self.qkv = Linear(config.hidden_size, qkv_size, bias=config.has_bias("qkv"))
-        self.output = Linear(
-            self.num_heads * self.head_size, config.hidden_size, bias=config.has_bias("attention_output")
-        )
+        query_size, key_size = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        if crosses:
+            self.query = Linear(config.hidden_size, query_size, bias=config.has_bias("qkv"))
+            self.key_value = Linear(config.hidden_size, 2 * key_size, bias=config.has_bias("qkv"))
+        else:
+            self.qkv = Linear(config.hidden_size, query_size + 2 * key_size, bias=config.has_bias("qkv"))
+        self.output = Linear(query_size, config.hidden_size, bias=config.has_bias("attention_output"))
         # Kernels scale by 1 / sqrt(D): the queries get what is lacking.
         self.query_factor = 1.0 if config.attention_scale is None else config.attention_scale * self.head_size**0.5
         self.qk_norm = config.qk_norm
@@ -171,38 +241,63 @@ class Attention(nn.Module):
             self.key_norm = make_norm(config, self.head_size * (self.num_kv_heads if whole else 1))
 
     def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+        attend = self._attend_source if self.crosses else self._attend_row
+        return self.output(attend(hidden, context, cache).transpose(1, 2).flatten(2))  # [B, T, H]
+
+    def _attend_row(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        """Self-attention of hidden states [B, T, H] → [B, Q, T, D]."""
         heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.qk_norm != "none":
-            query_key = self._normalised(query_key.to(hidden.dtype)).to(query_key.dtype)  # autocast's is another
+            query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
+            normed = (self._normed(*each, hidden) for each in ((self.query_norm, query), (self.key_norm, key)))
+            query_key = torch.cat(tuple(normed), dim=2)
         if context.rotary is not None:
             query_key = rotate(query_key, context.rotary)
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if self.query_factor != 1.0:
             query = query * self.query_factor
         if cache is not None and cache.adding:
-            attended = cache.attend(self.layer, self.window, query, key, value)
-        elif context.rows is not None:
-            attended = self._attend_shared(query[0], key[0], value[0], context.rows, context.mask)
-        else:
-            attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
-            if cache is not None:
-                cache.keep_prompts(self.layer, key, value)
-        return self.output(attended.transpose(1, 2).flatten(2))  # [B, T, H]
+            return cache.attend(self.layer, self.window, query, key, value)
+        if context.rows is not None:
+            return self._attend_shared(query[0], key[0], value[0], context.rows, context.mask)
+        attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
+        if cache is not None:
+            cache.keep_prompts(self.layer, key, value)
+        return attended
 
-    def _normalised(self, query_key: Tensor) -> Tensor:
-        """Queries and keys [B, T, Q + K, D], each head by itself (Qwen3) or all heads together (OLMo 2)."""
-        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
-        if self.qk_norm == "full":
-            query, key = self.query_norm(query.flatten(2)).view_as(query), self.key_norm(key.flatten(2)).view_as(key)
-        else:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return torch.cat((query, key), dim=2)
+    def _attend_source(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        """Cross-attention of hidden states [B, T, H] → [B, Q, T, D]; nothing is rotated, for no distance is between."""
+        query = self.query(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q, D]
+        if self.qk_norm != "none":
+            query = self._normed(self.query_norm, query, hidden)
+        if self.query_factor != 1.0:
+            query = query * self.query_factor
+        source = None if cache is None else cache.source
+        if source is not None and cache is not None and cache.adding:
+            return source.attend(self.layer, query)
+        assert context.source is not None, "cross-attention needs a source"
+        states, mask = context.source
+        key, value = self.key_value(states).unflatten(-1, (-1, self.head_size)).chunk(2, dim=2)  # [B, S, K, D] each
+        if self.qk_norm != "none":
+            key = self._normed(self.key_norm, key, states)
+        if source is not None:
+            source.keep(self.layer, key, value)
+        return self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+
+    def _normed(self, norm: nn.Module, heads: Tensor, like: Tensor) -> Tensor:
+        """Queries or keys [B, T, N, D], each head by itself (Qwen3) or all together (OLMo 2).
+
+        In the dtype of `like`, the hidden states: autocast gives heads another.
+        """
+        wide = heads.to(like.dtype)
+        normed = norm(wide.flatten(2)).view_as(wide) if self.qk_norm == "full" else norm(wide)
+        return normed.to(heads.dtype)
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         """Queries [B, Q, T, D] over keys and values [B, K, T, D] of the same positions → [B, Q, T, D]."""
         if context.documents is not None:
-            return document_attention(query, key, value, context.documents)
+            return document_attention(query, key, value, context.documents, is_causal=self.is_causal)
         return self._attend(query, key, value, context.mask)
 
     def _attend_shared(
@@ -223,12 +318,16 @@ class Attention(nn.Module):
         return taken(found, shared.attended).unflatten(-1, (-1, self.head_size)).transpose(0, 1)[None]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D]; no mask: causal, of the last T."""
+        """Queries [B, Q, T, D] over keys and values [B, K, S, D] → [B, Q, T, D].
+
+        No mask: they see all, or where attention is causal and they are the last T, all before them.
+        """
         dropout = self.dropout if self.training else 0.0
-        if mask is None and dropout == 0.0 and cpu_attention.is_faster(key):
+        masks_ahead = mask is None and self.is_causal
+        if masks_ahead and dropout == 0.0 and cpu_attention.is_faster(key):
             return cpu_attention.causal_attention(query, key, value)
-        causal = mask is None and query.shape[2] == key.shape[2]
-        if mask is None and not causal:  # torch's own mask would be that of the first ones
+        causal = masks_ahead and query.shape[2] == key.shape[2]
+        if masks_ahead and not causal:  # torch's own mask would be that of the first ones
             everything = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             mask = everything.tril(key.shape[2] - query.shape[2])
         if mask is not None and self.softcap is not None:
@@ -242,61 +341,3 @@ class Attention(nn.Module):
             dropout_p=dropout,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-
-
-def attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query for each row and head [B, Q, 1, D] over keys and values [B, K, S, D], `mask` [B, 1 or Q, 1, S] added.
-
-    The queries that share a key-value head are taken as so many queries of that head: nothing is expanded, and the
-    keys are read once. In bfloat16 torch's CPU kernel is slow for a single query (3.5 times slower than for two), so
-    there is a copy beside a lone one. In float32 it is as fast either way, but depends on S for more than two.
-    """
-    batch, heads, _, head_size = query.shape
-    kv_heads = keys.shape[1]
-    if query.device.type == "cpu" and query.dtype == torch.float32:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_size)
-    if mask.shape[1] != 1:
-        mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
-    if heads == kv_heads and query.device.type == "cpu":
-        grouped = grouped.expand(-1, -1, 2, -1)
-    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-    return attended[:, :, : heads // kv_heads].reshape(query.shape)
-
-
-def attend_capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float, dropout: float = 0.0
-) -> Tensor:
-    """softmax(c tanh(q kᵀ / (c sqrt(D))) + mask) v: queries [B, Q, T, D] over [B, K, S, D] → [B, Q, T, D].
-
-    Gemma 2 (arXiv 2408.00118, section 2). No kernel of torch's caps its scores: here they are made, Q T S numbers for
-    each row, and float32 or wider from the cap to the probabilities. `mask` [B or 1, 1 or Q, T, S] is `score_mask`'s.
-    """
-    kv_heads, length, head_size = key.shape[1], query.shape[2], query.shape[3]
-    grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, D]
-    scores = (grouped @ key.mT).unflatten(2, (-1, length)).flatten(1, 2)  # [B, Q, T, S]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = softcap * torch.tanh(scores * (head_size**-0.5 / softcap))
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    probabilities = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
-    probabilities = probabilities.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, S]
-    return (probabilities @ value).view(query.shape)
-
-
-def attend_one_capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softcap: float) -> Tensor:
-    """`attend_capped` for one query of each row and head [B, Q, 1, D].
-
-    On a CPU the products are sums, not matrix products, for these round by the number of columns and so by what other
-    rows have: zeros at the end of a sum leave it as it is.
-    """
-    if query.device.type != "cpu":
-        return attend_capped(query, keys, values, mask, softcap)
-    heads, head_size = query.shape[1], query.shape[3]
-    attended = torch.empty_like(query)
-    for head in range(heads):  # one at a time, for what is summed up has R S D numbers
-        shared = head // (heads // keys.shape[1])
-        scores = (query[:, head].float() * keys[:, shared]).sum(dim=-1)  # [B, S]
-        capped = softcap * torch.tanh(scores * (head_size**-0.5 / softcap))
-        probabilities = (capped + mask[:, min(head, mask.shape[1] - 1), 0]).softmax(dim=-1)
-        attended[:, head, 0] = (probabilities[..., None] * values[:, shared]).sum(dim=1).to(query.dtype)
-    return attended

@@ -12,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.attention import KVCache
-from llmtrain.models.transformer import Transformer, flops_per_weight
+from llmtrain.models.attention import KVCache, Source
+from llmtrain.models.feed_forward import ACTIVATIONS, GATES
+from llmtrain.models.norms import make_norm
+from llmtrain.models.transformer import Transformer, draw, flops_per_weight
 
 # What is done with the last hidden states [B, T, H] and the head's weight [V, H], inside the model's forward; where the
-# logits are capped, it is called with the keyword `softcap`.
+# logits are capped, it is called with the keyword `softcap`, and where they have a bias [V], with the keyword `bias`.
 Read = Callable[..., Any]
 
 
-def logits(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+def logits(
+    hidden: Tensor, head_weight: Tensor, softcap: float | None = None, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """[..., V] of hidden states [..., H] and the head's weight [V, H]; capped to c tanh(z / c) with `softcap` c."""
-    return capped(F.linear(hidden, head_weight), softcap)
+    return capped(F.linear(hidden, head_weight, bias), softcap)
 
 
 def capped(values: Tensor, softcap: float | None) -> Tensor:
@@ -30,8 +34,26 @@ def capped(values: Tensor, softcap: float | None) -> Tensor:
     return values if softcap is None else softcap * torch.tanh(values / softcap)
 
 
+class MaskedTokenHead(nn.Module):
+    """norm(f(W x + b)), [..., H] → [..., H], before the output matrix, and the bias behind that (Devlin et al. 2019).
+
+    arXiv 1810.04805; f is the feed-forward part's, or that of its gate.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.activation = (ACTIVATIONS | GATES)[config.activation]
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.has_bias("mlp"))
+        self.norm = make_norm(config)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.norm(self.activation(self.dense(hidden)))
+        return normed
+
+
 class LanguageModel(nn.Module):
-    """Predicts the next token: logits = head · hidden, scaled and capped where the architecture says so.
+    """Predicts the next token, or masked ones: logits = head · hidden, scaled and capped where it is said so.
 
     The weights are random in torch's own way until `initialise` is called or a state is loaded.
     """
@@ -39,6 +61,11 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.trunk = Transformer(config, vocab_size)
+        if config.pooler:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+            self.next_sentence = nn.Linear(config.hidden_size, 2)
+        if config.mlm_head:
+            self.mlm_head = MaskedTokenHead(config, vocab_size)
         if not config.tied_embeddings:
             self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
@@ -65,6 +92,8 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, sequence_length: int) -> float:
         """`Transformer.flops_per_token`, and those of the head."""
         head = flops_per_weight(self.head_weight) * self.config.hidden_size * self.vocab_size
+        if self.config.mlm_head:
+            head += flops_per_weight(self.mlm_head.dense.weight) * self.config.hidden_size**2
         return self.trunk.flops_per_token(sequence_length) + head
 
     def forward(
@@ -76,26 +105,99 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
         documents: Tensor | None = None,
         same_as: Tensor | None = None,
+        segments: Tensor | None = None,
+        prefix: Tensor | None = None,
+        pooled: bool = False,
     ) -> Any:
         """Logits [B, T, V] of tokens [B, T] int64, or `read(hidden, head_weight)` without making the logits.
 
-        `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache`, `documents`
-        and `same_as` are those of `Transformer.forward`.
+        `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache`, `documents`,
+        `same_as`, `segments` and `prefix` are those of `Transformer.forward`. With `pooled`, a pair: that, and the
+        logits [B, 2] of whether the second segment follows the first (0) or not (1).
         """
-        hidden = self.trunk(tokens, positions, cache, documents, same_as)
+        hidden = self.trunk(tokens, positions, cache, documents, same_as, segments, prefix)
+        found = self._read(hidden, read)
+        return (found, self._follows(hidden)) if pooled else found
+
+    def _read(self, hidden: Tensor, read: Read | None) -> Any:
+        """What is asked of the last hidden states [B, T, H]."""
+        more: dict[str, Any] = {} if self.config.logit_softcap is None else {"softcap": self.config.logit_softcap}
+        if self.config.mlm_head:
+            hidden, more["bias"] = self.mlm_head(hidden), self.mlm_head.bias
         if self.config.logit_scale != 1.0:
             hidden = hidden * self.config.logit_scale
-        softcap = {} if self.config.logit_softcap is None else {"softcap": self.config.logit_softcap}
-        return (read or logits)(hidden, self.head_weight, **softcap)
+        return (read or logits)(hidden, self.head_weight, **more)
+
+    def _follows(self, hidden: Tensor) -> Tensor:
+        """[B, 2] of hidden states [B, T, H]: W tanh(P h₀ + p) + w (arXiv 1810.04805, section 3.1)."""
+        follows: Tensor = self.next_sentence(torch.tanh(self.pooler(hidden[:, 0])))
+        return follows
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Self:
         """Draws all weights anew from a CPU generator, as `Transformer.initialise` does; the head has `init_std`."""
-        self.trunk.initialise(generator)
-        if not self.config.tied_embeddings:
-            drawn = torch.empty(self.head.weight.shape).normal_(0.0, self.config.init_std, generator=generator)
-            self.head.weight.copy_(drawn)
+        for name, part in self.named_children():
+            if isinstance(part, Transformer):
+                part.initialise(generator)
+                continue
+            for key, parameter in part.named_parameters(prefix=name):
+                draw(key, parameter, self.config, self.config.init_std, generator)
         return self
+
+
+class EncoderDecoder(LanguageModel):
+    """Predicts the next token of a text from those before it and from a source, which an encoder reads.
+
+    Vaswani et al. 2017 (arXiv 1706.03762), Raffel et al. 2020 (arXiv 1910.10683). `trunk` is the decoder; the encoder
+    takes its tokens from the same table.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        self.encoder = Transformer(config.encoder, vocab_size, embeds=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of both, in order: the units of sharding."""
+        return [*self.encoder.blocks, *self.trunk.blocks]
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """The mean over the tokens of a source and of a text, both of this length."""
+        both = super().flops_per_token(sequence_length) + self.encoder.flops_per_token(sequence_length)
+        return both / 2.0
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        *,
+        source: Tensor | None = None,
+        source_lengths: Tensor | None = None,
+        read: Read | None = None,
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Logits [B, T, V] of tokens [B, T] int64, which begin with the start token, or `read(hidden, head_weight)`.
+
+        `source` [B, S] int64, right-padded, of which `source_lengths` [B] tokens count (None: all). With a cache, the
+        first call keeps what the source is to every layer, and later calls are without it.
+        """
+        read_source = None if source is None else self.encode(source, source_lengths)
+        return self._read(self.trunk(tokens, cache=cache, source=read_source), read)
+
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Source:
+        """What the decoder sees of the source: the encoder's last hidden states [B, S, H], and which count."""
+        table, places = self.trunk.token_embedding.weight, torch.arange(source.shape[1], device=source.device)
+        if source_lengths is None:
+            everything = None if self.config.attention_softcap is None else (places >= 0)[None, None, None]
+            return Source(self.encoder(source, table=table), everything)
+        is_padding = places >= source_lengths[:, None]
+        states = self.encoder(source, documents=is_padding.to(torch.int32), table=table)
+        return Source(states, ~is_padding[:, None, None])
+
+
+def make_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """The model of this architecture."""
+    kind = EncoderDecoder if config.architecture == "encoder_decoder" else LanguageModel
+    return kind(config, vocab_size)
 
 
 class ScalarModel(nn.Module):

@@ -1,4 +1,4 @@
-"""How positions enter: rotary embedding with its scalings, sinusoidal embedding, ALiBi's slopes.
+"""How positions enter: rotary embedding with its scalings, sinusoidal embedding, ALiBi's slopes, T5's buckets.
 
 Rotary embedding is in the half-split convention of Transformers: dimension d pairs with d + R/2.
 
@@ -149,3 +149,19 @@ def alibi_slopes(num_heads: int) -> list[float]:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     between = [2.0 ** (-8.0 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
     return (slopes + between)[:num_heads]
+
+
+def relative_buckets(distance: Tensor, count: int, max_distance: int, *, both_ways: bool) -> Tensor:
+    """The bucket of each distance, query's place less key's, any shape, int64 (Raffel et al. 2020, arXiv 1910.10683).
+
+    Half of the buckets are for one distance each, the other half for ranges that grow by a constant factor up to
+    `max_distance`, beyond which all share the last. With `both_ways` keys ahead have the upper half of all buckets;
+    without, they are as near as can be. As in the authors' code.
+    """
+    count = count // 2 if both_ways else count
+    ahead = (distance < 0) * count if both_ways else 0
+    distance = distance.abs() if both_ways else distance.clamp(min=0)
+    exact = count // 2
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + growth * (count - exact)).long().clamp(max=count - 1)
+    return torch.where(distance < exact, distance, far) + ahead

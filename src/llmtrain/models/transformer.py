@@ -1,12 +1,13 @@
-"""A decoder-only Transformer, from token ids to hidden states; `heads.py` makes models of it.
+"""A Transformer, from token ids to hidden states; `heads.py` makes models of it.
 
     embedding (+ positions) → num_layers x [ x + attention(norm(x)) → x + feed_forward(norm(x)) ] → norm
 
 With learned positions, LayerNorm, GELU and biases this is GPT-2 (Radford et al. 2019); with rotary positions,
 RMSNorm, SwiGLU and grouped queries it is Llama (Touvron et al. 2023, arXiv 2302.13971; arXiv 2307.09288). The other
-families differ in where the norms stand, in what a layer sees, and in single parts.
+families differ in where the norms stand, in what a layer sees, and in single parts: an encoder sees both directions
+(BERT), and a decoder beside one attends to what that has read, between the two branches (T5).
 
-Shapes: B rows, T positions, H hidden size, V vocabulary.
+Shapes: B rows, T positions, S positions of a source, H hidden size, V vocabulary.
 """
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
-from llmtrain.models.attention import Attention, Context, KVCache
+from llmtrain.models.attention import Attention, Context, KVCache, Source
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.masks import needs_mask, score_mask
@@ -23,7 +24,7 @@ from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
 from llmtrain.models.shared_rows import SharedRows
 
-# The two projections of a block whose outputs are added to the residual stream.
+# The projections of a block whose outputs are added to the residual stream.
 INTO_RESIDUAL = ("attention.output.weight", "feed_forward.down.weight")
 
 
@@ -35,6 +36,8 @@ class Block(nn.Module):
     - reordered: x + n(A(x)), then x + n(F(x)) (OLMo 2, arXiv 2501.00656, section 3.2).
     - sandwich: x + n(A(n(x))), then x + n(F(n(x))) (Ding et al. 2021, arXiv 2105.13290; Gemma 2).
     - pre, parallel: x + A(n(x)) + F(n(x)), both behind one norm or each behind its own (GPT-J, GPT-NeoX).
+
+    In a decoder beside an encoder, cross-attention stands between them, in the same way as they do.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -43,9 +46,14 @@ class Block(nn.Module):
         self.placement, self.order = config.norm_placement, config.block
         has_first, has_last = self.placement != "reordered", self.placement in ("reordered", "sandwich")
         has_second = has_first and self.order != "parallel_shared_norm"
-        self.attention_norm = make_norm(config) if has_first else None
+        is_normed = layer == 0 and config.embedding_norm == "first"  # by the norm behind the embeddings
+        crosses = config.architecture == "encoder_decoder"
+        self.attention_norm = make_norm(config) if has_first and not is_normed else None
         self.attention = Attention(config, layer)
         self.attention_output_norm = make_norm(config) if has_last else None
+        self.cross_attention_norm = make_norm(config) if has_first and crosses else None
+        self.cross_attention = Attention(config, layer, crosses=True) if crosses else None
+        self.cross_attention_output_norm = make_norm(config) if has_last and crosses else None
         self.feed_forward_norm = make_norm(config) if has_second else None
         self.feed_forward = make_feed_forward(config)
         self.feed_forward_output_norm = make_norm(config) if has_last else None
@@ -55,6 +63,9 @@ class Block(nn.Module):
             return self._parallel(hidden, context, cache)
         attended = self.attention(self._before(self.attention_norm, hidden), context, cache)
         hidden = self._added(hidden, attended, self.attention_norm, self.attention_output_norm)
+        if self.cross_attention is not None:
+            crossed = self.cross_attention(self._before(self.cross_attention_norm, hidden), context, cache)
+            hidden = self._added(hidden, crossed, self.cross_attention_norm, self.cross_attention_output_norm)
         transformed = self.feed_forward(self._before(self.feed_forward_norm, hidden))
         return self._added(hidden, transformed, self.feed_forward_norm, self.feed_forward_output_norm)
 
@@ -81,10 +92,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The trunk of every model: tokens [B, T] int64 → hidden states [B, T, H] after the last norm.
 
+    With `embeds=False` it has no table of tokens of its own and is handed one.
     Raises ConfigError where the sizes in `config` do not divide each other.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, *, embeds: bool = True) -> None:
         super().__init__()
         _check_sizes(config)
         self.config = config
@@ -92,15 +104,23 @@ class Transformer(nn.Module):
         self.windows = config.windows
         scale = config.embedding_scale
         self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
-        self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
+        if embeds:
+            self.token_embedding = nn.Embedding(vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.max_sequence_length, config.hidden_size)
+            places = config.max_sequence_length + config.position_offset
+            self.position_embedding = nn.Embedding(places, config.hidden_size)
+        if config.num_segments:
+            self.segment_embedding = nn.Embedding(config.num_segments, config.hidden_size)
+        self.embedding_norm = make_norm(config) if config.embedding_norm != "none" else None
+        if config.positions == "relative":
+            self.relative_bias = nn.Embedding(config.relative_buckets, config.num_heads)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement != "post" else nn.Identity()
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
-        documents: Tensor | None = None, same_as: Tensor | None = None,
+        documents: Tensor | None = None, same_as: Tensor | None = None, segments: Tensor | None = None,
+        prefix: Tensor | None = None, source: Source | None = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -110,12 +130,17 @@ class Transformer(nn.Module):
         `documents` [B, T], non-decreasing in a row: tokens see their own document alone, in which positions start at 0.
         `same_as` [B, T] int64: number b · T + t of the position that is computed in the place of each, itself or one
         with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
+        `segments` [B, T] int64: the kind of each token's segment, all 0 where they are not given. `prefix` [B, T]
+        bool: tokens that those before them see too. `source`: what cross-attention looks at. `table` [V, H]: in the
+        place of an own token embedding.
         """
+        assert self.config.is_causal or (cache is None and same_as is None), "an encoder computes whole rows"
+        assert prefix is None or (cache is None and same_as is None), "a prefix is one of whole rows"
         assert cache is None or documents is None, "a cache holds one document for each row"
         assert same_as is None or (positions is None and cache is None and documents is None), "whole rows alone"
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
         dropout = self.config.dropout if self.training else 0.0
-        within = None if documents is None else Documents.of(documents, dropout)
+        within = None if documents is None else Documents.of(documents, dropout, is_causal=self.config.is_causal)
         rows = None if same_as is None else SharedRows.of(same_as)
         length = tokens.shape[1]
         if rows is not None:
@@ -123,15 +148,16 @@ class Transformer(nn.Module):
         elif positions is None and within is not None:
             positions = within.positions()
         elif positions is None and cache is not None:
-            positions = cache.begin(tokens)
+            positions = cache.begin(tokens, self._relative())
         elif positions is None:
             positions = torch.arange(length, device=tokens.device)[None]  # [1, T]
         lengths: Tensor | int = length
         if cache is not None:
             lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
-        hidden = self._embed(tokens, positions)
+        hidden = self._embed(tokens, positions, segments, table)
         contexts = {
-            window: self._context(window, positions, length, lengths, within, rows) for window in {*self.windows}
+            window: self._context(window, positions, length, lengths, within, rows, prefix, source)
+            for window in {*self.windows}
         }
         for block, window in zip(self.blocks, self.windows, strict=True):
             hidden = block(hidden, contexts[window], cache)
@@ -141,26 +167,36 @@ class Transformer(nn.Module):
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward, of sequences of this length, without a head.
 
-        `flops_per_weight` for each weight in a matrix product, and 6 T Q D for each layer's attention: half of the
-        usual 12 T Q D (arXiv 2204.02311, appendix B), since nothing ahead is computed, and less with a window.
+        `flops_per_weight` for each weight in a matrix product, and 12 T Q D for each layer's attention (arXiv
+        2204.02311, appendix B), half of that where nothing ahead is computed, and less with a window. Cross-attention
+        is over a source of the same length.
         """
         products = sum(each.numel() * flops_per_weight(each) for each in self.blocks.parameters() if each.ndim == 2)
-        seen = sum(_mean_seen(window, sequence_length) for window in self.windows)
+        seen = sum(_mean_seen(window, sequence_length, self.config.is_causal) for window in self.windows)
+        if self.config.architecture == "encoder_decoder":
+            seen += self.config.num_layers * float(sequence_length)
         return products + 12.0 * seen * self.config.num_heads * self.config.head_size
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.token_embedding(tokens)  # [B, T, H]
+    def _embed(
+        self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        hidden = self.token_embedding(tokens) if table is None else F.embedding(tokens, table)  # [B, T, H]
         if self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
+        if self.config.num_segments:
+            hidden = hidden + self.segment_embedding(torch.zeros_like(tokens) if segments is None else segments)
         if self.config.positions == "learned":
-            hidden = hidden + self.position_embedding(positions)
+            hidden = hidden + self.position_embedding(positions + self.config.position_offset)
         elif self.config.positions == "sinusoidal":
             hidden = hidden + sinusoids(positions, self.config.hidden_size).to(hidden.dtype)
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         return F.dropout(hidden, self.config.dropout, self.training)
 
     def _context(
         self, window: int | None, positions: Tensor, length: int, lengths: Tensor | int,
         documents: Documents | None, rows: SharedRows | None,
+        prefix: Tensor | None = None, source: Source | None = None,
     ) -> Context:  # fmt: skip
         """For the layers with this window.
 
@@ -168,11 +204,16 @@ class Transformer(nn.Module):
         """
         rotary = rotary_tables(self.config, positions, window, lengths) if self.config.positions == "rope" else None
         numbers = None if documents is None else documents.numbers
-        if needs_mask(self.config, window, length):
+        if prefix is not None or needs_mask(self.config, window, length):
             columns = torch.arange(length, device=positions.device)
-            return Context(rotary, score_mask(self.config, window, columns[None], columns, numbers), rows=rows)
+            mask = score_mask(self.config, window, columns[None], columns, numbers, prefix, self._relative())
+            return Context(rotary, mask, rows=rows, source=source)
         mask = None if documents is None else documents.mask
-        return Context(rotary, mask, numbers if mask is None else None, rows)
+        return Context(rotary, mask, numbers if mask is None else None, rows, source)
+
+    def _relative(self) -> Tensor | None:
+        """What relative positions add to the scores, [buckets, Q]."""
+        return self.relative_bias.weight if self.config.positions == "relative" else None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -181,15 +222,20 @@ class Transformer(nn.Module):
         Radford et al. 2019, section 2.3. Norms begin as if they had no weight. Drawn on the CPU in the order of the
         parameters, whatever device they are on, from a CPU generator.
         """
-        no_weight = 0.0 if self.config.norm == "zero_centred_rmsnorm" else 1.0
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else no_weight)
-                continue
             std = self.config.init_std
             if name.endswith(INTO_RESIDUAL):
                 std /= (2 * self.config.num_layers) ** 0.5
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            draw(name, parameter, self.config, std, generator)
+
+
+def draw(name: str, parameter: Tensor, config: ModelConfig, std: float, generator: torch.Generator) -> None:
+    """Draws a matrix anew from N(0, std²); biases become 0, and norms as if they had no weight."""
+    if parameter.ndim > 1:
+        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    else:
+        no_weight = 0.0 if config.norm == "zero_centred_rmsnorm" else 1.0
+        parameter.fill_(0.0 if name.endswith("bias") else no_weight)
 
 
 def flops_per_weight(weight: Tensor) -> float:
@@ -200,11 +246,10 @@ def flops_per_weight(weight: Tensor) -> float:
     return 6.0 if weight.requires_grad else 4.0
 
 
-def _mean_seen(window: int | None, length: int) -> float:
-    """How many of `length` positions one sees on average: T / 2, or w - w² / 2T with a window w."""
-    if window is None or window >= length:
-        return length / 2.0
-    return window - window * window / (2.0 * length)
+def _mean_seen(window: int | None, length: int, is_causal: bool) -> float:
+    """How many of `length` positions one sees on average: T / 2, or w - w² / 2T with a window w; else twice as many."""
+    behind = window - window * window / (2.0 * length) if window is not None and window < length else length / 2.0
+    return behind if is_causal else 2.0 * behind
 
 
 def _check_sizes(config: ModelConfig) -> None:

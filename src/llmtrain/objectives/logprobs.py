@@ -25,7 +25,7 @@ KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 def cross_entropy_sum(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
-    label_smoothing: float = 0.0, softcap: float | None = None,
+    label_smoothing: float = 0.0, softcap: float | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over the masked positions of −log p(target) + z_loss · (log-sum-exp)², and −log p(target) of each.
 
@@ -40,25 +40,26 @@ def cross_entropy_sum(
         label_smoothing: ε; the sum has (1 − ε) · −log p(target) + ε · the mean of −log p over the vocabulary instead
             (Szegedy et al. 2016, arXiv 1512.00567, section 7).
         softcap: what bounds the logits; null leaves them.
+        bias: [V], added to the logits before they are bounded.
 
     Returns:
         The sum (0-dim float32, differentiable) and the negative log-likelihoods ([...] float32, zero where not masked,
         not differentiable).
     """
     return cross_entropy_sum_and_hits(
-        hidden, head_weight, targets, mask, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap
+        hidden, head_weight, targets, mask, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, bias=bias
     )[:2]
 
 
 def cross_entropy_sum_and_hits(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
-    label_smoothing: float = 0.0, softcap: float | None = None,
+    label_smoothing: float = 0.0, softcap: float | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`cross_entropy_sum`, and 1 where no token is likelier than the target ([...] float32, zero where not masked)."""
     kept = _Kept(hidden, targets, mask)
     total, nll, hits = _CrossEntropySum.apply(
         kept.hidden, head_weight, kept.targets, kept.mask, z_loss, label_smoothing, softcap, _product_dtype(hidden),
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(), bias,
     )  # fmt: skip
     return total, kept.spread(nll), kept.spread(hits)
 
@@ -127,15 +128,19 @@ class _CrossEntropySum(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         with_gradient: bool,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden_needed, weight_needed = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        bias_needed = with_gradient and ctx.needs_input_grad[-1]
         nll, penalty, hits = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(3))
         hidden_grad = torch.empty_like(hidden) if hidden_needed else None
         weight_grad: Tensor | None = None
+        bias_grad: Tensor | None = None
         weight = head_weight.to(dtype)
         for portion in _portions(hidden, weight):
             states, target, counts = hidden[portion].to(dtype), targets[portion, None], mask[portion]
             logits = times_transposed(states, weight)
+            logits = logits if bias is None else logits + bias
             logits = logits if softcap is None else _capped(logits, softcap)
             probabilities, normaliser, chosen, is_largest = _read(logits, target)
             nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
@@ -144,7 +149,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if label_smoothing:  # ε times what the mean over the vocabulary costs more than the target
                 mean_logit = logits.mean(dim=-1, dtype=torch.float32)
                 penalty[portion] += torch.where(counts, label_smoothing * (chosen - mean_logit), 0.0)
-            if hidden_needed or weight_needed:
+            if hidden_needed or weight_needed or bias_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
                 grad = _add_at(probabilities.mul_(slope[:, None]), target, (label_smoothing - 1.0) * counts)
                 if label_smoothing:
@@ -154,14 +159,17 @@ class _CrossEntropySum(torch.autograd.Function):
                 hidden_grad[portion] = times_transposed(grad, weight.T)
             if weight_needed:
                 weight_grad = _added(weight_grad, grad.T @ states, head_weight.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+            if bias is not None and bias_needed:
+                bias_grad = _added(bias_grad, grad.sum(dim=0, dtype=bias.dtype), bias.dtype)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.mark_non_differentiable(nll, hits)
         return nll.sum() + penalty.sum(), nll, hits
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None, None, None, None
+        saved = ctx.saved_tensors
+        hidden, weight, bias = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in saved)
+        return hidden, weight, None, None, None, None, None, None, None, bias
 
 
 class _TokenLogprobs(torch.autograd.Function):

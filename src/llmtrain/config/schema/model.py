@@ -1,5 +1,6 @@
 """The model and its tokenizer."""
 
+import dataclasses
 from typing import Literal
 
 from pydantic import Field
@@ -19,8 +20,13 @@ class ModelConfig:
     """Start from this folder's weights and architecture: a run, a checkpoint or a Transformers folder."""
     adapter_from: str | None = None
     """Add the LoRA weights of this folder, as peft saves them, to those of `init_from`."""
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """What a position sees: what is before it (GPT), all of its document (BERT), or what is before it and all of a
+    source that an encoder has read (T5)."""
     num_layers: int = Field(default=4, ge=1)
-    """Number of blocks."""
+    """Number of blocks; those of the decoder where there is an encoder beside it."""
+    encoder_layers: int | None = Field(default=None, ge=1)
+    """Number of blocks of the encoder beside a decoder. Null: as many as `num_layers`."""
     hidden_size: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     num_heads: int = Field(default=4, ge=1)
@@ -33,9 +39,15 @@ class ModelConfig:
     """Inner width of the feed-forward part. Null: 4 x hidden, with a gate 8/3 x hidden up to a multiple of 64."""
     max_sequence_length: int = Field(default=512, ge=2)
     """Longest sequence in tokens that the model is built for."""
-    positions: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"
+    positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
     """How positions enter: rotary embedding (Llama), a table learned (GPT-2) or of sines added to the embeddings,
-    distances taken off the scores (ALiBi: MPT), or not at all."""
+    distances taken off the scores (ALiBi: MPT), a number learned for each bucket of distances (T5), or not at all."""
+    position_offset: int = Field(default=0, ge=0)
+    """Rows of the table of learned positions that stand before the first one's and are never read (RoBERTa: 2)."""
+    relative_buckets: int = Field(default=32, ge=4)
+    """Buckets of distances with relative positions; where both directions are seen, half of them for each."""
+    relative_max_distance: int = Field(default=128, ge=2)
+    """Distances from here on share the last bucket."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = Field(default=None, gt=0)
@@ -45,7 +57,7 @@ class ModelConfig:
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     """Share of each head that is rotated, from its beginning (GPT-NeoX: 0.25)."""
     sliding_window: int | None = Field(default=None, ge=1)
-    """Positions that one sees, its own and those just before. Null: all before it."""
+    """Positions that one sees, its own and those just before; in an encoder as many behind it too. Null: all."""
     attention_pattern: list[Literal["sliding", "full"]] | None = Field(default=None, min_length=1)
     """Which layers have the window, repeated over the layers (Gemma 2: [sliding, full]). Null: all."""
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -59,6 +71,8 @@ class ModelConfig:
     norm_placement: Literal["pre", "post", "reordered", "sandwich"] = "pre"
     """Where norms stand: before each branch, after its addition (the first Transformer; then none at the end), on its
     output (OLMo 2), or before it and on its output (Gemma 2)."""
+    embedding_norm: Literal["none", "added", "first"] = "none"
+    """A norm behind the embeddings (BERT, BLOOM: added), in the place of the first block's own (ModernBERT: first)."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in the norms."""
     block: Literal["sequential", "parallel", "parallel_shared_norm"] = "sequential"
@@ -76,6 +90,12 @@ class ModelConfig:
     """Biases of the feed-forward part. Null: as `bias`."""
     norm_bias: bool | None = None
     """Biases of LayerNorm (Falcon: true). Null: as `bias`."""
+    num_segments: int = Field(default=0, ge=0)
+    """Kinds of segments, each with an embedding that is added to its tokens' (BERT: 2)."""
+    pooler: bool = False
+    """A dense layer and tanh over the first position, which says whether the second segment follows (BERT)."""
+    mlm_head: bool = False
+    """A dense layer, activation and norm before the output matrix, and a bias behind it (BERT)."""
     tied_embeddings: bool = True
     """Use the token embedding as the output head."""
     embedding_scale: float | Literal["sqrt_hidden_size"] = 1.0
@@ -101,6 +121,17 @@ class ModelConfig:
     def head_size(self) -> int:
         """`head_dim`, or what null means."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees nothing that stands behind it."""
+        return self.architecture != "encoder"
+
+    @property
+    def encoder(self) -> "ModelConfig":
+        """The encoder beside the decoder, as an architecture of its own."""
+        layers = self.encoder_layers or self.num_layers
+        return dataclasses.replace(self, architecture="encoder", num_layers=layers, encoder_layers=None)
 
     @property
     def windows(self) -> list[int | None]:

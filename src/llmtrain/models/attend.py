@@ -1,0 +1,66 @@
+"""Attention over keys and values that are given: one query of each row and head, and scores that are capped.
+
+Shapes: B rows, T queries, S keys, D head size, Q query heads, K key-value heads (Q a multiple of K), G = Q / K.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One query for each row and head [B, Q, 1, D] over keys and values [B, K, S, D], `mask` [B, 1 or Q, 1, S] added.
+
+    The queries that share a key-value head are taken as so many queries of that head: nothing is expanded, and the
+    keys are read once. In bfloat16 torch's CPU kernel is slow for a single query (3.5 times slower than for two), so
+    there is a copy beside a lone one. In float32 it is as fast either way, but depends on S for more than two.
+    """
+    batch, heads, _, head_size = query.shape
+    kv_heads = keys.shape[1]
+    if query.device.type == "cpu" and query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_size)
+    if mask.shape[1] != 1:
+        mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
+    if heads == kv_heads and query.device.type == "cpu":
+        grouped = grouped.expand(-1, -1, 2, -1)
+    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    return attended[:, :, : heads // kv_heads].reshape(query.shape)
+
+
+def attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(c tanh(q kᵀ / (c sqrt(D))) + mask) v: queries [B, Q, T, D] over [B, K, S, D] → [B, Q, T, D].
+
+    Gemma 2 (arXiv 2408.00118, section 2). No kernel of torch's caps its scores: here they are made, Q T S numbers for
+    each row, and float32 or wider from the cap to the probabilities. `mask` [B or 1, 1 or Q, T, S] is `score_mask`'s.
+    """
+    kv_heads, length, head_size = key.shape[1], query.shape[2], query.shape[3]
+    grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, D]
+    scores = (grouped @ key.mT).unflatten(2, (-1, length)).flatten(1, 2)  # [B, Q, T, S]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = softcap * torch.tanh(scores * (head_size**-0.5 / softcap))
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    probabilities = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
+    probabilities = probabilities.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [B, K, G T, S]
+    return (probabilities @ value).view(query.shape)
+
+
+def attend_one_capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softcap: float) -> Tensor:
+    """`attend_capped` for one query of each row and head [B, Q, 1, D].
+
+    On a CPU the products are sums, not matrix products, for these round by the number of columns and so by what other
+    rows have: zeros at the end of a sum leave it as it is.
+    """
+    if query.device.type != "cpu":
+        return attend_capped(query, keys, values, mask, softcap)
+    heads, head_size = query.shape[1], query.shape[3]
+    attended = torch.empty_like(query)
+    for head in range(heads):  # one at a time, for what is summed up has R S D numbers
+        shared = head // (heads // keys.shape[1])
+        scores = (query[:, head].float() * keys[:, shared]).sum(dim=-1)  # [B, S]
+        capped = softcap * torch.tanh(scores * (head_size**-0.5 / softcap))
+        probabilities = (capped + mask[:, min(head, mask.shape[1] - 1), 0]).softmax(dim=-1)
+        attended[:, head, 0] = (probabilities[..., None] * values[:, shared]).sum(dim=1).to(query.dtype)
+    return attended
