@@ -27,6 +27,20 @@ def architecture(view: View) -> Iterator[Finding]:
         )
 
 
+def pooler(view: View) -> Iterator[Finding]:
+    """Two segments are told apart and judged by parts of their own, which nothing else trains."""
+    if view.command != "pretrain" or view["model.init_from"] is not None or view["model.architecture"] != "encoder":
+        return
+    has_two = view["objective.name"] == "masked" and view["objective.next_sentence"]
+    if has_two and not view["model.pooler"]:
+        yield finding("judges by a pooler: set model.pooler=true", "objective.next_sentence", "model.pooler")
+    if has_two and view["model.num_segments"] < 2:
+        yield finding("has two segments: set model.num_segments=2", "objective.next_sentence", "model.num_segments")
+    if not has_two:
+        why = "only objective.next_sentence=true trains it: set that, or model.pooler=false"
+        yield from no_effect(view, "model.pooler", why, "objective.next_sentence")
+
+
 def masked(view: View) -> Iterator[Finding]:
     """Shares of a whole; two segments of running text, of which any may be asked for."""
     if view["objective.name"] != "masked":
@@ -110,5 +124,5 @@ def _running_text(view: View, key: str, why: str) -> Iterator[Finding]:
 
 
 OBJECTIVE_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    architecture, masked, spans, sentinels_fit, prefix, length_warmup, special_tokens,
+    architecture, pooler, masked, spans, sentinels_fit, prefix, length_warmup, special_tokens,
 )  # fmt: skip

@@ -4,7 +4,7 @@ Each row has a key of its own, and all its draws are numbers counted from there;
 processes and micro-batches they stand in, and nothing has to be saved. Shapes: B rows, S tokens of a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -30,21 +30,25 @@ class TextBatches(Protocol):
     """Batches of text."""
 
     share: slice
-    counts: Callable[[int], dict[str, float]]
 
     def __call__(self, step: int) -> TokenBatch: ...
+    def counts(self, steps: int) -> dict[str, float]: ...
 
 
 class CorruptedBatches(Generic[Corrupted]):
-    """Another source's batches, corrupted."""
+    """Other batches, corrupted."""
 
     def __init__(self, batches: TextBatches, corrupt: Corruption[Corrupted], seed: int) -> None:
-        self.batches, self.counts, self.corrupt, self.seed = batches, batches.counts, corrupt, seed
+        self.batches, self.corrupt, self.seed = batches, corrupt, seed
 
     def __call__(self, step: int) -> Corrupted:
         """This process's rows of the step."""
         batch, first = self.batches(step), self.batches.share.start
         return self.corrupt(batch, [row_key(self.seed, step, first + row) for row in range(len(batch))])
+
+    def counts(self, steps: int) -> dict[str, float]:
+        """What `steps` steps have used of each source."""
+        return self.batches.counts(steps)
 
 
 def row_key(seed: int, step: int, row: int) -> int:
@@ -61,7 +65,7 @@ def draws(keys: Sequence[int], count: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), [B, count]: of each key the first `count` that SplitMix64 gives, starting from it."""
     steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
     bits = scramble(np.array(keys, dtype=np.uint64)[:, None] + steps)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def whole(draw: NDArray[np.float64], low: NDArray[np.int64] | int, high: NDArray[np.int64] | int) -> NDArray[np.int64]:

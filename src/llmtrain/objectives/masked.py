@@ -74,7 +74,7 @@ class MaskedTokens:
 
         def read(hidden: Tensor, head_weight: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
             where = batch.places[..., None].expand(-1, -1, hidden.shape[-1])
-            losses = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+            losses: dict[str, Any] = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
             return cross_entropy_sum_and_hits(
                 hidden.gather(1, where), head_weight, batch.targets, batch.loss_mask, **losses, **options
             )

@@ -72,7 +72,7 @@ class NextToken:
         targets, mask = next_tokens(batch.tokens, batch.loss_mask)
 
         def read(hidden: Tensor, head_weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-            losses = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+            losses: dict[str, Any] = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
             return cross_entropy_sum(hidden, head_weight, targets, mask, **losses, **options)
 
         prefix = {} if batch.prefix is None else {"prefix": batch.prefix}

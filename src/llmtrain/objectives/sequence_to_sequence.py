@@ -58,7 +58,7 @@ class SequenceToSequence:
         """The summed loss; metrics: loss in nats per token, over all and for each source."""
 
         def read(hidden: Tensor, head_weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-            losses = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+            losses: dict[str, Any] = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
             return cross_entropy_sum(hidden, head_weight, batch.targets, batch.loss_mask, **losses, **options)
 
         loss, nll = model(batch.tokens, source=batch.inputs, source_lengths=batch.input_lengths, read=read)

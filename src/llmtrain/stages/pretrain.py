@@ -24,12 +24,12 @@ from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
 from llmtrain.stages.planning import Plan
-from llmtrain.stages.tasks import Task, build_task, check_rows
+from llmtrain.stages.tasks import Task, build_task, check_model, check_rows
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def stage(config: PretrainConfig) -> None:
 
     objective = task.objective(text.plan.mixture.names)
     measure = evaluate_bits_per_byte(bare(model), task.measure, text.domains, run.layout.device, task.metrics)
-    samples = Continuations(Replica(trained), tokenizer)
+    samples = Continuations(Replica(trained), tokenizer) if trained.config.architecture == "decoder" else no_samples
     run.write_samples("before", samples)
     run.fit(
         model=model, trained=trained, batches=warmed_up(config.train, text.batches), tokenizer=tokenizer,
@@ -184,8 +184,9 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"tokenizer: it has {tokenizer.vocab_size} tokens, but the model in {config.model.init_from} only "
                 f"{model.vocab_size}. Use the model's own tokenizer: leave tokenizer.path away."
             )
+        check_model(config, model)
         return model
-    return LanguageModel(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
+    return make_model(config.model, tokenizer.vocab_size).initialise(torch.Generator().manual_seed(config.seed))
 
 
 def domain(
@@ -223,6 +224,11 @@ def digests(source: TokenSource) -> dict[str, Any]:
         "path": source.path, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
         "content": summary.content, "tokenizer": source.tokenizer,
     }  # fmt: skip
+
+
+def no_samples() -> list[dict[str, str]]:
+    """What a model shows that does not go on from beginnings."""
+    return []
 
 
 class Continuations:

@@ -22,6 +22,7 @@ from llmtrain.data.spans import SpanCorruption
 from llmtrain.data.special_tokens import infilling_tokens, mask_tokens, sentinels
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
+from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.masked import MaskedTokens
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.sequence_to_sequence import SequenceToSequence
@@ -78,6 +79,27 @@ def build_task(config: PretrainConfig, tokenizer: Tokenizer) -> Task:
         infilling = Infilling(objective, tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         return next_token(lambda _: infilling)  # held-out text is read from left to right
     return next_token()
+
+
+def check_model(config: PretrainConfig, model: LanguageModel) -> None:
+    """Raises ConfigError for an objective that the model of `model.init_from` is not for; freezes what it never asks.
+
+    A model that is new has been checked with its config.
+    """
+    objective, there = config.objective, model.config
+    folder = f"the model of model.init_from={config.model.init_from}"
+    if objective.architecture != there.architecture:
+        raise ConfigError(
+            f"objective.name: {objective.name} is for architecture {objective.architecture}, and {folder} is of "
+            f"architecture {there.architecture}"
+        )
+    if not isinstance(objective, MaskedConfig):
+        return
+    if objective.next_sentence and not (there.pooler and there.num_segments >= 2):
+        raise ConfigError(f"objective.next_sentence: {folder} has no pooler and segments; set it to false")
+    if there.pooler and not objective.next_sentence:  # processes wait for the gradient of each weight that is trained
+        model.pooler.requires_grad_(False)
+        model.next_sentence.requires_grad_(False)
 
 
 def check_rows(config: PretrainConfig, rows: Mapping[str, TextRows]) -> None:
