@@ -69,6 +69,9 @@ def spans(view: View) -> Iterator[Finding]:
     found = SpanCorruptionConfig(
         noise_density=view["objective.noise_density"], mean_span_length=view["objective.mean_span_length"]
     ).lengths_for(length)
+    if found.inputs != length:
+        problem = f"so much is taken out that no text comes to train.sequence_length={length} tokens: lower it"
+        yield finding(problem, "objective.noise_density", "objective.mean_span_length")
     if found.spans > SENTINELS and view["tokenizer.path"] is None and view["model.init_from"] is None:
         problem = (
             f"{found.text} tokens of text have {found.spans} spans, and there are {SENTINELS} sentinels: "

@@ -111,9 +111,10 @@ class SpanCorruptionConfig(TokenLossConfig):
         return SpanLengths(text, noise, spans, text - noise + spans + 1, noise + spans + 1)
 
     def lengths_for(self, inputs: int) -> SpanLengths:
-        """The longest rows of text that become exactly `inputs` tokens, three at least (`random_spans_helper` there).
+        """The longest rows of text that become `inputs` tokens, three at least (`random_spans_helper` there).
 
-        A token more of text makes the inputs one longer or leaves their length, so every length is met.
+        A token more of text makes the inputs one longer or leaves their length, so every length is met; unless so much
+        is taken out that spans are as many as tokens are left. Then they may be shorter.
         """
         text = inputs - 1
         while self.lengths(text + 1).inputs <= inputs:
