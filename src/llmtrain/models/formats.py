@@ -19,12 +19,12 @@ from torch import Tensor
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.heads import LanguageModel, ScalarModel
+from llmtrain.models.heads import LanguageModel, ScalarModel, make_model
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
 from llmtrain.models.layouts.table import to_config
 
 MAX_FILE_BYTES = 5_000_000_000
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SCORE_STATISTICS = {"score_mean": 0.0, "score_std": 1.0}
 # So many names are listed of each fault; a wrong architecture has thousands.
 LISTED = 8
@@ -55,7 +55,7 @@ def load_language_model(
         raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
     config, vocab_size = _architecture(fields, folder)
     with torch.device("meta"):
-        model = LanguageModel(_with_dropout(config, dropout), vocab_size)
+        model = make_model(_with_dropout(config, dropout), vocab_size)
     _fill(model, layout if state is None else OWN, tensors, folder)
     return model
 
@@ -100,7 +100,7 @@ def save_model(
     for name in SCORE_STATISTICS:
         weights.pop(name, None)
     save_config(folder, model, dtype=next(iter(weights.values())).dtype, extra_config=extra_config)
-    tensors = to_theirs(layout_for(model.config), model.config, weights)
+    tensors = to_theirs(_layout(model.config, extra_config or {}), model.config, weights)
     save_torch_state_dict(tensors, folder, max_shard_size=max_file_bytes)
 
 
@@ -113,10 +113,13 @@ def save_config(
 ) -> None:
     """Writes config.json alone, for weights of `dtype`; makes the folder where there is none.
 
-    `extra_config` is added to it; bos_token_id, eos_token_id and pad_token_id also go to generation_config.json.
+    `extra_config` is added to it; bos_token_id, eos_token_id and pad_token_id, with which decoders of encoders begin,
+    also go to generation_config.json.
     Parts that Transformers cannot combine are written with model_type llmtrain, and config.json says so.
     """
-    folder, extra, layout = Path(folder), dict(extra_config or {}), layout_for(model.config)
+    folder, extra, layout = Path(folder), dict(extra_config or {}), _layout(model.config, extra_config or {})
+    if model.config.architecture == "encoder_decoder" and extra.get("pad_token_id") is not None:
+        extra["decoder_start_token_id"] = extra["pad_token_id"]
     dtype_name = str(dtype).removeprefix("torch.")
     is_scalar = isinstance(model, ScalarModel)
     fields = {
@@ -136,6 +139,13 @@ def save_config(
     token_ids = {key: extra[key] for key in TOKEN_IDS if extra.get(key) is not None}
     if token_ids and not is_scalar:
         _write_json(folder / "generation_config.json", token_ids)
+
+
+def _layout(config: ModelConfig, extra: Mapping[str, Any]) -> Layout:
+    """The family's, or our own where its positions go by another padding token than the tokenizer has."""
+    layout = layout_for(config)
+    padding = layout.write_fields(config).get("pad_token_id")
+    return layout if padding is None or extra.get("pad_token_id") in (None, padding) else OWN
 
 
 def locate(folder: str | Path) -> Path:
@@ -192,7 +202,7 @@ def _read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read as safetensors: {error}") from error
     for before, after in layout.renamed:
-        tensors = {re.sub(f"^{re.escape(before)}", after, name): tensors[name] for name in tensors}
+        tensors = {re.sub(before, after, name): tensors[name] for name in tensors}
     heads = (f"{layout.head}.", "score.")
     if not any(name.startswith(layout.trunk_prefix) for name in tensors):
         tensors = {name if name.startswith(heads) else layout.trunk_prefix + name: tensors[name] for name in tensors}
@@ -220,10 +230,12 @@ def _weight_files(folder: Path) -> list[Path]:
 def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Puts the tensors in place of the model's own, which are on the meta device."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    expected = their_shapes(layout, model.config, shapes)
-    if f"{layout.head}.weight" not in expected:
-        # tied, or a head that a score model has no use for
-        tensors = {name: tensor for name, tensor in tensors.items() if name != f"{layout.head}.weight"}
+    expected, head = their_shapes(layout, model.config, shapes), f"{layout.head}.weight"
+    # a tied head, or one that a score model has no use for
+    passed_over = rf"{re.escape(head)}|{layout.optional}"
+    tensors = {key: each for key, each in tensors.items() if key in expected or not re.fullmatch(passed_over, key)}
+    if head in expected and layout.head_from in tensors:
+        tensors = {head: tensors[layout.head_from], **tensors}
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -4,11 +4,14 @@ What no table can express has a layout of our own, which only this package reads
 """
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.models.layouts.bert import BERT, ROBERTA
+from llmtrain.models.layouts.bloom import BLOOM
 from llmtrain.models.layouts.falcon import FALCON
 from llmtrain.models.layouts.gemma import GEMMA2, GEMMA3
 from llmtrain.models.layouts.gpt2 import GPT2, GPT_BIGCODE
 from llmtrain.models.layouts.gpt_neox import GPT_NEOX
 from llmtrain.models.layouts.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from llmtrain.models.layouts.modernbert import MODERNBERT
 from llmtrain.models.layouts.mpt import MPT
 from llmtrain.models.layouts.names import (
     in_their_order,
@@ -19,6 +22,7 @@ from llmtrain.models.layouts.names import (
     to_theirs,
 )
 from llmtrain.models.layouts.own import OWN
+from llmtrain.models.layouts.t5 import T5
 from llmtrain.models.layouts.table import Fields, Layout
 
 __all__ = [
@@ -36,7 +40,8 @@ __all__ = [
 ]
 
 FAMILIES = (
-    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT_BIGCODE, FALCON, MPT, OWN,
+    GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT_BIGCODE, FALCON, MPT,
+    BLOOM, BERT, ROBERTA, MODERNBERT, T5, OWN,
 )  # fmt: skip
 LAYOUTS = {layout.model_type: layout for layout in FAMILIES}
 

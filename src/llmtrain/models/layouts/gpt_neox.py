@@ -11,7 +11,7 @@ GPT_NEOX = Layout(
     scalar_class="GPTNeoXForSequenceClassification",
     trunk_prefix="gpt_neox.",
     ignored=r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-    renamed=(("lm_head.", "embed_out."),),
+    renamed=((r"^lm_head\.", "embed_out."),),
     rules=(
         Rule("trunk.token_embedding", ("gpt_neox.embed_in",)),
         Rule("trunk.blocks.{i}.attention_norm", (BLOCK + "input_layernorm",)),

@@ -77,13 +77,15 @@ class RopeByLayer:
 
     default_theta: float
     default_local_theta: float
+    theta: str = "rope_theta"  # the older names
+    local_theta: str = "rope_local_base_freq"
 
     def write(self, ours: Fields) -> Fields:
         scaling, theta = ours["rope_scaling"], ours["rope_theta"]
         local = ours["rope_local_theta"] or theta
         if ours["positions"] != "rope" or (scaling and scaling["name"] == "dynamic"):
             raise Inexpressible
-        older = {"rope_theta": theta, "rope_local_base_freq": local}
+        older = {self.theta: theta, self.local_theta: local}
         if scaling:
             older["rope_scaling"] = _written(theta, scaling)
         return {"rope_parameters": {FULL: _written(theta, scaling), SLIDING: _written(local, None)}, **older}
@@ -94,8 +96,8 @@ class RopeByLayer:
         scaling, faults = _read(full, ours.get("max_sequence_length"), ("linear", "yarn", "llama3"))
         _, more = _read(sliding, None, ())
         found = {
-            "rope_theta": full.get("rope_theta", theirs.get("rope_theta", self.default_theta)),
-            "rope_local_theta": sliding.get("rope_theta", theirs.get("rope_local_base_freq", self.default_local_theta)),
+            "rope_theta": full.get("rope_theta", theirs.get(self.theta, self.default_theta)),
+            "rope_local_theta": sliding.get("rope_theta", theirs.get(self.local_theta, self.default_local_theta)),
         }
         return found | ({"rope_scaling": scaling} if scaling else {}), faults + more
 

@@ -21,6 +21,7 @@ NOT_SHAPE = ("init_from", "adapter_from", "dropout", "init_std", "published_voca
 BIASES: tuple[BiasedPart, ...] = ("qkv", "attention_output", "mlp", "norm")
 # Only rotary positions have these; only layers with a window the second.
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "partial_rotary_factor")
+RELATIVE = ("relative_buckets", "relative_max_distance")
 
 
 _CONFIG = TypeAdapter(ModelConfig)
@@ -69,6 +70,23 @@ class Key:
             return {self.ours: found[0]}, []
         supported = ", ".join(str(word) for words in self.values.values() for word in words)
         return {}, [f"{self.theirs}={value!r} (supported: {supported})"]
+
+
+@dataclass(frozen=True)
+class Same:
+    """Keys of theirs that all are one key of ours, and so have to agree."""
+
+    keys: tuple[Key, ...]
+
+    def write(self, ours: Fields) -> Fields:
+        return {name: value for key in self.keys for name, value in key.write(ours).items()}
+
+    def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
+        read = [key.read(theirs, ours) for key in self.keys]
+        names = ", ".join(key.theirs for key in self.keys)
+        faults = [fault for _, found in read for fault in found]
+        differ = any(found != read[0][0] for found, _ in read)
+        return read[0][0], faults or [f"{names} that differ (supported: one value for all)"] * differ
 
 
 @dataclass(frozen=True)
@@ -157,7 +175,9 @@ class Layout:
     """What the family always is, where that is not our default."""
     trunk_prefix: str = ""  # missing in files that were saved from the trunk alone
     ignored: str = "$^"  # tensors of theirs that are no weights
-    renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names, as other versions have them, and as they are here
+    optional: str = "$^"  # weights of theirs that are passed over where the architecture is without them
+    head_from: str = ""  # what stands for an output matrix of its own that the files are without: it is the same
+    renamed: tuple[tuple[str, str], ...] = ()  # what other versions have in names, and what stands for it here
 
     @property
     def head(self) -> str:
@@ -212,6 +232,11 @@ def described(config: ModelConfig) -> Fields:
         "embedding_scale": config.hidden_size**0.5 if by_width else config.embedding_scale,
         **{f"{part}_bias": config.has_bias(part) for part in BIASES},
     }
+    ours["encoder_layers"] = config.encoder.num_layers if config.architecture == "encoder_decoder" else None
+    if config.positions != "relative":
+        ours |= dict.fromkeys(RELATIVE)
+    if config.positions != "learned":
+        ours["position_offset"] = 0
     if config.positions != "rope":
         ours |= dict.fromkeys(ROPE)
     elif not any(config.windows) or (config.rope_local_theta == config.rope_theta and config.rope_scaling is None):
