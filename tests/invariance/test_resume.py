@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
+from tests.tiny import COMMANDS, OBJECTIVES, TINY, finish, make_parents, start, starting_from
 
 WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
 # the worst, so that it is not the last
@@ -17,7 +17,16 @@ BEST = [
     "checkpoint.final=best", "checkpoint.best_metric=eval/prose/bits_per_byte", "checkpoint.best_mode=max",
     "eval.every_steps=3",
 ]  # fmt: skip
+# text that is encoded while training goes on, with the tokenizer of a run in the folder of the parents
+STREAMED = ["data.streaming=true", "tokenizer.path=PARENTS/span-corruption/model"]
+UNTRAINED = [text for text in TINY["pretrain"] if not text.startswith("tokenizer.")]
 CASES = COMMANDS | {
+    "streamed-spans": [
+        "pretrain",
+        *UNTRAINED,
+        *(text for text in OBJECTIVES["span-corruption"] if "vocab" not in text),
+        *STREAMED,
+    ],
     "dropout": [*COMMANDS["pretrain"], "model.dropout=0.2", "train.micro_batch_rows=2"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
     "lora-sft": [*COMMANDS["lora-sft"], "adapter.dropout=0.1"],
@@ -33,8 +42,8 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best")
-FAST = ("dropout",)
+INDEPENDENT = ("pretrain", "dropout", "length-warmup", "best", *OBJECTIVES)
+FAST = ("dropout", "two-segments")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +70,9 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 )
 def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> None:
     command = [text.replace("rankings.jsonl", str(runs / "rankings.jsonl")) for text in CASES[case]]
+    command = [text.replace("PARENTS", str(runs)) for text in command]
     command += ["checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
-    command += [] if case in INDEPENDENT else starting_from(runs, case)
+    command += [] if case in (*INDEPENDENT, "streamed-spans") else starting_from(runs, case)
     calm, killed = runs / f"calm-{case}", runs / f"killed-{case}"
     finish([*command, f"run={calm.name}"])
 

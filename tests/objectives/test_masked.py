@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmtrain.config.schema import ModelConfig
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.formats import load_language_model
 from llmtrain.objectives.masked import MaskedBatch, MaskedTokens
 
 ROWS, WIDTH, PLACES, VOCAB, HIDDEN = 6, 12, 3, 37, 16
@@ -143,34 +142,18 @@ def test_the_whole_objective_compiles_without_graph_breaks():
 
 
 @pytest.fixture(scope="module")
-def berts():
+def berts(tmp_path_factory):
     """BERT of Transformers, and ours with the same weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    options = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 48, "max_position_embeddings": WIDTH, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(**options, initializer_range=0.2)).eval()
-    config = ModelConfig(
-        architecture="encoder", num_layers=2, hidden_size=32, num_heads=2, ffn_hidden_size=48, norm="layernorm",
-        max_sequence_length=WIDTH, positions="learned", norm_placement="post", embedding_norm="added", bias=True,
-        activation="gelu", norm_eps=1e-12, num_segments=2, pooler=True, mlm_head=True,
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=WIDTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
-    ours = LanguageModel(config, VOCAB)
-    ours.load_state_dict(renamed(theirs.state_dict(), ours.state_dict()))
-    return ours, theirs
-
-
-def renamed(theirs, ours):
-    """The weights of BERT under our names."""
-    plain = {
-        "embeddings.word_embeddings": "trunk.token_embedding", "embeddings.position_embeddings": "trunk.position_embedding",
-        "embeddings.token_type_embeddings": "trunk.segment_embedding", "embeddings.LayerNorm": "trunk.embedding_norm",
-        "pooler.dense": "pooler",
-    }  # fmt: skip
-    raise NotImplementedError(plain, list(theirs), list(ours))
+    theirs = transformers.BertForPreTraining(config).eval()
+    folder = tmp_path_factory.mktemp("bert")
+    theirs.save_pretrained(folder)
+    return load_language_model(folder).eval(), theirs
 
 
 def test_loss_is_that_of_bert(berts):
