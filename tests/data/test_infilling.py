@@ -77,7 +77,7 @@ def test_parts_put_together_are_the_text(spm_rate: float, apart: bool) -> None:
     assert sum(shares.values()) == pytest.approx(0.7, abs=4 * (0.21 / len(orders)) ** 0.5)
     if spm_rate != 0.5:
         # a document whose prefix is empty reads alike in both orders
-        assert shares["prefix first" if spm_rate else "suffix first"] < 0.2
+        assert shares["prefix first" if spm_rate else "suffix first"] < 0.35
     else:
         assert shares["suffix first"] > shares["prefix first"] > 0.2
 

@@ -112,7 +112,7 @@ def test_label_smoothing_is_minimised_and_not_reported(kit, batch):
     assert found != plain
 
 
-def test_a_prefix_is_handed_to_the_model_and_not_predicted(batch):
+def test_a_prefix_is_handed_to_the_model_and_not_predicted(kit, batch):
     prefix = torch.zeros_like(batch.loss_mask)
     prefix[:, :3] = True
     with_prefix = dataclasses.replace(batch, prefix=prefix, loss_mask=batch.loss_mask & ~prefix)
@@ -120,12 +120,12 @@ def test_a_prefix_is_handed_to_the_model_and_not_predicted(batch):
 
     def model(tokens, **options):
         seen.update(options)
-        return options["read"](torch.zeros(*tokens.shape, 4), torch.zeros(9, 4))
+        return options["read"](torch.zeros(*tokens.shape, 4), torch.zeros(kit.vocab, 4))
 
     loss, metrics = NextToken()(model, with_prefix)
     assert seen["prefix"] is prefix
     assert metrics["loss"][1] == with_prefix.loss_mask.sum() < batch.loss_mask.sum()
-    assert loss.item() == pytest.approx(math.log(9) * int(with_prefix.loss_mask.sum()), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(kit.vocab) * int(with_prefix.loss_mask.sum()), rel=1e-6)
     seen.clear()
     NextToken()(model, batch)
     assert "prefix" not in seen

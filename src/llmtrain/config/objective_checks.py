@@ -20,11 +20,9 @@ def architecture(view: View) -> Iterator[Finding]:
     wanted = ARCHITECTURES[name]
     if there != wanted:
         others = [each for each, kind in ARCHITECTURES.items() if kind == there]
-        problem = f"{name} trains an {wanted}" if wanted[0] in "ae" else f"{name} trains a {wanted}"
         cure = f"set model.architecture={wanted}, or choose objective={' or '.join(others)}"
-        yield finding(
-            f"{problem}, and the model is of architecture {there}: {cure}", "objective.name", "model.architecture"
-        )
+        problem = f"{name} is for architecture {wanted}, and the model's is {there}: {cure}"
+        yield finding(problem, "objective.name", "model.architecture")
 
 
 def pooler(view: View) -> Iterator[Finding]:
