@@ -11,8 +11,10 @@ from llmtrain.config.compose import load_config
 from llmtrain.config.folders import packaged_configs
 from llmtrain.config.schema import ModelConfig
 
-# The shipped architectures of a size to train on a laptop; one of each family.
-MODELS = sorted(file.stem for file in (packaged_configs() / "model").glob("*_tiny.yaml"))
+# The shipped architectures of a size to train on a laptop, one of each family: decoders, and those with an encoder.
+TINY_MODELS = {file.stem: file.read_text() for file in sorted((packaged_configs() / "model").glob("*_tiny.yaml"))}
+MODELS = [name for name, text in TINY_MODELS.items() if "architecture: encoder" not in text]
+ENCODERS = [name for name in TINY_MODELS if name not in MODELS]
 MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.max_sequence_length=128"]
 ROWS = [
     "data.sources.arithmetic.max_rows=64", "data.validation_every=8", "train.batch_rows=8", "train.sequence_length=128",
@@ -83,7 +85,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "f
 
 
 def tiny_model(name: str) -> ModelConfig:
-    """One of `MODELS`, with a window, where it has one, that rows of some ten tokens are longer than."""
+    """One of `TINY_MODELS`, with a window, where it has one, that rows of some ten tokens are longer than."""
     config: ModelConfig = load_config("pretrain", [f"model={name}"]).model
     return config if config.sliding_window is None else dataclasses.replace(config, sliding_window=7)
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.tiny import MODELS
+from tests.tiny import TINY_MODELS
 
 from llmtrain.commands import show
 from llmtrain.commands.architecture import vocabulary
@@ -14,7 +14,7 @@ from llmtrain.config.overrides import for_stage
 from llmtrain.config.schema import ModelConfig, OptimizerConfig, ShowConfig, TokenizerConfig
 from llmtrain.data.tokenizers import train_tokenizer
 from llmtrain.models.formats import save_model
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.optim.optimizers import state_bytes_per_weight
 
 
@@ -48,12 +48,12 @@ def test_gpt_3_is_answered_from_shapes_alone(
     assert f"activations of blocks together {96 * layer / 2**30:,.2f}" in out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_small_architecture_is_shown(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config: ModelConfig = load_config("pretrain", [f"model={name}"]).model
-    built = LanguageModel(config, 2048)
+    built = make_model(config, 2048)
     out = shown(capsys, monkeypatch, name)
     assert f"total {sum(each.numel() for each in built.parameters()):,}" in out
     assert "GiB" in out

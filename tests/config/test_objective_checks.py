@@ -6,7 +6,7 @@ import pytest
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema import MaskedConfig, NextTokenConfig, SpanCorruptionConfig
+from llmtrain.config.schema import MaskedConfig, NextTokenConfig, SpanCorruptionConfig, UsualObjectiveConfig
 
 ENCODER, PAIR = "model.architecture=encoder", "model.architecture=encoder_decoder"
 MASKED, SPANS = ["objective=masked", ENCODER], ["objective=span_corruption", PAIR]
@@ -18,7 +18,10 @@ CASES = {
         ", or choose objective=next_token or prefix or fill_in_the_middle",
     ),
     "spans of an encoder": (["objective=span_corruption", ENCODER], "or choose objective=masked"),
-    "next tokens of both": ([PAIR], "next_token is for architecture decoder, and the model's is encoder_decoder"),
+    "next tokens of both": (
+        ["objective=next_token", PAIR],
+        "next_token is for architecture decoder, and the model's is encoder_decoder",
+    ),
     "prefix of an encoder": (["objective=prefix", ENCODER], "prefix is for architecture decoder"),
     "more than all": (
         [*MASKED, "objective.replace_rate=0.8", "objective.random_rate=0.3"],
@@ -53,6 +56,7 @@ CASES = {
         ["objective=prefix", "objective.min_share=0.6", "objective.max_share=0.5"],
         "objective.min_share: 0.6 is above objective.max_share=0.5",
     ),
+    "spans as usual": ([PAIR, "data.sequences=documents"], "data.sequences: span_corruption reads running text"),
     "cut rows": (
         ["objective=prefix", "train.length_warmup.start_length=64", "train.length_warmup.steps=9"],
         "train.length_warmup: rows are cut for next_token only, not for prefix",
@@ -81,7 +85,9 @@ def test_what_does_not_fit_is_told(case: str, tmp_path: Path) -> None:
 
 
 def test_objectives_from_yaml() -> None:
-    assert load_config("pretrain").objective == NextTokenConfig()
+    assert load_config("pretrain").objective == UsualObjectiveConfig()
+    assert load_config("pretrain", ["objective=next_token"]).objective == NextTokenConfig()
+    assert load_config("pretrain", ["objective.z_loss=1e-4", ENCODER]).objective == UsualObjectiveConfig(z_loss=1e-4)
     masked = load_config("pretrain", [*TWO, "objective.mask_rate=0.3", "objective.z_loss=1e-4"]).objective
     assert masked == MaskedConfig(mask_rate=0.3, next_sentence=True, z_loss=1e-4)
     spans = load_config("pretrain", [*SPANS, "objective.noise_density=0.5", "objective.mean_span_length=5"]).objective
@@ -89,6 +95,14 @@ def test_objectives_from_yaml() -> None:
     assert load_config("sft", ["objective.label_smoothing=0.1"], later=["model.init_from"]).objective.label_smoothing
     prepared = load_config("prepare", ["tokenizer.special_tokens_for=[masked,fill_in_the_middle]"]).tokenizer
     assert prepared.special_tokens_for == ["masked", "fill_in_the_middle"]
+
+
+def test_the_usual_objective_of_an_architecture() -> None:
+    usual = UsualObjectiveConfig(label_smoothing=0.1)
+    assert usual.of("decoder", False) == NextTokenConfig(label_smoothing=0.1)
+    assert usual.of("encoder", False) == MaskedConfig(label_smoothing=0.1)
+    assert usual.of("encoder", True) == MaskedConfig(label_smoothing=0.1, next_sentence=True)
+    assert usual.of("encoder_decoder", False) == SpanCorruptionConfig(label_smoothing=0.1)
 
 
 def test_a_model_of_a_folder_is_checked_with_the_folder(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
         return "sft", texts
     if group == "adapter":
         return "sft", texts
-    if group == "objective":
+    if group == "objective" and option != "auto":
         texts.append(f"model.architecture={ARCHITECTURES[option]}")
     if group in ("rewards", "rollout"):
         return "align", [*texts, "method=ppo"]

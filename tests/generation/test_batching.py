@@ -16,7 +16,7 @@ from llmtrain.generation.batching import ContinuousBatch, enough_rows
 from llmtrain.generation.decoder import Decoder, PreparedLinear
 from llmtrain.generation.sampler import generate
 from llmtrain.models.attention import WIDTH_MULTIPLE, KVCache
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 
 VOCAB_SIZE = 61
 GROUPED = ModelConfig(num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, max_sequence_length=64, init_std=0.3)
@@ -43,10 +43,17 @@ FIRST = dataclasses.replace(
 OLMO = dataclasses.replace(
     GROUPED, norm_placement="reordered", qk_norm="full", logit_scale=0.5, tied_embeddings=False, init_std=0.1
 )
+T5 = dataclasses.replace(
+    MULTI_HEAD, architecture="encoder_decoder", encoder_layers=1, positions="relative", relative_buckets=8,
+    relative_max_distance=20, attention_scale=1.0, activation="geglu_tanh", tied_embeddings=False,
+)  # fmt: skip
+FIRST_BOTH = dataclasses.replace(FIRST, architecture="encoder_decoder", embedding_scale="sqrt_hidden_size", bias=True)
+CROSS_CAPPED = dataclasses.replace(GROUPED, architecture="encoder_decoder", attention_softcap=5.0, qk_norm="head")
 KINDS = {
     "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
     "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
+    "t5": T5, "first-both": FIRST_BOTH, "cross-capped": CROSS_CAPPED,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(
@@ -57,7 +64,7 @@ SAME_BITS = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def build(config: ModelConfig) -> LanguageModel:
-    return LanguageModel(config, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
+    return make_model(config, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
 
 
 def make_prompts(count: int = 11) -> list[list[int]]:
@@ -114,6 +121,7 @@ def test_the_same_in_any_batch(
         return generate(
             model, [prompts[row] for row in rows], max_new_tokens=9, stop_tokens=set(range(8)),
             temperature=temperature, seeds=[seeds[row] for row in rows], batch_rows=batch_rows,
+            start_token=0,
         )  # fmt: skip
 
     everyone = range(len(prompts))

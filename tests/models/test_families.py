@@ -32,6 +32,7 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GPT2_SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
 MPT_SIZES = {"n_layers": 2, "d_model": 48, "max_seq_len": 64, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
+BLOOM_SIZES = {"n_layer": 2, "hidden_size": 48, "vocab_size": VOCAB_SIZE, **TOKEN_IDS}
 GEMMA = {**GROUPED, "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "hidden_size": 40}
 ORIGINAL = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
@@ -71,6 +72,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", SIZES),
     "mpt": ("Mpt", {**MPT_SIZES, "n_heads": 4}),
     "mpt, 6 heads": ("Mpt", {**MPT_SIZES, "n_heads": 6}),
+    "bloom": ("Bloom", {**BLOOM_SIZES, "n_head": 4}),
+    "bloom, 6 heads": ("Bloom", {**BLOOM_SIZES, "n_head": 6}),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("case", CASES)
 # Phi-3 without a window and without partial rotation is Llama to us; these stay what they are.
@@ -78,7 +81,7 @@ TYPES = {
     "gpt2": "gpt2", "llama 2": "llama", "llama 3": "llama", "llama dynamic": "llama", "mistral": "mistral",
     "qwen2": "qwen2", "qwen2 window": "qwen2", "qwen3": "qwen3", "gemma 2": "gemma2", "gemma 3": "gemma3_text",
     "olmo 2": "olmo2", "phi 3": "phi3", "pythia": "gpt_neox", "gpt-bigcode": "gpt_bigcode", "falcon": "falcon",
-    "mpt": "mpt",
+    "mpt": "mpt", "bloom": "bloom",
 }  # fmt: skip
 
 

@@ -18,29 +18,50 @@ from llmtrain.models.feed_forward import make_feed_forward
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.masks import added, score_mask
 from llmtrain.models.norms import make_norm
-from llmtrain.models.positions import alibi_slopes, sinusoids
+from llmtrain.models.positions import alibi_slopes, relative_buckets, sinusoids
 from llmtrain.models.transformer import Block, Transformer
 
 # Attention
 
 
+def bucket_by_hand(distance: int, count: int, farthest: int, *, both_ways: bool) -> int:
+    """Of a query that stands so far behind its key: Raffel et al. 2020 (arXiv 1910.10683), one number at a time."""
+    first = 0
+    if both_ways:
+        count //= 2
+        first, distance = (count if distance < 0 else 0), abs(distance)
+    distance = max(distance, 0)
+    exact = count // 2
+    if distance < exact:
+        return first + distance
+    growth = math.log(distance / exact) / math.log(farthest / exact)
+    return first + min(exact + int(growth * (count - exact) + 1e-6), count - 1)
+
+
 def attended_by_loops(
-    config: ModelConfig, query: Tensor, key: Tensor, value: Tensor, window: int | None, documents: Tensor | None
+    config: ModelConfig, query: Tensor, key: Tensor, value: Tensor, window: int | None, documents: Tensor | None,
+    prefix: Tensor | None = None, relative: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Queries [B, Q, T, D] over [B, K, T, D], one number after the other."""
     found, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
-    scale = config.attention_scale or query.shape[-1] ** -0.5
+    scale, both_ways = config.attention_scale or query.shape[-1] ** -0.5, config.architecture == "encoder"
     for row, head, i in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
-        seen = [j for j in range(i + 1) if window is None or i - j < window]
+        seen = [j for j in range(key.shape[2]) if j <= i or both_ways or (prefix is not None and prefix[row, j])]
+        seen = [j for j in seen if window is None or -window < i - j < window]
         seen = [j for j in seen if documents is None or documents[row, i] == documents[row, j]]
         scores = []
         for j in seen:
             score = float(query[row, head, i] @ key[row, head // group, j]) * scale
             if config.attention_softcap:
                 score = config.attention_softcap * math.tanh(score / config.attention_softcap)
-            scores.append(
-                score - (alibi_slopes(config.num_heads)[head] * (i - j) if config.positions == "alibi" else 0)
-            )
+            if config.positions == "alibi":
+                score -= alibi_slopes(config.num_heads)[head] * abs(i - j)
+            if relative is not None:
+                bucket = bucket_by_hand(
+                    i - j, config.relative_buckets, config.relative_max_distance, both_ways=both_ways
+                )
+                score += float(relative[bucket, head])
+            scores.append(score)
         weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
         found[row, head, i] = sum(w * value[row, head // group, j] for w, j in zip(weights, seen, strict=True))
     return found
@@ -58,27 +79,48 @@ KINDS: dict[str, dict[str, Any]] = {
     "softcap and alibi": {"attention_softcap": 1.5, "positions": "alibi"},
     "scale": {"attention_scale": 0.9},
     "scale, softcap, window": {"attention_scale": 0.9, "attention_softcap": 1.5, "sliding_window": 4},
+    "relative": {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 9},
+    "relative, softcap, window": {"positions": "relative", "attention_softcap": 1.5, "sliding_window": 9},
 }
+BOTH_WAYS = {f"both ways, {kind}": {"architecture": "encoder", **parts} for kind, parts in KINDS.items()}
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def context_of(config: ModelConfig, documents: Tensor | None = None) -> Context:
+def context_of(config: ModelConfig, documents: Tensor | None = None, prefix: Tensor | None = None) -> Context:
     """What a model gives its first layer; positions are learned or ALiBi's, so that nothing is rotated."""
-    trunk = Transformer(config, 5)
-    numbers = None if documents is None else Documents.of(documents, 0.0)
-    return trunk._context(config.windows[0], torch.arange(LENGTH)[None], LENGTH, LENGTH, numbers, None)
+    trunk = drawn(Transformer(config, 5))
+    numbers = None if documents is None else Documents.of(documents, 0.0, is_causal=config.is_causal)
+    return trunk._context(config.windows[0], torch.arange(LENGTH)[None], LENGTH, LENGTH, numbers, None, prefix)
 
 
-@EVERY_KIND
+def table_of(config: ModelConfig) -> Tensor | None:
+    """That of `context_of`'s relative positions."""
+    trunk: Transformer = drawn(Transformer(config, 5))
+    return trunk._relative()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *BOTH_WAYS])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "several"])
-def test_attention_is_that_of_loops(kind: str, packed: bool) -> None:
-    config = with_parts(**{"positions": "none", **KINDS[kind]})
+@pytest.mark.parametrize("has_prefix", [False, True], ids=["", "prefix"])
+def test_attention_is_that_of_loops(kind: str, packed: bool, has_prefix: bool) -> None:
+    config = with_parts(**{"positions": "none", **(KINDS | BOTH_WAYS)[kind]})
     documents = torch.tensor([[0] * 6 + [1] * 7, [0] * 1 + [1] * 2 + [2] * 10]) if packed else None
+    prefix = torch.arange(LENGTH) < torch.tensor([[9], [3]]) if has_prefix else None
     attention = Attention(config, 0).double()
     query, key, value = normal(2, 6, LENGTH, 4), normal(2, 2, LENGTH, 4, seed=2), normal(2, 2, LENGTH, 4, seed=3)
-    found = attention._attend_all(query * attention.query_factor, key, value, context_of(config, documents))
-    expected = attended_by_loops(config, query, key, value, config.windows[0], documents)
+    found = attention._attend_all(query * attention.query_factor, key, value, context_of(config, documents, prefix))
+    expected = attended_by_loops(config, query, key, value, config.windows[0], documents, prefix, table_of(config))
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize(("count", "farthest"), [(32, 128), (8, 20), (64, 512)])
+def test_buckets_of_distances(both_ways: bool, count: int, farthest: int) -> None:
+    distances = torch.arange(-700, 700)
+    found = relative_buckets(distances, count, farthest, both_ways=both_ways).tolist()
+    expected = [bucket_by_hand(each, count, farthest, both_ways=both_ways) for each in distances.tolist()]
+    assert found == expected
+    assert set(found) == set(range(count)) - ({count // 2} if both_ways else set())  # nothing ahead is at distance 0
 
 
 @EVERY_KIND
@@ -88,7 +130,9 @@ def test_one_query_at_a_time_is_the_last_row(kind: str, kv_heads: int) -> None:
     config = with_parts(**{"positions": "none", **KINDS[kind]})
     query, key, value = normal(2, 6, 1, 4), normal(2, kv_heads, 32, 4, seed=2), normal(2, kv_heads, 32, 4, seed=3)
     places = torch.tensor([[8], [25]])
-    mask = added(score_mask(config, config.windows[0], places, torch.arange(32)), torch.float32)
+    relative = table_of(config)
+    seen = score_mask(config, config.windows[0], places, torch.arange(32), relative=relative)
+    mask = added(seen, torch.float32).detach()
     attention = Attention(dataclasses.replace(config, num_kv_heads=kv_heads), 0)
     scaled = query.float() * attention.query_factor
     if config.attention_softcap:
@@ -99,7 +143,9 @@ def test_one_query_at_a_time_is_the_last_row(kind: str, kv_heads: int) -> None:
         queries = torch.zeros(1, 6, place + 1, 4, dtype=torch.float64)
         queries[0, :, place] = query[row, :, 0]
         before = slice(row, row + 1), slice(None), slice(place + 1)
-        expected = attended_by_loops(config, queries, key[before], value[before], config.windows[0], None)
+        expected = attended_by_loops(
+            config, queries, key[before], value[before], config.windows[0], None, None, relative
+        )
         torch.testing.assert_close(found[row, :, 0].double(), expected[0, :, place], atol=2e-6, rtol=0)
 
 
@@ -255,6 +301,8 @@ WHOLE = {
     "neox": with_parts(block="parallel", norm="layernorm", bias=True, partial_rotary_factor=0.5),
     "falcon": with_parts(block="parallel_shared_norm", norm="layernorm", norm_bias=True, num_kv_heads=1),
     "first": with_parts(norm_placement="post", positions="sinusoidal", activation="relu", norm="layernorm"),
+    "bloom": with_parts(positions="alibi", norm="layernorm", activation="gelu_tanh", bias=True, embedding_norm="added"),
+    "relative": with_parts(positions="relative", attention_scale=1.0, embedding_norm="first", relative_buckets=8),
     "scaled": with_parts(rope_scaling=YarnScalingConfig(factor=2.0, original_max_sequence_length=16)),
 }  # fmt: skip
 EVERY_MODEL = pytest.mark.parametrize("name", WHOLE)

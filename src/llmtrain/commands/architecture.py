@@ -21,7 +21,7 @@ from llmtrain.models.footprint import (
     weights_by_name,
 )
 from llmtrain.models.formats import read_config
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.optim.optimizers import state_bytes_per_weight
 from llmtrain.stages import handover
 from llmtrain.stages.planning import rows_per_step
@@ -40,7 +40,7 @@ def show_model(model: str, overrides: Sequence[str], console: Console) -> None:
     else:
         architecture, vocab_size = config.model, vocabulary(config.model, config.tokenizer)
     with torch.device("meta"):
-        built = LanguageModel(architecture, vocab_size)
+        built = make_model(architecture, vocab_size)
     _print_layers(console, built)
     _print_parameters(console, built)
     _print_flops(console, built, sorted({config.train.sequence_length, architecture.max_sequence_length}))

@@ -19,7 +19,9 @@ def run(config: GenerateConfig) -> None:
     folder, chat = _model(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     model = assembly.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    if chat:
+    if model.config.architecture == "encoder_decoder":  # a source ends as its training's did; sentinels mean themselves
+        prompt = [*tokenizer.encode_rendered([text])[0], tokenizer.eos_id]
+    elif chat:
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
     else:
         prompt = tokenizer.encode(text) or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
@@ -27,6 +29,7 @@ def run(config: GenerateConfig) -> None:
         model, [prompt] * config.samples, max_new_tokens=config.max_new_tokens, stop_tokens=set(tokenizer.stop_ids),
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         seeds=[derive_seed(config.seed, "generate", row) for row in range(config.samples)],
+        start_token=tokenizer.pad_id,
     )  # fmt: skip
     for answer in answers:
         print(tokenizer.decode(answer))

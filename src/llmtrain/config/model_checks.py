@@ -100,4 +100,48 @@ def embeddings(view: View) -> Iterator[Finding]:
         yield finding(f"{scale} is not above 0", "model.embedding_scale")
 
 
-MODEL_CHECKS = (attention_shape, rotary, rope_scaling, windows, norms, embeddings)
+def shape_of_network(view: View) -> Iterator[Finding]:
+    """What encoders alone have; cross-attention needs a place between the two branches."""
+    architecture, block = view["model.architecture"], view["model.block"]
+    if architecture != "encoder_decoder":
+        why = f"model.architecture={architecture} has no encoder beside a decoder"
+        yield from _changed(view, "encoder_layers", why, "architecture")
+    elif block != "sequential":
+        problem = f"{block} leaves no place for cross-attention, which stands between both parts: take sequential"
+        yield finding(problem, "model.block", "model.architecture")
+    if architecture != "encoder":
+        for key in ("num_segments", "pooler", "mlm_head"):
+            yield from _changed(view, key, f"it is for model.architecture=encoder, not {architecture}", "architecture")
+
+
+def tables_of_positions(view: View) -> Iterator[Finding]:
+    """Only learned positions have rows to begin behind; buckets are for relative ones, and reach beyond the first."""
+    positions = view["model.positions"]
+    if positions != "learned":
+        yield from _changed(view, "position_offset", f"model.positions={positions} has no table", "positions")
+    if positions != "relative":
+        for key in ("relative_buckets", "relative_max_distance"):
+            yield from _changed(view, key, f"model.positions={positions} has no buckets", "positions")
+        return
+    buckets, farthest = view["model.relative_buckets"], view["model.relative_max_distance"]
+    exact = buckets // (4 if view["model.architecture"] == "encoder" else 2)
+    if buckets % 4:
+        problem = f"{buckets} is no multiple of 4: it is halved for two directions, and again for far distances"
+        yield finding(problem, "model.relative_buckets")
+    if farthest <= exact:
+        problem = f"{farthest} is not above {exact}, the distances with buckets of their own"
+        yield finding(problem, "model.relative_max_distance", "model.relative_buckets")
+
+
+def first_norm(view: View) -> Iterator[Finding]:
+    """The embedding's norm stands for one that the first block would have."""
+    placement = view["model.norm_placement"]
+    if view["model.embedding_norm"] == "first" and placement not in ("pre", "sandwich"):
+        problem = f"first is in the place of a norm that model.norm_placement={placement} has not: take added"
+        yield finding(problem, "model.embedding_norm", "model.norm_placement")
+
+
+MODEL_CHECKS = (
+    attention_shape, rotary, rope_scaling, windows, norms, embeddings, shape_of_network, tables_of_positions,
+    first_norm,
+)  # fmt: skip

@@ -1,22 +1,34 @@
 """Objectives that do not go with the model, the data or the tokenizer, or of which a key has no effect."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llmtrain.config.fields import alternatives, tag_of
 from llmtrain.config.plain import Finding
-from llmtrain.config.schema import SENTINELS, ObjectiveConfig, SpanCorruptionConfig
-from llmtrain.config.view import View, finding, no_effect
+from llmtrain.config.schema import SENTINELS, NamedObjective, SpanCorruptionConfig, UsualObjectiveConfig
+from llmtrain.config.view import NotValid, View, finding, no_effect
 
-ARCHITECTURES = {tag_of(member): member.architecture for member in alternatives(ObjectiveConfig)}
+ARCHITECTURES = {tag_of(member): member.architecture for member in alternatives(NamedObjective)}
 SHORTEST_INPUTS = 3  # one token of text, a sentinel, an end token
 SMALLEST_VOCABULARY = 300  # the 256 bytes, the special tokens that there are always, and some merges
+
+
+def _objective(view: View) -> dict[str, Any]:
+    """The keys of the objective, or of the one that auto stands for; nobody knows yet where a folder says it."""
+    if view["objective.name"] != "auto":
+        named: dict[str, Any] = view["objective"]
+        return named
+    if view["model.init_from"] is not None:
+        raise NotValid
+    return dataclasses.asdict(UsualObjectiveConfig().of(view["model.architecture"], view["model.pooler"]))
 
 
 def architecture(view: View) -> Iterator[Finding]:
     """Hidden tokens are for models that see both ways, spans for those that read and then write, the rest writes."""
     if view.command != "pretrain" or view["model.init_from"] is not None:
         return
-    name, there = view["objective.name"], view["model.architecture"]
+    name, there = _objective(view)["name"], view["model.architecture"]
     wanted = ARCHITECTURES[name]
     if there != wanted:
         others = [each for each, kind in ARCHITECTURES.items() if kind == there]
@@ -29,7 +41,7 @@ def pooler(view: View) -> Iterator[Finding]:
     """Two segments are told apart and judged by parts of their own, which nothing else trains."""
     if view.command != "pretrain" or view["model.init_from"] is not None or view["model.architecture"] != "encoder":
         return
-    has_two = view["objective.name"] == "masked" and view["objective.next_sentence"]
+    has_two = _objective(view).get("next_sentence", False)
     if has_two and not view["model.pooler"]:
         yield finding("judges by a pooler: set model.pooler=true", "objective.next_sentence", "model.pooler")
     if has_two and view["model.num_segments"] < 2:
@@ -41,13 +53,14 @@ def pooler(view: View) -> Iterator[Finding]:
 
 def masked(view: View) -> Iterator[Finding]:
     """Shares of a whole; two segments of running text, of which any may be asked for."""
-    if view["objective.name"] != "masked":
+    objective = _objective(view)
+    if objective["name"] != "masked":
         return
-    replaced, drawn = view["objective.replace_rate"], view["objective.random_rate"]
+    replaced, drawn = objective["replace_rate"], objective["random_rate"]
     if replaced + drawn > 1:
         problem = f"{replaced:g} + {drawn:g} are more than 1; the two are shares of the masked tokens"
         yield finding(problem, "objective.replace_rate", "objective.random_rate")
-    if view["objective.next_sentence"]:
+    if objective["next_sentence"]:
         key = "objective.next_sentence"
         yield from _running_text(view, key, "two segments are cut from running text")
         if view["data.streaming"]:
@@ -57,7 +70,8 @@ def masked(view: View) -> Iterator[Finding]:
 
 def spans(view: View) -> Iterator[Finding]:
     """Spans are taken out of running text, and each needs a sentinel."""
-    if view["objective.name"] != "span_corruption":
+    objective = _objective(view)
+    if objective["name"] != "span_corruption":
         return
     yield from _running_text(view, "objective.name", "span_corruption reads running text, of one document or several")
     length = view["train.sequence_length"]
@@ -65,7 +79,7 @@ def spans(view: View) -> Iterator[Finding]:
         yield finding(f"{length} is too short: span_corruption needs {SHORTEST_INPUTS}", "train.sequence_length")
         return
     found = SpanCorruptionConfig(
-        noise_density=view["objective.noise_density"], mean_span_length=view["objective.mean_span_length"]
+        noise_density=objective["noise_density"], mean_span_length=objective["mean_span_length"]
     ).lengths_for(length)
     if found.inputs != length:
         problem = f"so much is taken out that no text comes to train.sequence_length={length} tokens: lower it"
@@ -82,7 +96,7 @@ def sentinels_fit(view: View) -> Iterator[Finding]:
     """Sentinels are tokens of the vocabulary."""
     wanted = [*view["tokenizer.special_tokens_for"]]
     if view.command == "pretrain":
-        wanted.append(view["objective.name"])
+        wanted.append(_objective(view)["name"])
     if "span_corruption" not in wanted or view["tokenizer.path"] is not None:
         return
     if view.command == "pretrain" and view["model.init_from"] is not None:
@@ -104,7 +118,7 @@ def prefix(view: View) -> Iterator[Finding]:
 
 def length_warmup(view: View) -> Iterator[Finding]:
     """Rows that are cut are those of next tokens."""
-    name = view["objective.name"]
+    name = _objective(view)["name"]
     if view.command == "pretrain" and name != "next_token" and view["train.length_warmup"] is not None:
         problem = f"rows are cut for next_token only, not for {name}: leave it away"
         yield finding(problem, "train.length_warmup", "objective.name")

@@ -59,8 +59,7 @@ class ContinuousBatch:
         self.stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=device)
         self.known: _Read | None = None  # what was read last: more of its prompts' requests may wait
         self.slots: list[int | None] = [None] * rows
-        capacity = max(len(request.prompt) + request.limit for request in requests)
-        self.cache = decoder.new_cache([0] * rows, capacity)
+        self.cache = decoder.free_rows(rows, [(len(request.prompt), request.limit) for request in requests])
         self.tokens, self.counts, self.limits = torch.zeros(3, rows, dtype=torch.long, device=device)  # [R] each
         self.produced = torch.zeros(rows, limit, dtype=torch.long, device=device)  # [R, N]
         self.uniforms = torch.zeros(rows, limit, device=device)  # [R, N]

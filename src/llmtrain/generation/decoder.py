@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.models.attention import KVCache, rounded_up
-from llmtrain.models.heads import LanguageModel, capped
+from llmtrain.models.attention import WIDTH_MULTIPLE, KVCache, SourceCache, rounded_up
+from llmtrain.models.heads import EncoderDecoder, LanguageModel, capped
 from llmtrain.models.linear import Linear
 
 PLAIN = (nn.Linear, Linear)  # layers that are a product and nothing else
@@ -51,19 +51,30 @@ class Decoder:
         """A cache for rows of such lengths that may grow to `capacity` tokens."""
         return KVCache(self.config, lengths, capacity, dtype=self.dtype, device=self.device)
 
+    def free_rows(self, rows: int, sizes: Sequence[tuple[int, int]]) -> KVCache:
+        """A cache of rows that take, one after the other, prompts and answers of at most such lengths in tokens."""
+        return self.new_cache([0] * rows, max(prompt + answer for prompt, answer in sizes))
+
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
         """The logits [R, V] that follow each prompt, and the cache of the prompts."""
-        lengths = [len(prompt) for prompt in prompts]
-        width = rounded_up(max(lengths))
-        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        cache = self.new_cache(lengths, width)
-        rows, last = torch.arange(len(prompts), device=self.device), cache.lengths - 1
+        tokens = self._padded(prompts)
+        cache = self.new_cache([len(prompt) for prompt in prompts], tokens.shape[1])
+        return self._first_logits(tokens, cache), cache
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The prompts as rows [R, T], filled up with zeros on the right."""
+        width = rounded_up(max(map(len, prompts)))
+        return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
+
+    def _first_logits(self, tokens: Tensor, cache: KVCache, **source: Tensor) -> Tensor:
+        """The logits [R, V] that follow the last token of each row [R, T] that an empty cache is made for."""
+        rows, last = torch.arange(len(tokens), device=self.device), cache.lengths - 1
 
         def read(hidden: Tensor, _: Tensor, softcap: float | None = None) -> Tensor:
             return capped(self.head(self._filled(hidden[rows, last])), softcap)
 
-        logits: Tensor = self.model(torch.tensor(padded, device=self.device), read=read, cache=cache)
-        return logits[: len(prompts)], cache
+        logits: Tensor = self.model(tokens, read=read, cache=cache, **source)
+        return logits[: len(tokens)]
 
     def read_tokens(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The logits [R, V] that follow one token more of each row, [R]."""
@@ -78,6 +89,32 @@ class Decoder:
         """Rows [R, ...] and as many of zeros as make up the least number."""
         lacking = self.least_rows - len(rows)
         return F.pad(rows, (*[0] * (2 * rows.ndim - 1), lacking)) if lacking > 0 else rows
+
+
+class SourceDecoder(Decoder):
+    """A decoder whose prompts are the sources that its encoder reads, once; every answer begins with `start_token`."""
+
+    def __init__(self, model: EncoderDecoder, start_token: int) -> None:
+        super().__init__(model)
+        self.start_token = start_token
+
+    def free_rows(self, rows: int, sizes: Sequence[tuple[int, int]]) -> KVCache:
+        """As that of `Decoder`; answers stand by themselves, behind the start token."""
+        cache = self.new_cache([0] * rows, 1 + max(answer for _, answer in sizes))
+        return self._beside_sources(cache, [0] * rows, max(prompt for prompt, _ in sizes))
+
+    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
+        """The logits [R, V] of each answer's first token, and the cache."""
+        sources, lengths = self._padded(prompts), [len(prompt) for prompt in prompts]
+        cache = self._beside_sources(self.new_cache([1] * len(prompts), 1), lengths, sources.shape[1])
+        # as many columns as are read together, so that no product has a few rows alone
+        tokens = torch.full((len(prompts), WIDTH_MULTIPLE), self.start_token, device=self.device)
+        source_lengths = torch.tensor(lengths, device=self.device)
+        return self._first_logits(tokens, cache, source=sources, source_lengths=source_lengths), cache
+
+    def _beside_sources(self, cache: KVCache, lengths: Sequence[int], capacity: int) -> KVCache:
+        cache.source = SourceCache(self.config, lengths, capacity, dtype=self.dtype, device=self.device)
+        return cache
 
 
 class PreparedLinear(nn.Module):

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from llmtrain.engine.distributed import full_state, is_sharded
 from llmtrain.generation.sampler import generate
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.lora import merged_state
 
 
@@ -52,7 +52,7 @@ class Replica:
         if not is_sharded(self.part):
             return self.part
         if self.copy is None:
-            self.copy = LanguageModel(self.part.config, self.part.vocab_size)
+            self.copy = make_model(self.part.config, self.part.vocab_size)
             self.copy.to(next(self.part.parameters()).device)
         self.copy.load_state_dict(merged_state(self.part, full_state(self.part)))
         return self.copy.eval()

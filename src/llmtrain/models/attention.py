@@ -33,14 +33,14 @@ class KVCache:
     a row's own tokens hold padding, or what other rows have left there: finite, and masked.
 
     `lengths` are the unpadded lengths of the prompts, 0 for rows that `adopt` fills; `capacity` is the longest that a
-    row may grow, `dtype` that of the projections; `source` is beside a decoder that has an encoder.
+    row may grow, `dtype` that of the projections.
     """
 
     def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device,
-        source: "SourceCache | None" = None,
-    ) -> None:  # fmt: skip
-        self.config, self.windows, self.source = config, {*config.windows}, source
+        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config, self.windows = config, {*config.windows}
+        self.source: SourceCache | None = None  # of a decoder beside an encoder
         shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.lengths = torch.tensor(lengths, device=device)  # [R]

@@ -70,6 +70,8 @@ def load_scalar_model(
     if "score.weight" not in tensors:
         raise UserError(f"{folder} holds no reward model: it has no score.weight; was it trained by `llmtrain reward`?")
     config, vocab_size = _architecture(fields, folder)
+    if config.architecture != "decoder":
+        raise UserError(f"{folder} holds an {config.architecture.replace('_', '-')}; reward models are decoders here")
     with torch.device("meta"):
         model = ScalarModel(_with_dropout(config, dropout), vocab_size)
     statistics = {**SCORE_STATISTICS, **fields.get("llmtrain", {}), **(state or {})}

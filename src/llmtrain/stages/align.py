@@ -22,7 +22,7 @@ def stage(config: AlignConfig) -> None:
     folder = assembly.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     # dropout off in everything: the ratio of policy and reference is to be 1 at the start
-    policy = assembly.load_start(config, dropout=0.0)
+    policy = assembly.load_decoder(config, dropout=0.0)
     if isinstance(config.method, KtoConfig):
         kto.align(run, config.method, policy, tokenizer)
     elif isinstance(config.method, PairMethod):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
-from llmtrain.config.errors import UserError
+from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import CorpusConfig, LoraConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
@@ -288,6 +288,15 @@ def load_policy(folder: str, dropout: float | None = None) -> LanguageModel:
 def load_start(config: StageConfig, dropout: float | None = None) -> LanguageModel:
     """The language model that a stage starts from, as `load_policy`, with the adapter of `model.adapter_from`."""
     return _load_start(parent(config), config.model.adapter_from, dropout)
+
+
+def load_decoder(config: StageConfig, dropout: float | None = None) -> LanguageModel:
+    """As `load_start`; raises ConfigError for a model that does not go on with what it has read."""
+    model, stage = load_start(config, dropout), handover.stage_name(config)
+    if model.config.architecture != "decoder":
+        kind = model.config.architecture.replace("_", "-")
+        raise ConfigError(f"model.init_from: {parent(config)} holds an {kind}, and {stage} trains decoders; name one.")
+    return model
 
 
 def _load_start(folder: str, adapter: str | None, dropout: float | None = None) -> LanguageModel:

@@ -143,7 +143,7 @@ class Problems:
         """The share of problems whose answer is right (`eval/exact_match`)."""
         tokens = generate(
             self.model(), [problem.tokens for problem in self.problems], max_new_tokens=self.max_new_tokens,
-            stop_tokens=set(self.tokenizer.stop_ids), temperature=0.0,
+            stop_tokens=set(self.tokenizer.stop_ids), temperature=0.0, start_token=self.tokenizer.pad_id,
         )  # fmt: skip
         self.given = [self.tokenizer.decode(answer) for answer in tokens]
         right = [

@@ -29,7 +29,7 @@ from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
 from llmtrain.stages.planning import Plan
-from llmtrain.stages.tasks import Task, build_task, check_model, check_rows
+from llmtrain.stages.tasks import Task, build_task, check_model, check_rows, objective_of
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
         return corpus_tokenizer(config.data, config.tokenizer, cache)
     kept = handover.run_folder(config) / "tokenizer"  # so that a run keeps it when its mixture changes
     if not (kept / "tokenizer_config.json").is_file():
-        corpus_tokenizer(config.data, config.tokenizer, cache, [config.objective.name]).save(kept)
+        corpus_tokenizer(config.data, config.tokenizer, cache, [objective_of(config).name]).save(kept)
     return load_tokenizer(kept)
 
 

@@ -41,7 +41,7 @@ def stage(config: RewardConfig) -> None:
     run = Run.open(config)
     folder = assembly.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
-    policy = assembly.load_start(config)
+    policy = assembly.load_decoder(config)
     length = assembly.fitting_length(config, policy)
     rows, held_out = build_rankings(run, policy, tokenizer, length)
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))

@@ -9,9 +9,11 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import (
     FillInTheMiddleConfig,
     MaskedConfig,
+    NamedObjective,
     PrefixConfig,
     PretrainConfig,
     SpanCorruptionConfig,
+    UsualObjectiveConfig,
 )
 from llmtrain.data.corruption import Corruption
 from llmtrain.data.infilling import Infilling
@@ -22,10 +24,12 @@ from llmtrain.data.spans import SpanCorruption
 from llmtrain.data.special_tokens import infilling_tokens, mask_tokens, sentinels
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.trainer import Objective
+from llmtrain.models.formats import read_config
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.masked import MaskedTokens
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.sequence_to_sequence import SequenceToSequence
+from llmtrain.stages import handover
 
 Corrupt = Callable[[Mapping[int, TextRows]], Corruption[Any]]
 
@@ -50,7 +54,7 @@ class Task:
 
 def build_task(config: PretrainConfig, tokenizer: Tokenizer) -> Task:
     """The task of `objective`. Raises DataError where the tokenizer lacks a special token that it needs."""
-    objective, length, whose = config.objective, config.train.sequence_length, _whose(config)
+    objective, length, whose = objective_of(config), config.train.sequence_length, _whose(config)
     losses: dict[str, Any] = {"z_loss": objective.z_loss, "label_smoothing": objective.label_smoothing}
     next_token = partial(Task, length, lambda names: NextToken(source_names=names, **losses), NextToken())
     if isinstance(objective, MaskedConfig):
@@ -81,12 +85,31 @@ def build_task(config: PretrainConfig, tokenizer: Tokenizer) -> Task:
     return next_token()
 
 
+def objective_of(config: PretrainConfig) -> NamedObjective:
+    """The objective, where auto is none by name.
+
+    Raises ConfigError for auto and a model in a folder that is no decoder: its data may not be fit for the usual one.
+    """
+    if not isinstance(config.objective, UsualObjectiveConfig):
+        return config.objective
+    if config.model.init_from is None:
+        return config.objective.of(config.model.architecture, config.model.pooler)
+    there = read_config(handover.model_folder(config.model.init_from))[0]
+    usual = config.objective.of(there.architecture, there.pooler)
+    if there.architecture != "decoder":
+        raise ConfigError(
+            f"objective: the model of model.init_from={config.model.init_from} is of architecture {there.architecture}; "
+            f"name the objective: objective={usual.name}"
+        )
+    return usual
+
+
 def check_model(config: PretrainConfig, model: LanguageModel) -> None:
     """Raises ConfigError for an objective that the model of `model.init_from` is not for; freezes what it never asks.
 
     A model that is new has been checked with its config.
     """
-    objective, there = config.objective, model.config
+    objective, there = objective_of(config), model.config
     folder = f"the model of model.init_from={config.model.init_from}"
     if objective.architecture != there.architecture:
         raise ConfigError(
@@ -104,8 +127,9 @@ def check_model(config: PretrainConfig, model: LanguageModel) -> None:
 
 def check_rows(config: PretrainConfig, rows: Mapping[str, TextRows]) -> None:
     """Raises ConfigError for a source that has no other place for a second segment to come from."""
+    objective = objective_of(config)
     for name, each in rows.items():
-        if isinstance(config.objective, MaskedConfig) and config.objective.next_sentence and len(each) < 2:
+        if isinstance(objective, MaskedConfig) and objective.next_sentence and len(each) < 2:
             raise ConfigError(
                 f"objective.next_sentence: data.sources.{name} has {len(each)} row(s) of text, and two are needed: one "
                 "for each segment. Add text, or lower train.sequence_length"

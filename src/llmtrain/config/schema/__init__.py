@@ -37,12 +37,14 @@ from llmtrain.config.schema.objective import (
     SENTINELS,
     FillInTheMiddleConfig,
     MaskedConfig,
+    NamedObjective,
     NextTokenConfig,
     ObjectiveConfig,
     PrefixConfig,
     SpanCorruptionConfig,
     SpanLengths,
     TokenLossConfig,
+    UsualObjectiveConfig,
 )
 from llmtrain.config.schema.preference import (
     PAIR_METHODS,
@@ -119,6 +121,7 @@ __all__ = [
     "MixedSourceConfig",
     "ModelConfig",
     "ModelTokenizerConfig",
+    "NamedObjective",
     "NextTokenConfig",
     "NoAdapterConfig",
     "ObjectiveConfig",
@@ -162,6 +165,7 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainConfig",
+    "UsualObjectiveConfig",
     "VllmRolloutConfig",
     "YarnScalingConfig",
 ]

@@ -9,7 +9,7 @@ from llmtrain.config.schema.adapter import AdapterConfig, NoAdapterConfig
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
-from llmtrain.config.schema.objective import NextTokenConfig, ObjectiveConfig, TokenLossConfig
+from llmtrain.config.schema.objective import ObjectiveConfig, TokenLossConfig, UsualObjectiveConfig
 from llmtrain.config.schema.preference import PreferenceMethod
 from llmtrain.config.schema.reinforcement import SamplingMethod
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
@@ -54,7 +54,7 @@ class PretrainConfig(StageConfig):
 
     data: CorpusConfig
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    objective: ObjectiveConfig = Field(default_factory=NextTokenConfig, discriminator="name")
+    objective: ObjectiveConfig = Field(default_factory=UsualObjectiveConfig, discriminator="name")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -122,4 +122,23 @@ class SpanCorruptionConfig(TokenLossConfig):
         return self.lengths(text)
 
 
-ObjectiveConfig = NextTokenConfig | PrefixConfig | FillInTheMiddleConfig | MaskedConfig | SpanCorruptionConfig
+NamedObjective = NextTokenConfig | PrefixConfig | FillInTheMiddleConfig | MaskedConfig | SpanCorruptionConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class UsualObjectiveConfig(TokenLossConfig):
+    """What models of an architecture are usually trained by, with the defaults of that objective."""
+
+    name: Literal["auto"] = "auto"
+    """For a decoder next_token, for an encoder masked, with next_sentence where it has a pooler, for an
+    encoder_decoder span_corruption."""
+
+    def of(self, architecture: str, pooler: bool) -> NamedObjective:
+        """The objective of an architecture."""
+        if architecture == "encoder":
+            return MaskedConfig(z_loss=self.z_loss, label_smoothing=self.label_smoothing, next_sentence=pooler)
+        kind = SpanCorruptionConfig if architecture == "encoder_decoder" else NextTokenConfig
+        return kind(z_loss=self.z_loss, label_smoothing=self.label_smoothing)
+
+
+ObjectiveConfig = UsualObjectiveConfig | NamedObjective

@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass
 
-from llmtrain.models.layouts.table import Dropouts, Fields, Inexpressible, Key, Layout, Only, Part, Rule, look_up
+from llmtrain.models.layouts.table import (
+    Dropouts,
+    Fields,
+    Inexpressible,
+    Key,
+    Layout,
+    Only,
+    Part,
+    Rule,
+    WholeHeads,
+    look_up,
+)
 
 OURS: Fields = {
     "architecture": "encoder",
@@ -79,6 +90,7 @@ PARTS: tuple[Part, ...] = (
     Key("intermediate_size", "ffn_hidden_size"),
     Key("layer_norm_eps", "norm_eps", 1e-12),
     Key("initializer_range", "init_std", 0.02),
+    WholeHeads(),
     Segments(),
     Dropouts(("hidden_dropout_prob", "attention_probs_dropout_prob"), default=0.1),
     Only("position_embedding_type", "absolute"),

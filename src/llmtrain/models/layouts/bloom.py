@@ -1,6 +1,6 @@
 """BLOOM: ALiBi, and a norm behind the embeddings."""
 
-from llmtrain.models.layouts.table import Dropouts, Key, Layout, Only, Rule
+from llmtrain.models.layouts.table import Dropouts, Key, Layout, Only, Rule, WholeHeads
 
 BLOCK = "transformer.h.{i}."
 
@@ -33,6 +33,7 @@ BLOOM = Layout(
         Key("layer_norm_epsilon", "norm_eps", 1e-5),
         Key("tie_word_embeddings", "tied_embeddings", True),
         Key("initializer_range", "init_std", 0.02),
+        WholeHeads(),
         Dropouts(("hidden_dropout", "attention_dropout")),
         Only("apply_residual_connection_post_layernorm", False),
     ),

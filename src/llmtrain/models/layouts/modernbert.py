@@ -5,7 +5,7 @@ from typing import Any
 
 from llmtrain.models.layouts.llama import BIAS_OF_ATTENTION
 from llmtrain.models.layouts.rope import FULL, SLIDING, RopeByLayer, WindowByLayer
-from llmtrain.models.layouts.table import Dropouts, Fields, Inexpressible, Key, Layout, Only, Rule, Same, WholeHeads
+from llmtrain.models.layouts.table import Dropouts, Fields, Key, Layout, Only, Rule, Same, WholeHeads
 
 BLOCK = "model.layers.{i}."
 GATES = {"geglu": ("gelu",), "geglu_tanh": ("gelu_pytorch_tanh", "gelu_new"), "swiglu": ("silu", "swish")}
@@ -28,16 +28,6 @@ class WindowBothWays(WindowByLayer):
         layers = num_layers if isinstance(num_layers, int) else 0
         period = theirs.get("global_attn_every_n_layers", self.period)
         return [SLIDING if layer % period else FULL for layer in range(layers)]
-
-
-@dataclass(frozen=True)
-class OneHeadForAll(WholeHeads):
-    """Every query head has keys and values of its own."""
-
-    def write(self, ours: Fields) -> Fields:
-        if ours["num_kv_heads"] != ours["num_heads"]:
-            raise Inexpressible
-        return super().write(ours)
 
 
 MODERNBERT = Layout(
@@ -76,7 +66,7 @@ MODERNBERT = Layout(
         )),
         Same((Key("mlp_bias", "mlp_bias", False), Key("classifier_bias", "mlp_bias", False))),
         *BIAS_OF_ATTENTION,
-        OneHeadForAll(),
+        WholeHeads(),
         WindowBothWays(),
         RopeByLayer(160_000.0, 10_000.0, theta="global_rope_theta", local_theta="local_rope_theta"),
         Dropouts(("attention_dropout", "embedding_dropout", "mlp_dropout")),
