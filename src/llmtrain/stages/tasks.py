@@ -98,8 +98,8 @@ def objective_of(config: PretrainConfig) -> NamedObjective:
     usual = config.objective.of(there.architecture, there.pooler)
     if there.architecture != "decoder":
         raise ConfigError(
-            f"objective: the model of model.init_from={config.model.init_from} is of architecture {there.architecture}; "
-            f"name the objective: objective={usual.name}"
+            f"objective: the model of model.init_from={config.model.init_from} is an {there.architecture}; name the "
+            f"objective: objective={usual.name}"
         )
     return usual
 
