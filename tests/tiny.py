@@ -64,6 +64,19 @@ COMMANDS |= {
     method: ["align", f"method={method}", *TINY["dpo"]]
     for method in ("ipo", "hinge", "robust", "orpo", "simpo", "cpo", "kto")
 }
+SENTINELS = "tokenizer.vocab_size=420"  # of which a hundred are sentinels
+OBJECTIVES = {
+    "masked": ["objective=masked", "model.architecture=encoder"],
+    "two-segments": [
+        "objective=masked", "objective.next_sentence=true", "objective.whole_words=true", "model.architecture=encoder",
+        "model.pooler=true", "model.num_segments=2",
+    ],
+    "span-corruption": ["objective=span_corruption", "model.architecture=encoder_decoder", SENTINELS],
+    "prefix": ["objective=prefix", "objective.z_loss=1e-4"],
+    "infilling": ["objective=fill_in_the_middle", "objective.label_smoothing=0.1"],
+}  # fmt: skip
+COMMANDS |= {name: [*COMMANDS["pretrain"], *overrides] for name, overrides in OBJECTIVES.items()}
+COMMANDS["sequence-to-sequence"] = [*COMMANDS["sft"], "objective.label_smoothing=0.1"]
 COMMANDS["precomputed"] = [*COMMANDS["dpo"], "method.reference=precomputed"]
 COMMANDS["kto-precomputed"] = [*COMMANDS["kto"], "method.reference=precomputed"]
 LORA = ["adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2"]
@@ -96,15 +109,17 @@ def finish(arguments: Sequence[str], launcher: Sequence[str] = (), expect: int =
 
 def starting_from(folder: Path, stage: str) -> list[str]:
     """Overrides by which a stage starts from the runs of `make_parents`, whatever else has finished there."""
-    if stage == "pretrain":
+    if stage in ("pretrain", *OBJECTIVES):
         return []
-    before = [f"model.init_from={folder / ('pretrain' if stage == 'sft' else 'sft')}"]
+    start = {"sft": "pretrain", "sequence-to-sequence": "span-corruption"}.get(stage, "sft")
+    before = [f"model.init_from={folder / start}"]
     return [*before, f"reward_model={folder / 'reward'}"] if stage in ("ppo", "lora-ppo") else before
 
 
 def make_parents(folder: Path) -> Path:
-    """A folder with tiny finished runs `pretrain`, `sft` and `reward`, each started from the one before."""
-    for name in ("pretrain", "sft", "reward"):
+    """A folder with tiny finished runs `pretrain`, `sft` and `reward`, each started from the one before, and one of an
+    encoder-decoder."""
+    for name in ("pretrain", "sft", "reward", "span-corruption"):
         where = [*starting_from(folder, name), f"runs_dir={folder}", f"run={name}"]
         finish([*COMMANDS[name], "train.steps=3", "schedule.warmup_steps=0", *where])
     return folder

@@ -115,3 +115,28 @@ def test_on_a_terminal_colour_says_what_is_learned(tokenizer: Tokenizer) -> None
     with console.capture() as captured:
         console.print(text)
     assert "\x1b[32mthis" in captured.get()
+
+
+def pretraining(tmp_path: Path, *overrides: str) -> tuple[str, ...]:
+    (tmp_path / "a.txt").write_text("This is the text of the one source, and all that it says.\n" * 200)
+    return (
+        f"runs_dir={tmp_path}/runs", *only(f"{tmp_path}/a.txt"), "tokenizer.vocab_size=420", "train.steps=4",
+        "train.sequence_length=32", "train.batch_tokens=64", *overrides,
+    )  # fmt: skip
+
+
+def test_masked_rows_are_shown_as_read_and_as_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("model=bert_tiny", "objective=masked", "objective.mask_rate=0.3")
+    out = shown(capsys, "pretrain", *pretraining(tmp_path, *options))
+    title = r"row 0: files, row \d+, as (read|written), 32 tokens, (\d+) of them learned\n"
+    read, written = re.findall(title + r"(.*?)\n\n", out, re.DOTALL)[:2]
+    assert (read[0], written[0]) == ("read", "written")
+    assert "<|mask|>" in read[2]
+    assert "<|mask|>" not in written[2]
+    assert read[1] == written[1]
+
+
+def test_taken_out_spans_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(capsys, "pretrain", *pretraining(tmp_path, "model=t5_tiny"))
+    assert re.search(r"row 0: files, row \d+, inputs, 32 tokens, 0 of them learned", out)
+    assert re.search(r"row 0: files, row \d+, targets, 8 tokens, 8 of them learned\n«<extra_id_0>", out)

@@ -8,6 +8,7 @@ import yaml
 from llmtrain.config.commands import COMMANDS
 from llmtrain.config.compose import load_config
 from llmtrain.config.folders import packaged_configs
+from llmtrain.config.objective_checks import ARCHITECTURES
 
 ROOT = packaged_configs()
 FILES = sorted(str(file.relative_to(ROOT).with_suffix("")) for file in ROOT.glob("*/*.yaml"))
@@ -40,6 +41,8 @@ def _arguments(name: str, tmp_path: Path) -> tuple[str, list[str]]:
         return "sft", texts
     if group == "adapter":
         return "sft", texts
+    if group == "objective" and option != "auto":
+        texts.append(f"model.architecture={ARCHITECTURES[option]}")
     if group in ("rewards", "rollout"):
         return "align", [*texts, "method=ppo"]
     return ("align" if group == "method" else "pretrain"), texts

@@ -40,12 +40,13 @@ from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.models.experts import expert_layers
-from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, make_model
 from llmtrain.models.mup import at_width
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.kl import AdaptiveKL
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
+from llmtrain.objectives.masked import MaskedBatch, MaskedTokens
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.pairs import PairBatch, answer_logprobs
 from llmtrain.objectives.policy_gradient import Grpo, Reinforce, policy_logprobs
@@ -54,6 +55,7 @@ from llmtrain.objectives.preference import OnTheFly
 from llmtrain.objectives.rankings import RankingBatch
 from llmtrain.objectives.reward import BradleyTerry
 from llmtrain.objectives.routing import Routed
+from llmtrain.objectives.sequence_to_sequence import SequencePairBatch, SequenceToSequence
 from llmtrain.objectives.trajectories import JudgedAnswers, Rollout, Trajectory, rows_of_process
 from llmtrain.rewards.models import LearnedReward
 from llmtrain.rewards.sums import WeightedSum
@@ -68,8 +70,9 @@ PREFERENCE = {
     "dpo": DpoConfig(sft_weight=0.2), "length_normalised": DpoConfig(length_normalised=True), "ipo": IpoConfig(),
     "hinge": HingeConfig(), "robust": RobustConfig(), "orpo": OrpoConfig(), "simpo": SimpoConfig(), "cpo": CpoConfig(),
 }  # fmt: skip
+TEXT = ("next_token", "sft", "packed", "prefix", "masked", "two segments", "sequence to sequence")
 OBJECTIVES = (
-    "next_token", "mup", "sft", "packed", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
+    *TEXT, "mup", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
     "token grpo", "reinforce",
     *(f"experts {name}" for name in ("next_token", "sft", "packed", "rankings", "dpo", "kto", "ppo", "grpo")),
 )  # fmt: skip
@@ -83,6 +86,11 @@ EXPERTS = dataclasses.replace(
         capacity_group_tokens=8, balance_loss=0.3, z_loss=0.1, balance_bias_rate=0.2,
     ),
 )  # fmt: skip
+ENCODER = dataclasses.replace(CONFIG, architecture="encoder", mlm_head=True)
+ARCHITECTURES = {
+    "masked": ENCODER, "two segments": dataclasses.replace(ENCODER, pooler=True, num_segments=2),
+    "sequence to sequence": dataclasses.replace(CONFIG, architecture="encoder_decoder", positions="relative"),
+}  # fmt: skip
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 PPO = PpoConfig(epochs=2, minibatches=2, max_new_tokens=12)
 
@@ -148,7 +156,7 @@ def places(layout: Layout) -> list[tuple[Layout, Any, str]]:
 
 
 def language_model(seed: int, config: ModelConfig = CONFIG) -> LanguageModel:
-    model = LanguageModel(config, VOCAB).initialise(torch.Generator().manual_seed(seed))
+    model = make_model(config, VOCAB).initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for parameter in model.parameters():  # away from the start, where answers are all alike
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
@@ -191,7 +199,11 @@ def build_of(name: str, config: ModelConfig) -> tuple[nn.Module, Any]:
         method = PREFERENCE[name]
         reference = OnTheFly(language_model(2).eval()) if method.reference else None
         return language_model(1, config), build_objective(method, reference)
-    return language_model(1, config), Kto(beta=0.5, undesirable_weight=1.5) if name == "kto" else NextToken(z_loss=1e-3)
+    if name == "kto":
+        return language_model(1, config), Kto(beta=0.5, undesirable_weight=1.5)
+    kind = {"sequence to sequence": SequenceToSequence, "masked": MaskedTokens, "two segments": MaskedTokens}
+    objective = kind.get(name, NextToken)(z_loss=1e-3, label_smoothing=0.1 if name in ARCHITECTURES else 0.0)
+    return language_model(1, ARCHITECTURES.get(name, config)), objective
 
 
 def routed(model: nn.Module, objective: Any, layout: Layout) -> Any:
@@ -220,6 +232,18 @@ def global_batch(name: str) -> Batch:
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source, documents=documents)
     if name in ("next_token", "mup", "sft"):
         return TokenBatch(tokens=tokens, loss_mask=mask, source=source)
+    if name == "prefix":
+        prefix = torch.arange(WIDTH) < (lengths[:, None] // 2).clamp(min=1)
+        return TokenBatch(tokens=tokens, loss_mask=mask & ~prefix, source=source, prefix=prefix)
+    if name in ("masked", "two segments"):
+        return masked_batch(tokens, others, inside, source, name == "two segments")
+    if name == "sequence to sequence":
+        shorter = (lengths.flip(0) // 2).clamp(min=1)
+        targets, counts = others[:, : WIDTH // 2], torch.arange(WIDTH // 2) < shorter[:, None]
+        return SequencePairBatch(
+            inputs=tokens, tokens=targets.roll(1, dims=1), targets=targets, loss_mask=counts, source=source,
+            input_lengths=lengths,
+        )  # fmt: skip
     if name.endswith(("grpo", "reinforce")):
         # the two rows of a group begin alike, as far as the second one's answer; some prompts outlast the first row
         answers_begin = mask.long().argmax(dim=1, keepdim=True)
@@ -252,6 +276,16 @@ def global_batch(name: str) -> Batch:
             source,
         )
     return PairBatch(chosen=tokens, rejected=others, chosen_mask=mask, rejected_mask=mask, source=source)
+
+
+def masked_batch(tokens: Tensor, others: Tensor, inside: Tensor, source: Tensor, labels: bool) -> MaskedBatch:
+    """A seventh of each row predicted, padding apart."""
+    places = torch.arange(0, WIDTH, 7).repeat(ROWS, 1)
+    return MaskedBatch(
+        tokens=tokens, places=places, targets=others.gather(1, places), loss_mask=inside.gather(1, places),
+        source=source, documents=(~inside).int(), segments=(torch.arange(WIDTH) > 9).long().repeat(ROWS, 1) if labels
+        else None, is_other=(torch.arange(ROWS) % 3 == 0).long() if labels else None,
+    )  # fmt: skip
 
 
 def ranking_batch(answers: list[Tensor], masks: list[Tensor], counts: list[int], source: Tensor) -> RankingBatch:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
+from tests.tiny import COMMANDS, OBJECTIVES, TINY, finish, make_parents, start, starting_from
 
 WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
 # the worst, so that it is not the last
@@ -22,7 +22,16 @@ EXPERTS = [
     "model.experts.num_experts=4", "model.experts.capacity_factor=0.9", "model.experts.capacity_group_tokens=8",
     "model.experts.jitter=0.1",    "model.experts.balance_bias_rate=0.01", "model.experts.z_loss=0.001",
 ]  # fmt: skip
+# text that is encoded while training goes on, with the tokenizer of a run in the folder of the parents
+STREAMED = ["data.streaming=true", "tokenizer.path=PARENTS/span-corruption/model"]
+UNTRAINED = [text for text in TINY["pretrain"] if not text.startswith("tokenizer.")]
 CASES = COMMANDS | {
+    "streamed-spans": [
+        "pretrain",
+        *UNTRAINED,
+        *(text for text in OBJECTIVES["span-corruption"] if "vocab" not in text),
+        *STREAMED,
+    ],
     "dropout": [*COMMANDS["pretrain"], *DROPOUT, "train.micro_batch_rows=2"],
     "mup": [*COMMANDS["pretrain"], "model.init={name:mup,base_hidden_size:8,base_head_dim:4}"],
     "length-warmup": [*COMMANDS["pretrain"], *WARMUP, "train.micro_batch_rows=2"],
@@ -40,8 +49,8 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "mup", "length-warmup", "best", "experts")
-FAST = ("dropout",)
+INDEPENDENT = ("pretrain", "dropout", "length-warmup", "mup", "best", "experts", *OBJECTIVES)
+FAST = ("dropout", "two-segments")
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +77,9 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 )
 def test_killed_three_times_ends_with_the_same_bits(case: str, runs: Path) -> None:
     command = [text.replace("rankings.jsonl", str(runs / "rankings.jsonl")) for text in CASES[case]]
+    command = [text.replace("PARENTS", str(runs)) for text in command]
     command += ["checkpoint.every_steps=3", "train.steps=12", f"runs_dir={runs}"]
-    command += [] if case in INDEPENDENT else starting_from(runs, case)
+    command += [] if case in (*INDEPENDENT, "streamed-spans") else starting_from(runs, case)
     calm, killed = runs / f"calm-{case}", runs / f"killed-{case}"
     finish([*command, f"run={calm.name}"])
 

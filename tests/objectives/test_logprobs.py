@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from llmtrain.objectives import logprobs
-from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs, token_logprobs_and_entropy
+from llmtrain.objectives.logprobs import (
+    cross_entropy_sum,
+    cross_entropy_sum_and_hits,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 
 ROWS, WIDTH, HIDDEN, VOCAB = 3, 10, 8, 23
 
@@ -221,3 +226,45 @@ def test_compiles_without_graph_breaks(backend, autocast, monkeypatch):
         torch.autograd.grad(found[0], (hidden, weight)), torch.autograd.grad(wanted[0], (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(gradient, reference, **tolerance)
+
+
+@pytest.mark.usefixtures("_portions")
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("epsilon", [0.1, 0.6])
+def test_label_smoothing_is_that_of_torch(epsilon, z_loss):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    total, nll = cross_entropy_sum(hidden, weight, targets, mask, z_loss=z_loss, label_smoothing=epsilon)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    logits = F.linear(*wide)[mask]
+    wanted = F.cross_entropy(logits, targets[mask], label_smoothing=epsilon, reduction="sum")
+    wanted = wanted + z_loss * logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll, cross_entropy_sum(hidden, weight, targets, mask)[1])  # the metric is without it
+    found, references = torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(wanted, wide)
+    for gradient, reference in zip(found, references, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_portions")
+def test_label_smoothing_of_capped_logits_with_a_bias():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    bias = torch.linspace(-2, 2, VOCAB).requires_grad_()
+    total, _ = cross_entropy_sum(hidden, weight, targets, mask, label_smoothing=0.2, softcap=3.0, bias=bias)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
+    logits = 3.0 * torch.tanh(F.linear(*wide) / 3.0)[mask]
+    wanted = F.cross_entropy(logits, targets[mask], label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+    found, references = torch.autograd.grad(total, (hidden, weight, bias)), torch.autograd.grad(wanted, wide)
+    for gradient, reference in zip(found, references, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_portions")
+def test_hits_are_targets_that_no_token_is_likelier_than():
+    hidden, weight, targets, mask = tensors(torch.float32)
+    likeliest = F.linear(hidden, weight).argmax(-1)
+    targets = torch.where(torch.arange(WIDTH) % 2 == 0, likeliest, targets)
+    *_, hits = cross_entropy_sum_and_hits(hidden, weight, targets, mask)
+    assert torch.equal(hits, ((targets == likeliest) & mask).float())
+    assert 0 < hits.sum() < mask.sum()
+    assert not hits.requires_grad

@@ -1,5 +1,6 @@
 """Next-token prediction: against Transformers' own loss, for each source, and whatever the micro-batches."""
 
+import dataclasses
 import math
 
 import pytest
@@ -95,3 +96,36 @@ def test_the_whole_objective_compiles_without_graph_breaks(kit, batch):
     torch.testing.assert_close(metrics, wanted_metrics)
     found = torch.autograd.grad(loss, model.head)
     torch.testing.assert_close(found, torch.autograd.grad(wanted, model.head))
+
+
+def test_label_smoothing_is_minimised_and_not_reported(kit, batch):
+    model = kit.language_model(0)
+    found, metrics = NextToken(label_smoothing=0.2)(model, batch)
+    plain, plain_metrics = NextToken()(model, batch)
+    torch.testing.assert_close(metrics["loss"], plain_metrics["loss"])
+    logits = model(batch.tokens, read=lambda hidden, head: hidden @ head.T)[:, :-1]
+    labels = batch.tokens[:, 1:].masked_fill(~batch.loss_mask[:, 1:], -100)
+    wanted = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2, ignore_index=-100, reduction="sum"
+    )
+    torch.testing.assert_close(found, wanted)
+    assert found != plain
+
+
+def test_a_prefix_is_handed_to_the_model_and_not_predicted(kit, batch):
+    prefix = torch.zeros_like(batch.loss_mask)
+    prefix[:, :3] = True
+    with_prefix = dataclasses.replace(batch, prefix=prefix, loss_mask=batch.loss_mask & ~prefix)
+    seen = {}
+
+    def model(tokens, **options):
+        seen.update(options)
+        return options["read"](torch.zeros(*tokens.shape, 4), torch.zeros(kit.vocab, 4))
+
+    loss, metrics = NextToken()(model, with_prefix)
+    assert seen["prefix"] is prefix
+    assert metrics["loss"][1] == with_prefix.loss_mask.sum() < batch.loss_mask.sum()
+    assert loss.item() == pytest.approx(math.log(kit.vocab) * int(with_prefix.loss_mask.sum()), rel=1e-6)
+    seen.clear()
+    NextToken()(model, batch)
+    assert "prefix" not in seen

@@ -19,10 +19,10 @@ def run(config: GenerateConfig) -> None:
     folder, chat = _model(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     model = assembly.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    if model.config.architecture == "encoder_decoder":  # a source ends as its training's did; sentinels mean themselves
-        prompt = [*tokenizer.encode_rendered([text])[0], tokenizer.eos_id]
-    elif chat:
+    if chat:
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    elif model.config.architecture == "encoder_decoder":  # as in span corruption; sentinels mean themselves
+        prompt = [*tokenizer.encode_rendered([text])[0], tokenizer.eos_id]
     else:
         prompt = tokenizer.encode(text) or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     answers = generate(

@@ -60,7 +60,7 @@ def show_stage(config: ShowConfig, console: Console) -> None:
     if isinstance(stage.adapter, LoraConfig):
         _print_trained(console, stage, stage.adapter)
     for number, (name, row) in enumerate(islice(rows_in_order(seen.order), config.rows)):
-        _print_parts(console, seen, f"row {number}", name, row)
+        _print_parts(console, seen, f"row {number}", name, row, divmod(number, seen.order.batch_rows))
 
 
 def show_run(config: ShowConfig, console: Console) -> None:
@@ -78,7 +78,8 @@ def show_run(config: ShowConfig, console: Console) -> None:
         if config.step > seen.plan.steps:
             raise ConfigError(f"step={config.step}: the run has {seen.plan.steps} steps")
         for number, (name, row) in enumerate(rows_of_step(seen.order, config.step - 1)):
-            _print_parts(console, seen, f"step {config.step}, row {number}", name, row, with_places=True)
+            title = f"step {config.step}, row {number}"
+            _print_parts(console, seen, title, name, row, (config.step - 1, number), with_places=True)
     if config.document is not None:
         _print_steps_of(console, seen, config.document)
 
@@ -102,11 +103,13 @@ def _config_of(folder: Path) -> PretrainConfig | SftConfig | RewardConfig | Alig
     return config
 
 
-def _print_parts(console: Console, seen: Seen, title: str, name: str, row: int, with_places: bool = False) -> None:
+def _print_parts(
+    console: Console, seen: Seen, title: str, name: str, row: int, when: tuple[int, int], with_places: bool = False
+) -> None:
     if name not in seen.amounts:
         console.print(Text(f"{title}: {name}, row {row}: this source is no longer in the run's config"))
         return
-    for part, tokens, mask in seen.parts(name, row):
+    for part, tokens, mask in seen.parts(name, row, when):
         said = f"{title}: {name}, {part}, {len(tokens)} tokens, {int(mask.sum())} of them learned"
         _print_row(console, said, seen.tokenizer, tokens, mask, seen.places(name, row) if with_places else [])
 

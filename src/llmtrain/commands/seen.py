@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SamplingMethod, SftConfig
-from llmtrain.data.batches import RowOrder
+from llmtrain.data.batches import RowOrder, collate_text
+from llmtrain.data.corruption import row_key
 from llmtrain.data.encoding import (
     AnswerRow,
     PairRow,
@@ -27,13 +28,18 @@ from llmtrain.data.encoding import (
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.packing import PackedConversations
 from llmtrain.data.preparation import prepare_sources
+from llmtrain.data.sequence_pairs import SequencePairRow, answers_by_source
 from llmtrain.data.sequences import TextRows, text_rows
 from llmtrain.data.shards import TokenSource
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.models.formats import read_config
+from llmtrain.objectives.masked import MaskedBatch
+from llmtrain.objectives.next_token import TokenBatch
+from llmtrain.objectives.sequence_to_sequence import SequencePairBatch
 from llmtrain.stages import assembly, handover, pretrain, sft
 from llmtrain.stages.pairs import read_rankings
 from llmtrain.stages.planning import drawn, make_plan, row_digests
+from llmtrain.stages.tasks import build_task
 
 RowStage = SftConfig | RewardConfig | AlignConfig
 
@@ -74,8 +80,10 @@ class SeenText:
     """Rows of pretraining text."""
 
     def __init__(self, config: PretrainConfig, ledger: Ledger | None = None) -> None:
-        cache, self.length = Path(config.runs_dir) / "cache", config.train.sequence_length
-        self.tokenizer = pretrain.build_tokenizer(config, cache)
+        cache = Path(config.runs_dir) / "cache"
+        self.config, self.tokenizer = config, pretrain.build_tokenizer(config, cache)
+        self.task = build_task(config, self.tokenizer)
+        self.length = self.task.row_length
         prepared = prepare_sources(config.data, tokenizer=self.tokenizer, cache_dir=cache)
         self.sources: dict[str, TokenSource] = {name: source.train for name, source in prepared.items()}
         self.rows: dict[str, TextRows] = {
@@ -98,10 +106,14 @@ class SeenText:
         """Tokens and epochs of each source that `steps` steps use."""
         return self.order.counts(steps, "tokens", self.length)
 
-    def parts(self, name: str, row: int) -> list[Shown]:
-        """The row as a whole."""
-        tokens, mask, _ = self.rows[name][row]
-        return [Shown(f"row {row}", tokens, mask)]
+    def parts(self, name: str, row: int, when: tuple[int, int]) -> list[Shown]:
+        """The row as a whole, or what the objective makes of it in a step (from 0) at a place of the batch."""
+        names = self.order.names
+        batch: Any = collate_text([self.rows[name][row]], [names.index(name)])
+        if self.task.corrupt:
+            by_number = {number: self.rows[each] for number, each in enumerate(names) if each in self.rows}
+            batch = self.task.corrupt(by_number)(batch, [row_key(self.config.seed, *when)])
+        return [Shown(f"row {row}{f', {part}' if part else ''}", *shown) for part, *shown in _parts(batch)]
 
     def places(self, name: str, row: int) -> list[str]:
         """The documents of which it holds a part."""
@@ -115,15 +127,34 @@ class SeenText:
         return [row for span in spans for row in self.rows[name].holding(*span)]
 
 
+def _parts(batch: TokenBatch | MaskedBatch | SequencePairBatch) -> list[tuple[str, NDArray[Any], NDArray[np.bool_]]]:
+    """What the model reads of a batch of one row and what it predicts: names, ids and which of them are learned."""
+    if isinstance(batch, TokenBatch):
+        return [("", batch.tokens[0].numpy(), batch.loss_mask[0].numpy())]
+    if isinstance(batch, SequencePairBatch):
+        nothing = np.zeros(batch.inputs.shape[1], dtype=np.bool_)
+        return [
+            ("inputs", batch.inputs[0].numpy(), nothing),
+            ("targets", batch.targets[0].numpy(), batch.loss_mask[0].numpy()),
+        ]
+    read, places = batch.tokens[0].numpy(), batch.places[0][batch.loss_mask[0]].numpy()
+    hidden, written = np.zeros(len(read), dtype=np.bool_), read.copy()
+    hidden[places], written[places] = True, batch.predicted().numpy()
+    return [("as read", read, hidden), ("as written", written, hidden)]
+
+
 class SeenRows:
     """Conversations, pairs, judged answers or prompts."""
 
     def __init__(self, config: RowStage, ledger: Ledger | None = None) -> None:
         folder = handover.model_folder(assembly.parent(config))
         self.tokenizer = sft.build_tokenizer(config) if isinstance(config, SftConfig) else load_tokenizer(folder)
-        length = min(config.train.sequence_length, read_config(folder)[0].max_sequence_length)
+        model = read_config(folder)[0]
+        length = min(config.train.sequence_length, model.max_sequence_length)
         found = _load(config, self.tokenizer, length)
         self.rows: Mapping[str, Sequence[Any]] = found
+        if model.architecture == "encoder_decoder":
+            self.rows = answers_by_source(found)
         if config.data.packing:
             self.rows = {name: PackedConversations(each, length) for name, each in found.items()}
         said = row_digests(config.data, found)
@@ -135,8 +166,9 @@ class SeenRows:
         """Rows and epochs of each source that `steps` steps use."""
         return self.order.counts(steps, "rows")
 
-    def parts(self, name: str, row: int) -> list[Shown]:
-        """The conversation or prompt; a pair's sides; a ranking's answers; a judged answer; what a packed row holds."""
+    def parts(self, name: str, row: int, when: tuple[int, int]) -> list[Shown]:
+        """The conversation, its answer apart for an encoder-decoder; the prompt; a pair's sides; a ranking's answers; a
+        judged answer; what a packed row holds."""
         found = self.rows[name][row]
         if isinstance(found, AnswerRow):
             return [Shown("good answer" if found.desirable else "bad answer", *found.answer[:2])]
@@ -147,6 +179,8 @@ class SeenRows:
         if isinstance(found, PromptRow):
             tokens = np.array(found.tokens, dtype=np.int32)
             return [Shown("prompt", tokens, np.zeros(len(tokens), dtype=np.bool_))]
+        if isinstance(found, SequencePairRow):
+            return [Shown("inputs", *found.inputs[:2]), Shown("targets", *found.targets[:2])]
         if isinstance(found, TokenRow):
             return [Shown("conversation", *found[:2])]
         return [Shown(f"conversation {number}", *each[:2]) for number, each in enumerate(found)]

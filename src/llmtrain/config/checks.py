@@ -14,6 +14,7 @@ from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.model_checks import MODEL_CHECKS
+from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
@@ -223,7 +224,7 @@ def tracker(view: View) -> Iterator[Finding]:
 def tokenizer(view: View) -> Iterator[Finding]:
     """A tokenizer that is there already is not trained."""
     if view["tokenizer.path"] is not None:
-        for key in ("tokenizer.vocab_size", "tokenizer.train_bytes"):
+        for key in ("tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens_for"):
             yield from no_effect(view, key, "the tokenizer of tokenizer.path is trained already", "tokenizer.path")
 
 
@@ -325,6 +326,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     problems,
     tracker,
     tokenizer,
+    *OBJECTIVE_CHECKS,
     reward,
     margins,
     *METHOD_CHECKS,

@@ -21,6 +21,7 @@ COMMANDS = {
         (
             "llmtrain pretrain -m optimizer.lr=3e-4,1e-3",
             "llmtrain pretrain data=files data.sources.files.path='texts/*.jsonl.gz'",
+            "llmtrain pretrain run=encoder model=bert_tiny objective=masked objective.whole_words=true",
             "llmtrain pretrain run=small model=llama_10m train.tokens=200_000_000 engine=gpu",
         ),
     ),

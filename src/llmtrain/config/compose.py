@@ -31,7 +31,10 @@ from llmtrain.config.view import View
 COMMANDS: dict[str, type] = {name: getattr(schema, command.schema) for name, command in commands.COMMANDS.items()}
 
 # A key that stands for others: said in a higher layer than they are, it replaces them.
-REPLACES = {"model.init_from": ("model",), "tokenizer.path": ("tokenizer.vocab_size", "tokenizer.train_bytes")}
+REPLACES = {
+    "model.init_from": ("model",),
+    "tokenizer.path": ("tokenizer.vocab_size", "tokenizer.train_bytes", "tokenizer.special_tokens_for"),
+}
 
 
 class Loaded(NamedTuple):

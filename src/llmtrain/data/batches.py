@@ -4,14 +4,12 @@ The rows of a global batch follow from the step alone; process `rank` of `world`
 batches are the same however many processes there are. Shapes: B rows of one process, S tokens of a row.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrain.config.seeds import derive_seed
@@ -231,25 +229,11 @@ class PromptBatches:
         return self.order.counts(steps, "rows")
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Held-out text of one source, in batches; `num_bytes` is what the tokens to be predicted stand for."""
-
-    batches: list[TokenBatch]
-    num_bytes: int
-
-
-def held_out_text(
-    rows: TextRows, number: int, token_bytes: NDArray[np.int64], *, max_rows: int, batch_rows: int
-) -> HeldOut:
-    """The first rows of a held-out source.
-
-    `number` goes into `TokenBatch.source`; `token_bytes` [vocab_size] are the bytes of each token.
-    """
+def held_out_text(rows: TextRows, number: int, *, max_rows: int, batch_rows: int) -> list[TokenBatch]:
+    """The first rows of a held-out source, in batches; `number` goes into `TokenBatch.source`."""
     found = [rows[row] for row in range(min(max_rows, len(rows)))]
-    num_bytes = sum(int(token_bytes[row.tokens[row.mask]].sum()) for row in found)
     portions = [found[start : start + batch_rows] for start in range(0, len(found), batch_rows)]
-    return HeldOut([collate_text(portion, [number] * len(portion)) for portion in portions], num_bytes)
+    return [collate_text(portion, [number] * len(portion)) for portion in portions]
 
 
 def collate_text(rows: Sequence[TextRow], source: Sequence[int]) -> TokenBatch:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llmtrain.config.errors import ConfigError
@@ -11,11 +11,17 @@ from llmtrain.data.documents import read_documents
 from llmtrain.data.plans import source_weights
 from llmtrain.data.preparation import describe_source
 from llmtrain.data.records import Faults
+from llmtrain.data.special_tokens import SPECIAL_TOKENS
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 
-def corpus_tokenizer(data: CorpusConfig, config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of `tokenizer.path`, or one trained on the mixture: once, then found in the cache."""
+def corpus_tokenizer(
+    data: CorpusConfig, config: TokenizerConfig, cache: Path, objectives: Collection[str] = ()
+) -> Tokenizer:
+    """The tokenizer of `tokenizer.path`, or one trained on the mixture: once, then found in the cache.
+
+    A trained one has the special tokens of `objectives`, and of those that the config names.
+    """
     template = read_template(config.chat_template)
     if config.path:
         return load_tokenizer(config.path, template)
@@ -24,10 +30,12 @@ def corpus_tokenizer(data: CorpusConfig, config: TokenizerConfig, cache: Path) -
         [name, weights[name], describe_source(source, data.validation_every, CleaningConfig(), cache)]
         for name, source in data.sources.items()
     ]  # fmt: skip
-    key = json.dumps([sources, config.vocab_size, config.train_bytes, template], sort_keys=True)
+    with_tokens = [name for name in SPECIAL_TOKENS if name in {*objectives, *config.special_tokens_for}]
+    asked = [sources, config.vocab_size, config.train_bytes, template, *([with_tokens] if with_tokens else [])]
+    key = json.dumps(asked, sort_keys=True)
     folder = cache / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "tokenizer_config.json").is_file():  # the last file to be written
-        train_tokenizer(mixed_text(data, config, cache), config.vocab_size, template).save(folder)
+        train_tokenizer(mixed_text(data, config, cache), config.vocab_size, template, with_tokens).save(folder)
     return load_tokenizer(folder)
 
 

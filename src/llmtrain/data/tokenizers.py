@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llmtrain.config.errors import DataError
+from llmtrain.data.special_tokens import KNOWN, trained_names, trained_roles
 from llmtrain.data.templates import ChatTemplate, default_chat_template
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ KNOWN_ENDS = (
     "<|eot_id|>",
     "<|im_end|>",
     "<|end_of_sentence|>",
+    "[SEP]",
 )
+# What byte-level and Metaspace vocabularies write for white space at the beginning of a token.
+SPACES = "▁ĠĊĉč \n\t\r"
 
 
 class Tokenizer:
@@ -94,6 +98,21 @@ class Tokenizer:
                 sizes[i] = _num_bytes(token, is_bytes)
         return sizes
 
+    @functools.cached_property
+    def begins_word(self) -> NDArray[np.bool_]:
+        """Whether each id begins a word, [vocab_size]: white space stands before it; special tokens stand alone."""
+        is_wordpiece = "WordPiece" in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        begins = np.ones(self.vocab_size, dtype=np.bool_)
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            if i not in self.special_ids:
+                begins[i] = not token.startswith("##") if is_wordpiece else token[:1] in SPACES
+        return begins
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, by its name."""
+        found: int | None = self._template_backend.token_to_id(token)
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special tokens are added, and their names in the text are just text."""
         return self.encode_batch([text])[0]
@@ -139,7 +158,7 @@ class Tokenizer:
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
-        found = None if token is None else self._template_backend.token_to_id(token)
+        found = None if token is None else self.id_of(token)
         if token is not None and found is None:
             raise DataError(f"the tokenizer's {name} is {token!r}, which is not in its vocabulary")
         return found
@@ -158,10 +177,13 @@ class Tokenizer:
         return [i for i in ids if i in self.special_ids][:1]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, chat_template: str | None = None, objectives: Collection[str] = ()
+) -> Tokenizer:
     """A byte-level BPE tokenizer for `texts`: any text can be encoded, digits stand alone, equal texts give equal ids.
 
-    `vocab_size` includes the 256 bytes and the special tokens; text that is too small for it gives a smaller one.
+    `vocab_size` includes the 256 bytes and the special tokens; text that is too small for it gives a smaller one. Of
+    the special tokens, some are there for `objectives` only.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     # Digits one by one: numbers get the same tokens wherever they stand, which arithmetic needs.
@@ -170,13 +192,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | 
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, PAD, *ROLES], show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END, PAD, *ROLES, *trained_names(objectives)], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() < vocab_size:
         log.warning("the text gives a vocabulary of %d tokens only, not %d", backend.get_vocab_size(), vocab_size)
-    return Tokenizer(backend, {"eos_token": END, "pad_token": PAD}, chat_template)
+    return Tokenizer(backend, {"eos_token": END, "pad_token": PAD, **trained_roles(objectives)}, chat_template)
 
 
 def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokenizer:
@@ -222,7 +244,7 @@ def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, st
     }
     found: dict[str, str] = {}
     for names in (_read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json"), model):
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token", *KNOWN):
             token = names.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:

@@ -25,7 +25,7 @@ KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 def cross_entropy_sum(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
-    softcap: float | None = None, bias: Tensor | None = None,
+    label_smoothing: float = 0.0, softcap: float | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over the masked positions of −log p(target) + z_loss · (log-sum-exp)², and −log p(target) of each.
 
@@ -37,6 +37,8 @@ def cross_entropy_sum(
         targets: [...] int64, the token that each position predicts.
         mask: [...] bool, the positions that count.
         z_loss: weight of the squared log-normaliser (PaLM, arXiv 2204.02311, section 5).
+        label_smoothing: ε; the sum has (1 − ε) · −log p(target) + ε · the mean of −log p over the vocabulary instead
+            (Szegedy et al. 2016, arXiv 1512.00567, section 7).
         softcap: what bounds the logits; null leaves them.
         bias: [V], added to the logits before they are bounded.
 
@@ -44,12 +46,22 @@ def cross_entropy_sum(
         The sum (0-dim float32, differentiable) and the negative log-likelihoods ([...] float32, zero where not masked,
         not differentiable).
     """
+    return cross_entropy_sum_and_hits(
+        hidden, head_weight, targets, mask, z_loss=z_loss, label_smoothing=label_smoothing, softcap=softcap, bias=bias
+    )[:2]
+
+
+def cross_entropy_sum_and_hits(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, mask: Tensor, *, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, softcap: float | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`cross_entropy_sum`, and 1 where no token is likelier than the target ([...] float32, zero where not masked)."""
     kept = _Kept(hidden, targets, mask)
-    total, nll = _CrossEntropySum.apply(
-        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, softcap, _product_dtype(hidden),
+    total, nll, hits = _CrossEntropySum.apply(
+        kept.hidden, head_weight, kept.targets, kept.mask, z_loss, label_smoothing, softcap, _product_dtype(hidden),
         torch.is_grad_enabled(), bias,
     )  # fmt: skip
-    return total, kept.spread(nll)
+    return total, kept.spread(nll), kept.spread(hits)
 
 
 def token_logprobs(
@@ -112,14 +124,15 @@ class _CrossEntropySum(torch.autograd.Function):
         targets: Tensor,
         mask: Tensor,
         z_loss: float,
+        label_smoothing: float,
         softcap: float | None,
         dtype: torch.dtype,
         with_gradient: bool,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         hidden_needed, weight_needed = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         bias_needed = with_gradient and ctx.needs_input_grad[-1]
-        nll, penalty = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(2))
+        nll, penalty, hits = (torch.zeros_like(targets, dtype=torch.float32) for _ in range(3))
         hidden_grad = torch.empty_like(hidden) if hidden_needed else None
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
@@ -129,12 +142,18 @@ class _CrossEntropySum(torch.autograd.Function):
             logits = times_transposed(states, weight)
             logits = logits if bias is None else logits + bias
             logits = logits if softcap is None else _capped(logits, softcap)
-            probabilities, normaliser, chosen = _read(logits, target)
+            probabilities, normaliser, chosen, is_largest = _read(logits, target)
             nll[portion] = torch.where(counts, normaliser - chosen, 0.0)
             penalty[portion] = torch.where(counts, z_loss * normaliser.square(), 0.0)
+            hits[portion] = (counts & is_largest).float()
+            if label_smoothing:  # ε times what the mean over the vocabulary costs more than the target
+                mean_logit = logits.mean(dim=-1, dtype=torch.float32)
+                penalty[portion] += torch.where(counts, label_smoothing * (chosen - mean_logit), 0.0)
             if hidden_needed or weight_needed or bias_needed:
                 slope = torch.where(counts, 1.0 + 2.0 * z_loss * normaliser, 0.0)
-                grad = _add_at(probabilities.mul_(slope[:, None]), target, -counts.float())
+                grad = _add_at(probabilities.mul_(slope[:, None]), target, (label_smoothing - 1.0) * counts)
+                if label_smoothing:
+                    grad = grad - (counts * (label_smoothing / weight.shape[0]))[:, None]
                 grad = (grad if softcap is None else grad.mul_(_slope_of_cap(logits, softcap))).to(dtype)
             if hidden_grad is not None:
                 hidden_grad[portion] = times_transposed(grad, weight.T)
@@ -143,14 +162,14 @@ class _CrossEntropySum(torch.autograd.Function):
             if bias is not None and bias_needed:
                 bias_grad = _added(bias_grad, grad.sum(dim=0, dtype=bias.dtype), bias.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-        ctx.mark_non_differentiable(nll)
-        return nll.sum() + penalty.sum(), nll
+        ctx.mark_non_differentiable(nll, hits)
+        return nll.sum() + penalty.sum(), nll, hits
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         hidden, weight, bias = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in saved)
-        return hidden, weight, None, None, None, None, None, None, bias
+        return hidden, weight, None, None, None, None, None, None, None, bias
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -178,7 +197,7 @@ class _TokenLogprobs(torch.autograd.Function):
         kept: list[Tensor] = []
         for portion in _portions(hidden, weight):
             logits = _tempered(hidden[portion].to(dtype), weight, inverse_temperature, softcap)
-            probabilities, normaliser, chosen = _read(logits, targets[portion, None])
+            probabilities, normaliser, chosen, _ = _read(logits, targets[portion, None])
             logprobs[portion] = torch.where(mask[portion], chosen - normaliser, 0.0)
             if with_entropy:
                 mean_logit = logits.mul_(probabilities).sum(dim=-1)
@@ -234,15 +253,16 @@ def _portions(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, max(hidden.shape[0], 1), size))
 
 
-def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities [n, V], log-sum-exp [n] and the target's logit [n], float32, from logits [n, V] and targets [n, 1].
+def _read(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities [n, V], log-sum-exp [n] and the target's logit [n], float32, from logits [n, V] and targets [n, 1];
+    and whether that logit is the largest [n].
 
     One softmax kernel is faster than log-sum-exp and exponentials; the normaliser follows from the largest logit,
     whose probability is at least 1 / V, so its logarithm loses nothing.
     """
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    normaliser = logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
-    return probabilities, normaliser, logits.gather(-1, target)[:, 0].float()
+    largest, chosen = logits.amax(dim=-1).float(), logits.gather(-1, target)[:, 0].float()
+    return probabilities, largest - probabilities.amax(dim=-1).log(), chosen, chosen == largest
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

@@ -80,16 +80,23 @@ class Domain(NamedTuple):
 
 
 def evaluate_bits_per_byte(
-    model: nn.Module, objective: Objective, domains: Mapping[str, Domain], device: torch.device
-) -> Callable[[], Values]:
-    """Compression of held-out text per domain, in bits per byte, so that tokenizers can be compared."""
+    model: nn.Module, objective: Objective, domains: Mapping[str, Domain], device: torch.device,
+    metrics: Sequence[str] = (),
+) -> Callable[[], Values]:  # fmt: skip
+    """Compression of held-out text per domain, in bits per byte, so that tokenizers can be compared.
+
+    The objective's loss is to be nats of the predicted tokens; of its `metrics`, the means are given as well.
+    """
 
     def measure() -> Values:
         values: Values = {}
         for name, domain in domains.items():
-            nats = sum(float(objective(model, batch.to(device))[0]) for batch in domain.batches)
+            found = [objective(model, batch.to(device)) for batch in domain.batches]
+            nats = sum(float(loss) for loss, _ in found)
             values[f"eval/{name}/bits_per_byte"] = nats / math.log(2) / domain.num_bytes
             values[f"eval/{name}/unigram_bits_per_byte"] = domain.unigram_bits_per_byte
+            means = means_of((each for _, each in found), metrics)
+            values |= {f"eval/{name}/{metric}": value for metric, value in means.items()}
         return values
 
     return measure

@@ -1,7 +1,8 @@
-"""`llmtrain pretrain`: next-token training on a mixture of text."""
+"""`llmtrain pretrain`: training on a mixture of text, on next tokens or by another objective."""
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from llmtrain.config.schema import PretrainConfig, TrainConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import LengthWarmup, TokenBatches, held_out_text
 from llmtrain.data.corpus import corpus_tokenizer, read_template
+from llmtrain.data.corruption import CorruptedBatches, TextBatches, held_out_key
 from llmtrain.data.preparation import prepare_sources
 from llmtrain.data.sequences import Blocks, TextRows, text_rows
 from llmtrain.data.shards import TokenSource
@@ -24,11 +26,11 @@ from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.mup import at_width
-from llmtrain.objectives.next_token import NextToken
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
 from llmtrain.stages.planning import Plan
+from llmtrain.stages.tasks import Task, build_task, check_model, check_rows, objective_of
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +48,16 @@ def stage(config: PretrainConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
     tokenizer = run.main_first(lambda: build_tokenizer(config, run.cache))
+    task = build_task(config, tokenizer)
     trained = build_model(config, tokenizer)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     model = spread(run.adapt(trained), run.layout, config.engine.sharding)
-    text = (streamed_text if config.data.streaming else prepared_text)(config, run, tokenizer, parameters)
+    text = (streamed_text if config.data.streaming else prepared_text)(config, run, tokenizer, task, parameters)
     run.say(f"{parameters:,} parameters, {text.plan.steps} steps, {text.summary}")
 
-    objective = NextToken(source_names=text.plan.mixture.names)
-    measure = evaluate_bits_per_byte(bare(model), NextToken(), text.domains, run.layout.device)
-    samples = Continuations(Replica(trained), tokenizer)
+    objective = task.objective(text.plan.mixture.names)
+    measure = evaluate_bits_per_byte(bare(model), task.measure, text.domains, run.layout.device, task.metrics)
+    samples = Continuations(Replica(trained), tokenizer) if trained.config.architecture == "decoder" else no_samples
     run.write_samples("before", samples)
     run.fit(
         model=model, trained=trained, batches=warmed_up(config.train, text.batches), tokenizer=tokenizer,
@@ -67,7 +70,7 @@ def stage(config: PretrainConfig) -> None:
 class Text(NamedTuple):
     """What a run is trained on and measured by."""
 
-    batches: TokenBatches | StreamedBatches
+    batches: TextBatches | CorruptedBatches[Any]
     plan: Plan
     said: dict[str, Any]
     """For the lineage."""
@@ -77,12 +80,15 @@ class Text(NamedTuple):
     """Adds to each checkpoint what the batches need to go on."""
 
 
-def prepared_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, parameters: int) -> Text:
+def prepared_text(
+    config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, task: Task, parameters: int
+) -> Text:
     """Text that is encoded before training begins, once."""
     prepared = run.main_first(lambda: prepare_sources(config.data, tokenizer=tokenizer, cache_dir=run.cache))
-    length = config.train.sequence_length
+    length = task.row_length
     sources = {name: source.train for name, source in prepared.items()}
     rows = {name: text_rows(source, config.data, length, tokenizer.pad_id) for name, source in sources.items()}
+    check_rows(config, rows)
     said = {name: digests(source) for name, source in sources.items()}
     sizes = {name: len(each) for name, each in rows.items()}
     plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
@@ -90,15 +96,16 @@ def prepared_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: T
     batches = TokenBatches(
         rows, plan.order(config.seed), sequence_length=length, rank=layout.rank, world=layout.world
     )  # fmt: skip
+    by_number = {number: rows[name] for number, name in enumerate(plan.mixture.names) if name in rows}
     domains = {}
     for number, (name, source) in enumerate(prepared.items()):
         held_out, of_training = source.validation, sources[name].token_counts(tokenizer.vocab_size)
         # text shorter than a row makes one shorter row
         shorter = min(length, len(held_out))
         blocks = text_rows(held_out, config.data, shorter, tokenizer.pad_id) if shorter > 1 else None
-        domains[name] = domain(config, tokenizer, blocks, number, of_training)
+        domains[name] = domain(config, tokenizer, task, blocks, number, of_training)
     return Text(
-        batches,
+        corrupted(config, task, batches, by_number),
         plan,
         said,
         measurable(domains),
@@ -106,9 +113,11 @@ def prepared_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: T
     )
 
 
-def streamed_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, parameters: int) -> Text:
+def streamed_text(
+    config: PretrainConfig, run: Run[PretrainConfig], tokenizer: Tokenizer, task: Task, parameters: int
+) -> Text:
     """Text that is encoded while training goes on."""
-    length, layout = config.train.sequence_length, run.layout
+    length, layout = task.row_length, run.layout
     streams = {
         name: Stream(
             source, config.data, tokenizer, run.cache, length=length, key=derive_seed(config.seed, "stream", name)
@@ -130,13 +139,21 @@ def streamed_text(config: PretrainConfig, run: Run[PretrainConfig], tokenizer: T
         held_out = HeldOutTokens(stream, config.eval.max_rows * length, tokenizer.vocab_size)
         shorter = min(length, len(held_out))
         blocks = Blocks(held_out, shorter, config.data.attend_across_documents) if shorter > 1 else None
-        domains[name] = domain(config, tokenizer, blocks, number, held_out.training_counts)
-    return Text(batches, plan, said, measurable(domains), f"{len(streams)} streams", batches.write)
+        domains[name] = domain(config, tokenizer, task, blocks, number, held_out.training_counts)
+    trained_on = corrupted(config, task, batches, {})
+    return Text(trained_on, plan, said, measurable(domains), f"{len(streams)} streams", batches.write)
+
+
+def corrupted(
+    config: PretrainConfig, task: Task, batches: TextBatches, rows: Mapping[int, TextRows]
+) -> TextBatches | CorruptedBatches[Any]:
+    """The batches as the objective wants them; `rows` are those of the sources by number."""
+    return CorruptedBatches(batches, task.corrupt(rows), config.seed) if task.corrupt else batches
 
 
 def warmed_up(
-    train: TrainConfig, batches: TokenBatches | StreamedBatches
-) -> TokenBatches | StreamedBatches | LengthWarmup:
+    train: TrainConfig, batches: TextBatches | CorruptedBatches[Any]
+) -> TextBatches | CorruptedBatches[Any] | LengthWarmup:
     """The batches, in shorter rows at first where `train.length_warmup` says so."""
     if train.length_warmup is None:
         return batches
@@ -155,7 +172,7 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
         return corpus_tokenizer(config.data, config.tokenizer, cache)
     kept = handover.run_folder(config) / "tokenizer"  # so that a run keeps it when its mixture changes
     if not (kept / "tokenizer_config.json").is_file():
-        corpus_tokenizer(config.data, config.tokenizer, cache).save(kept)
+        corpus_tokenizer(config.data, config.tokenizer, cache, [objective_of(config).name]).save(kept)
     return load_tokenizer(kept)
 
 
@@ -168,24 +185,30 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 f"tokenizer: it has {tokenizer.vocab_size} tokens, but the model in {config.model.init_from} only "
                 f"{model.vocab_size}. Use the model's own tokenizer: leave tokenizer.path away."
             )
+        check_model(config, model)
         return model
     model = make_model(at_width(config.model), tokenizer.vocab_size)
     return model.initialise(torch.Generator().manual_seed(config.seed))
 
 
 def domain(
-    config: PretrainConfig, tokenizer: Tokenizer, held_out: TextRows | None, number: int,
+    config: PretrainConfig, tokenizer: Tokenizer, task: Task, held_out: TextRows | None, number: int,
     training_counts: NDArray[np.int64],
 ) -> Domain | None:  # fmt: skip
-    """Held-out rows of source `number`, their bytes, and a unigram model's bits per byte on them; None without any."""
+    """Held-out rows of source `number`, the bytes of what is predicted in them, and a unigram model's bits per byte.
+
+    None without any.
+    """
     if held_out is None or not len(held_out):
         return None
-    text = held_out_text(
-        held_out, number, tokenizer.token_bytes, max_rows=config.eval.max_rows, batch_rows=EVALUATION_ROWS
-    )
-    counts = torch.from_numpy(training_counts)
-    bits = sum(unigram_bits(counts, batch.tokens[batch.loss_mask]) for batch in text.batches)
-    return Domain(text.batches, text.num_bytes, bits / text.num_bytes) if text.num_bytes else None
+    batches: list[Any] = held_out_text(held_out, number, max_rows=config.eval.max_rows, batch_rows=EVALUATION_ROWS)
+    if task.corrupt_held_out:
+        corrupt, keys = task.corrupt_held_out({number: held_out}), (held_out_key(number, row) for row in count())
+        batches = [corrupt(batch, list(islice(keys, len(batch)))) for batch in batches]
+    counts, predicted = torch.from_numpy(training_counts), [batch.predicted() for batch in batches]
+    num_bytes = sum(int(tokenizer.token_bytes[tokens.numpy()].sum()) for tokens in predicted)
+    bits = sum(unigram_bits(counts, tokens) for tokens in predicted)
+    return Domain(batches, num_bytes, bits / num_bytes) if num_bytes else None
 
 
 def measurable(domains: Mapping[str, Domain | None]) -> dict[str, Domain]:
@@ -203,6 +226,11 @@ def digests(source: TokenSource) -> dict[str, Any]:
         "path": source.path, "documents": summary.documents, "bytes": summary.bytes, "tokens": summary.tokens,
         "content": summary.content, "tokenizer": source.tokenizer,
     }  # fmt: skip
+
+
+def no_samples() -> list[dict[str, str]]:
+    """What a model shows that does not go on from beginnings."""
+    return []
 
 
 class Continuations:

@@ -9,6 +9,7 @@ from llmtrain.config.schema.adapter import AdapterConfig, NoAdapterConfig
 from llmtrain.config.schema.data import CorpusConfig, RowsConfig
 from llmtrain.config.schema.health import HealthConfig
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
+from llmtrain.config.schema.objective import ObjectiveConfig, TokenLossConfig, UsualObjectiveConfig
 from llmtrain.config.schema.preference import PreferenceMethod
 from llmtrain.config.schema.reinforcement import SamplingMethod
 from llmtrain.config.schema.rewards import RewardFunctionConfig, RewardModelConfig
@@ -49,10 +50,11 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PretrainConfig(StageConfig):
-    """`llmtrain pretrain`: next-token training on a mixture of text."""
+    """`llmtrain pretrain`: next-token training on a mixture of text, or another objective."""
 
     data: CorpusConfig
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    objective: ObjectiveConfig = Field(default_factory=UsualObjectiveConfig, discriminator="name")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -61,6 +63,7 @@ class SftConfig(StageConfig):
 
     data: RowsConfig
     tokenizer: ModelTokenizerConfig = Field(default_factory=ModelTokenizerConfig)
+    objective: TokenLossConfig = Field(default_factory=TokenLossConfig)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -177,6 +177,8 @@ class TokenizerConfig:
     """Size of a tokenizer that is trained here, special tokens included."""
     train_bytes: int = Field(default=20_000_000, ge=1)
     """Bytes of text, drawn from the sources by weight, that a tokenizer is trained on."""
+    special_tokens_for: list[Literal["masked", "span_corruption", "fill_in_the_middle"]] = Field(default_factory=list)
+    """Objectives whose special tokens a tokenizer that is trained here gets, besides those of the run's own."""
     chat_template: str | None = None
     """A Jinja file to store as chat template. Null: the one stored with the tokenizer, else our own."""
 
