@@ -61,6 +61,17 @@ def test_help_config_and_faults_do_without_torch(arguments: list[str], tmp_path:
     assert run(cwd=tmp_path, code=code).stdout.splitlines()[-1] == "[]"
 
 
+def test_the_size_of_a_model_needs_torch_and_no_stage(tmp_path: Path) -> None:
+    """Each of these takes as long to import as the answer takes."""
+    code = (
+        "import sys; from llmtrain.cli import main; main(['show', 'model=gpt3_175b'])\n"
+        "heavy = {'accelerate', 'datasets', 'huggingface_hub.hf_api', 'transformers', 'wandb', 'torch._dynamo',\n"
+        "         'torch.distributed.checkpoint', 'torch.distributed.fsdp'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run(cwd=tmp_path, code=code).stdout.splitlines()[-1] == "[]"
+
+
 def test_stage_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["align", "--help"]) == 0
     text = capsys.readouterr().out

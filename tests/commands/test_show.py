@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llmtrain.commands import show
+from llmtrain.commands import rows, show
 from llmtrain.config.schema import ModelConfig, ShowConfig
 from llmtrain.data.conversations import encode_conversation
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
@@ -107,9 +107,9 @@ def test_judged_answers_say_whether_they_are_good(
 def test_on_a_terminal_colour_says_what_is_learned(tokenizer: Tokenizer) -> None:
     talk = [{"role": "user", "content": "[bold]"}, {"role": "assistant", "content": "this"}]
     ids, mask = encode_conversation(tokenizer, talk)
-    text = show.learned_text(tokenizer, np.array(ids), np.array(mask), marks=False)
+    text = rows.learned_text(tokenizer, np.array(ids), np.array(mask), marks=False)
     assert text.plain == "<|user|>[bold]<|assistant|>this<|end|>"
-    [span] = [span for span in text.spans if span.style == show.LEARNED]
+    [span] = [span for span in text.spans if span.style == rows.LEARNED]
     assert text.plain[span.start : span.end] == "this<|end|>"
     console = Console(force_terminal=True, color_system="standard", width=200)
     with console.capture() as captured:

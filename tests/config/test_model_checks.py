@@ -67,6 +67,41 @@ CASES = {
         "model.hidden_size: 33 is odd; sinusoidal positions are pairs",
     ),
     "scale": (["embedding_scale=-1.0"], "model.embedding_scale: -1.0 is not above 0"),
+    "encoder's layers": (
+        ["encoder_layers=2"],
+        "model.encoder_layers: has no effect: model.architecture=decoder has no encoder beside a decoder",
+    ),
+    "segments of a decoder": (
+        ["num_segments=2"],
+        "model.num_segments: has no effect: it is for model.architecture=encoder, not decoder",
+    ),
+    "parts of an encoder": (
+        ["architecture=encoder_decoder", "mlm_head=true", "pooler=true"],
+        "model.pooler: has no effect: it is for model.architecture=encoder, not encoder_decoder",
+    ),
+    "no place for cross-attention": (
+        ["architecture=encoder_decoder", "block=parallel"],
+        "model.block: parallel leaves no place for cross-attention",
+    ),
+    "relative positions turn nothing": (
+        ["positions=relative", "rope_theta=5.0"],
+        "model.rope_theta: has no effect: model.positions=relative has no frequencies",
+    ),
+    "no buckets": (
+        ["relative_buckets=16"],
+        "model.relative_buckets: has no effect: model.positions=rope has no buckets",
+    ),
+    "buckets": (["positions=relative", "relative_buckets=18"], "model.relative_buckets: 18 is no multiple of 4"),
+    "near and far": (
+        ["positions=relative", "relative_max_distance=16"],
+        "model.relative_max_distance: 16 is not above 16, the distances with buckets of their own",
+    ),
+    "no table": (["position_offset=2"], "model.position_offset: has no effect: model.positions=rope has no table"),
+    "norm of the first block": (
+        ["embedding_norm=first", "norm_placement=post"],
+        "model.embedding_norm: first is in the place of a norm that model.norm_placement=post has not",
+    ),
+    "kind of network": (["architecture=encoder-decoder"], "did you mean encoder_decoder?"),
     "scale in words": (["embedding_scale=sqrt"], "'sqrt' is not allowed; it takes a number or sqrt_hidden_size"),
 }
 

@@ -131,7 +131,7 @@ class LLM:
     def ours(self) -> LanguageModel:
         config, vocab_size = read_config(self.folder)
         model = LanguageModel(config, vocab_size)
-        state = to_ours(layout_for(config), list(model.state_dict()), dict(self.theirs.named_parameters()))
+        state = to_ours(layout_for(config), config, list(model.state_dict()), dict(self.theirs.named_parameters()))
         model.load_state_dict(state)
         return model.eval()
 

@@ -92,6 +92,27 @@ def test_capped_cross_entropy_and_its_gradients(z_loss):
 
 
 @pytest.mark.usefixtures("_portions")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("trained", ["all", "bias alone"])
+def test_cross_entropy_with_a_bias_and_its_gradients(softcap, trained):
+    hidden, weight, targets, mask = tensors(torch.float32)
+    bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(3)).requires_grad_()
+    leaves = [hidden, weight, bias] if trained == "all" else [bias]
+    given = [each if trained == "all" else each.detach() for each in (hidden, weight)]
+    total, nll = cross_entropy_sum(*given, targets, mask, z_loss=0.1, softcap=softcap, bias=bias)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
+    logits = F.linear(*wide)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted_nll = (logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]) * mask
+    wanted = wanted_nll.sum() + (0.1 * logits.logsumexp(-1).square() * mask).sum()
+    torch.testing.assert_close(nll.double(), wanted_nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+    found, references = torch.autograd.grad(total, leaves), torch.autograd.grad(wanted, wide)
+    for gradient, reference in zip(found, references[-len(leaves) :], strict=True):
+        torch.testing.assert_close(gradient.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_portions")
 def test_capped_logprobs_entropy_and_gradients():
     hidden, weight, targets, mask = tensors(torch.float32)
     found, entropy = token_logprobs_and_entropy(hidden, weight, targets, mask, temperature=0.7, softcap=3.0)

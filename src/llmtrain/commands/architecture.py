@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from llmtrain.models.footprint import (
 )
 from llmtrain.models.formats import read_config
 from llmtrain.models.heads import LanguageModel, make_model
+from llmtrain.models.meta import on_meta
 from llmtrain.optim.optimizers import state_bytes_per_weight
 from llmtrain.stages import handover
 from llmtrain.stages.planning import rows_per_step
@@ -39,7 +39,7 @@ def show_model(model: str, overrides: Sequence[str], console: Console) -> None:
         architecture, vocab_size = read_config(handover.model_folder(model))
     else:
         architecture, vocab_size = config.model, vocabulary(config.model, config.tokenizer)
-    with torch.device("meta"):
+    with on_meta():
         built = make_model(architecture, vocab_size)
     _print_layers(console, built)
     _print_parameters(console, built)

@@ -84,7 +84,8 @@ class KVCache:
         rows, head_size = len(self.lengths), key.shape[3]
         new = torch.cat((key, value), dim=2)[:rows]
         self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
-        return _attend_rows(self.config, query, *self.views[layer], self.masks[window])
+        keys, values = self.views[layer]
+        return _attend_rows(self.config, query, keys, values, self.masks[window])
 
     def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
         """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""

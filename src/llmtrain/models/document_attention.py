@@ -78,7 +78,9 @@ def _backward(
     gradients = _like_a_projection(query), _like_a_projection(key), _like_a_projection(value)
     saved = (grad, query, key, value, attended, normaliser)
     for here in _spans(numbers):
-        for whole, part in zip(gradients, _differentiate_one(*(each[here] for each in saved), is_causal), strict=True):
+        for whole, part in zip(
+            gradients, _differentiate_one(*(each[here] for each in saved), is_causal=is_causal), strict=True
+        ):
             whole[here] = part
     return gradients
 
@@ -99,8 +101,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple
 
 
 def _differentiate_one(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, normaliser: Tensor, *,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`_backward` of one document."""
     if is_causal and cpu_attention.is_faster(query):
         return cpu_attention.differentiate(grad, query, key, value, kept=query.new_empty(0))

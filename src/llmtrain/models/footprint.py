@@ -59,33 +59,53 @@ def activation_bytes(config: ModelConfig, tokens: int, length: int, product_byte
 
     Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) count 34 s b h + 5 a s² b bytes a layer, in 16 bits and
     with dropout. Of theirs this implementation does not keep attention's scores and probabilities (fused kernels make
-    them again; the last term) unless they are capped, nor, without dropout, its masks. The residual stream, which they
-    hold in 16 bits, is float32 here. `product_bytes` is the size of a number in matrix products: 4, or 2 with autocast.
+    them again; the last term) unless they are capped or learned numbers are added to them, nor, without dropout, its
+    masks. The residual stream, which they hold in 16 bits, is float32 here. `product_bytes` is the size of a number in
+    matrix products: 4, or 2 with autocast. A decoder beside an encoder has as many tokens of a source as of a text.
 
     Counted as torch's fused kernels keep it: layer_norm and rms_norm their input, attention queries, keys, values,
     output and a log-sum-exp for each head. On a processor RMSNorm is not fused and keeps its quotient as well, 4 H for
     each norm; rows of up to 512 positions may keep their probabilities there (`kernels/cpu_attention.py`). What layers
     share is not counted, nor the mask of a window or of ALiBi.
     """
+    stacks = [config, config.encoder] if config.architecture == "encoder_decoder" else [config]
+    found: dict[str, int] = {}
+    for stack in stacks:
+        for part, kept in _bytes_per_token(stack, length, product_bytes).items():
+            found[part] = found.get(part, 0) + stack.num_layers * tokens * kept
+    return {part: kept for part, kept in found.items() if kept}
+
+
+def _bytes_per_token(config: ModelConfig, length: int, product_bytes: int) -> dict[str, int]:
+    """What one block of a stack keeps of a token."""
     hidden, inner, size = config.hidden_size, inner_size(config), product_bytes
     queries, keys = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    fused, normed = config.attention_softcap is None, config.qk_norm != "none"
+    capped, learned, normed = (
+        config.attention_softcap is not None,
+        config.positions == "relative",
+        config.qk_norm != "none",
+    )
+    fused, crosses = not capped and not learned, config.architecture == "encoder_decoder"
     norms = 4 if config.norm_placement == "sandwich" else 2 if config.block == "sequential" else 1  # of their own input
     per_norm = 8 if config.norm == "zero_centred_rmsnorm" else 4  # its quotient too
     inputs = 1 if config.block == "parallel_shared_norm" and size == 4 else 2  # autocast makes a copy for each
     changed = (config.positions == "rope" or normed) * (queries + keys) + (config.attention_scale is not None) * queries
-    per_token = {
+    # float32 after the hyperbolic tangent and after the softmax, and as they go into the product; or, where numbers are
+    # added, after the softmax alone, and with autocast twice as they go into the product
+    score = 8 + size % 4 if capped else 12 - 2 * size
+    copies = 1 if size == 4 else 2  # of what cross-attention reads; autocast makes one of the source's too
+    cross_attention = norms // 2 * per_norm * hidden + size * (copies * hidden + 2 * queries + 2 * keys)
+    return {
         "inputs of norms (float32)": norms * per_norm * hidden,
         "inputs of the first projections": inputs * size * hidden,
         "queries, keys, values": size * (queries + 2 * keys + fused * changed),
         "norms of queries and keys": normed * (per_norm - 4 * (size == 4)) * (queries + keys),
         "attended values": size * queries + fused * 4 * config.num_heads,
-        # float32 after the hyperbolic tangent and after the softmax, and as they go into the product
-        "capped scores": (not fused) * (8 + size % 4) * config.num_heads * length,
+        "scores": (not fused) * score * config.num_heads * length,
+        "cross-attention": crosses * (cross_attention + config.num_heads * (score * length if capped else 4)),
         "feed-forward": size * inner * (4 if config.activation in GATES else 1 if config.activation == "relu" else 2),
-        "dropout": (2 * hidden if config.dropout else 0),  # a mask of a byte for each branch
+        "dropout": (2 + crosses) * hidden if config.dropout else 0,  # a mask of a byte for each branch
     }
-    return {part: config.num_layers * tokens * kept for part, kept in per_token.items() if kept}
 
 
 def head_bytes(config: ModelConfig, vocab_size: int, tokens: int, device_type: str) -> dict[str, int]:

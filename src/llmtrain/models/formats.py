@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel, make_model
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
 from llmtrain.models.layouts.table import to_config
+from llmtrain.models.meta import on_meta
 
 MAX_FILE_BYTES = 5_000_000_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -54,7 +54,7 @@ def load_language_model(
     if "score.weight" in tensors:
         raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
     config, vocab_size = _architecture(fields, folder)
-    with torch.device("meta"):
+    with on_meta():
         model = make_model(_with_dropout(config, dropout), vocab_size)
     _fill(model, layout if state is None else OWN, tensors, folder)
     return model
@@ -72,7 +72,7 @@ def load_scalar_model(
     config, vocab_size = _architecture(fields, folder)
     if config.architecture != "decoder":
         raise UserError(f"{folder} holds an {config.architecture.replace('_', '-')}; reward models are decoders here")
-    with torch.device("meta"):
+    with on_meta():
         model = ScalarModel(_with_dropout(config, dropout), vocab_size)
     statistics = {**SCORE_STATISTICS, **fields.get("llmtrain", {}), **(state or {})}
     model.score_mean, model.score_std = (torch.tensor(float(statistics[name])) for name in SCORE_STATISTICS)
@@ -103,6 +103,8 @@ def save_model(
         weights.pop(name, None)
     save_config(folder, model, dtype=next(iter(weights.values())).dtype, extra_config=extra_config)
     tensors = to_theirs(_layout(model.config, extra_config or {}), model.config, weights)
+    from huggingface_hub import save_torch_state_dict  # 0.2 s, which reading a folder need not wait for
+
     save_torch_state_dict(tensors, folder, max_shard_size=max_file_bytes)
 
 
@@ -159,6 +161,8 @@ def locate(folder: str | Path) -> Path:
         raise UserError(f"{folder} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder)) or str(folder).startswith("."):
         raise UserError(f"there is no folder {folder}")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub client raises some twenty kinds: no network, no such name, no permission

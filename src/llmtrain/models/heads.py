@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache, Source
 from llmtrain.models.feed_forward import ACTIVATIONS, GATES
+from llmtrain.models.meta import on_meta
 from llmtrain.models.norms import make_norm
 from llmtrain.models.transformer import Transformer, draw, flops_per_weight
 
@@ -219,7 +220,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_language_model(cls, model: LanguageModel, generator: torch.Generator) -> Self:
         """A copy of the language model's trunk with a new score head, on the same device."""
-        with torch.device("meta"):
+        with on_meta():
             scalar_model = cls(model.config, model.vocab_size)
         scalar_model = scalar_model.to_empty(device=model.head_weight.device)
         scalar_model.trunk = copy.deepcopy(model.trunk)
@@ -338,7 +339,7 @@ class SharedActorCritic(nn.Module):
     ) -> Any:
         """As that of `ActorCritic`."""
 
-        def both(hidden: Tensor, head_weight: Tensor, **softcap: float) -> tuple[Any, Tensor]:
+        def both(hidden: Tensor, head_weight: Tensor, **softcap: Any) -> tuple[Any, Tensor]:
             return (read or logits)(hidden, head_weight, **softcap), self.values(hidden)
 
         return self.policy(tokens, read=both if values else read, same_as=same_as)

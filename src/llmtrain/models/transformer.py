@@ -206,8 +206,8 @@ class Transformer(nn.Module):
         numbers = None if documents is None else documents.numbers
         if prefix is not None or needs_mask(self.config, window, length):
             columns = torch.arange(length, device=positions.device)
-            mask = score_mask(self.config, window, columns[None], columns, numbers, prefix, self._relative())
-            return Context(rotary, mask, rows=rows, source=source)
+            scores = score_mask(self.config, window, columns[None], columns, numbers, prefix, self._relative())
+            return Context(rotary, scores, rows=rows, source=source)
         mask = None if documents is None else documents.mask
         return Context(rotary, mask, numbers if mask is None else None, rows, source)
 
