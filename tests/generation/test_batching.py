@@ -47,8 +47,12 @@ T5 = dataclasses.replace(
     MULTI_HEAD, architecture="encoder_decoder", encoder_layers=1, positions="relative", relative_buckets=8,
     relative_max_distance=20, attention_scale=1.0, activation="geglu_tanh", tied_embeddings=False,
 )  # fmt: skip
-FIRST_BOTH = dataclasses.replace(FIRST, architecture="encoder_decoder", embedding_scale="sqrt_hidden_size", bias=True)
-CROSS_CAPPED = dataclasses.replace(GROUPED, architecture="encoder_decoder", attention_softcap=5.0, qk_norm="head")
+FIRST_BOTH = dataclasses.replace(
+    FIRST, architecture="encoder_decoder", embedding_scale="sqrt_hidden_size", bias=True, init_std=0.2
+)
+CROSS_CAPPED = dataclasses.replace(
+    GROUPED, architecture="encoder_decoder", attention_softcap=5.0, qk_norm="head", init_std=0.2
+)
 EXPERTS = dataclasses.replace(
     GROUPED, init_std=0.2, experts=ExpertsConfig(num_experts=5, shared_experts=1, first_layer=1, capacity_factor=0.5)
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.schema import ModelConfig
-from llmtrain.models.heads import LanguageModel
+from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.meta import on_meta
 
 LENGTH = 13
@@ -39,4 +39,4 @@ def published(name: str) -> LanguageModel:
     config: ModelConfig = load_config("pretrain", [f"model={name}"]).model
     assert config.published_vocab_size is not None
     with on_meta():
-        return LanguageModel(config, config.published_vocab_size)
+        return make_model(config, config.published_vocab_size)

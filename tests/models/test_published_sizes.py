@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.models.small import published
-from tests.tiny import MODELS
+from tests.tiny import TINY_MODELS
 
 from llmtrain.config.folders import packaged_configs
 from llmtrain.models.footprint import num_active, num_parameters, num_without_embeddings
@@ -60,6 +60,15 @@ RELEASED = {
     "mixtral_8x7b": ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
     "qwen3_30b_a3b": ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
     "olmoe_1b_7b": ("allenai/OLMoE-1B-7B-0924", 6_919_161_856),
+    "bert_base": ("google-bert/bert-base-uncased", 110_106_428),  # with both heads
+    "bert_large": ("google-bert/bert-large-uncased", 336_226_108),
+    "roberta_base": ("FacebookAI/roberta-base", 124_697_433),  # with the head of masked tokens, as the next
+    "modernbert_base": ("answerdotai/ModernBERT-base", 149_655_232),
+    "t5_v1_1_small": ("google/t5-v1_1-small", 76_961_152),
+    "t5_v1_1_base": ("google/t5-v1_1-base", 247_577_856),
+    "t5_v1_1_large": ("google/t5-v1_1-large", 783_150_080),
+    "t5_v1_1_xl": ("google/t5-v1_1-xl", 2_849_757_184),
+    "t5_v1_1_xxl": ("google/t5-v1_1-xxl", 11_135_332_352),
 }
 # Parameters without embeddings and head as they are printed; digits in full are exact, others rounded.
 PYTHIA = "Biderman et al. 2023 (arXiv 2304.01373), table 1"
@@ -101,12 +110,12 @@ GPT_3 = {
 LLAMA_1 = {"llama_7b": 6.7e9, "llama_13b": 13.0e9, "llama_33b": 32.5e9, "llama_65b": 65.2e9}
 # Parameters that a token goes through as the model's cards print them, with the embedding.
 ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.3e9, "olmoe_1b_7b": 1.3e9}
-OURS = ("bench_a", "bench_b", "llama_10m", "llama_100m", *MODELS)
+OURS = ("bench_a", "bench_b", "llama_10m", "llama_100m", *TINY_MODELS)
 
 
 def test_every_published_architecture_is_in_a_table() -> None:
     names = {file.stem for file in (packaged_configs() / "model").glob("*.yaml")}
-    assert names - {*OURS} == {*RELEASED, *WITHOUT_EMBEDDINGS, *GPT_3}
+    assert names - {*OURS} == {*RELEASED, *WITHOUT_EMBEDDINGS, *GPT_3, "transformer_base"}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -162,8 +171,10 @@ def test_transformers_has_as_many(name: str, tmp_path: Path) -> None:
     save_config(tmp_path, model)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-    assert sum(each.numel() for each in theirs.parameters()) == num_parameters(model)
+        theirs = getattr(transformers, config.architectures[0])(config)
+    # its T5 shares the head with the embedding until it reads one of its own
+    shared = 0 if theirs.config.tie_word_embeddings == model.config.tied_embeddings else model.head_weight.numel()
+    assert sum(each.numel() for each in theirs.parameters()) + shared == num_parameters(model)
 
 
 def test_transformers_has_as_many_in_gpt_1() -> None:
@@ -172,3 +183,16 @@ def test_transformers_has_as_many_in_gpt_1() -> None:
     with torch.device("meta"):
         theirs = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig())
     assert sum(each.numel() for each in theirs.parameters()) == num_parameters(published("gpt1"))
+
+
+@pytest.mark.parametrize(("name", "trunk_and_pooler"), [("bert_base", 109_482_240), ("bert_large", 335_141_888)])
+def test_bert_without_its_heads(name: str, trunk_and_pooler: int) -> None:
+    """As Transformers' BertModel counts."""
+    model = published(name)
+    assert num_parameters(model.trunk) + num_parameters(model.pooler) == trunk_and_pooler
+
+
+def test_the_first_transformer_has_what_its_paper_prints() -> None:
+    """65 million (arXiv 1706.03762, table 3): within 3 %, for the vocabulary is said in thousands."""
+    assert num_parameters(published("transformer_base")) == 63_082_496
+    assert num_parameters(published("transformer_base")) == pytest.approx(65e6, rel=0.03)

@@ -25,6 +25,12 @@ def chosen_experts(view: View) -> Iterator[Finding]:
             yield from no_effect(view, f"{KEY}.{key}", why, f"{KEY}.experts_per_token")
 
 
+def decoders(view: View) -> Iterator[Finding]:
+    """What balance is judged over is known of text that is read from left to right."""
+    if view[KEY] is not None and view["model.architecture"] != "decoder":
+        yield finding("experts are for decoders here; leave it away", KEY, "model.architecture")
+
+
 def sparse_layers(view: View) -> Iterator[Finding]:
     """Some layer has experts; a width that no layer has is not set."""
     if view[KEY] is None:
@@ -61,4 +67,6 @@ def capacity(view: View) -> Iterator[Finding]:
         yield finding(f"{problem}: train.sequence_length={length}", f"{KEY}.capacity_group_tokens")
 
 
-EXPERT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (chosen_experts, sparse_layers, router, capacity)
+EXPERT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+    decoders, chosen_experts, sparse_layers, router, capacity,
+)  # fmt: skip
