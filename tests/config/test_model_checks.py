@@ -72,6 +72,10 @@ CASES = {
         ["init.name=scaled", "init_std=0.1"],
         "model.init_std: has no effect: scaled says how large weights are by their shapes",
     ),
+    "experts of an encoder": (
+        ["architecture=encoder", "experts.num_experts=4"],
+        "model.experts: experts are for decoders here; leave it away",
+    ),
     "routers": (
         [f"init={MUP}", "experts.num_experts=4"],
         "model.init.name: mup has no rule for the routers of experts",
