@@ -30,6 +30,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
 }  # fmt: skip
 LISTED = 5
+TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "encoder_decoder": "SEQ_2_SEQ_LM"}  # as peft calls them
 
 
 def save_adapter(
@@ -54,7 +55,7 @@ def save_adapter(
         whole[f"{layout.head}.weight"] = state[EMBEDDING].to("cpu", copy=True)  # peft would take the two apart
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if isinstance(model, ScalarModel) else TASKS[model.config.architecture],
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": settings.rank,
