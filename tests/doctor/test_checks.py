@@ -103,7 +103,9 @@ def test_another_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_documents_that_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Documents.of
-    monkeypatch.setattr(Documents, "of", lambda numbers, dropout: right(torch.zeros_like(numbers), dropout))
+    monkeypatch.setattr(
+        Documents, "of", lambda numbers, *rest, **named: right(torch.zeros_like(numbers), *rest, **named)
+    )
     assert off(training.packing(CPU)) == ("packed rows: loss, ratio to separate ones; packed rows: gradient, off by")
 
 
@@ -176,7 +178,9 @@ def test_a_compiler_that_computes_something_else_is_noticed(monkeypatch: pytest.
 
 def test_a_cache_in_the_wrong_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = KVCache.begin
-    monkeypatch.setattr(KVCache, "begin", lambda self, tokens: right(self, tokens) + (tokens.shape[1] == 1))
+    monkeypatch.setattr(
+        KVCache, "begin", lambda self, tokens, *rest: right(self, tokens, *rest) + (tokens.shape[1] == 1)
+    )
     assert "generation: tokens that differ without the cache" in off(sampling.decoding(CPU))
 
 

@@ -147,3 +147,14 @@ def test_a_run_of_an_encoder(tmp_path: Path) -> None:
     assert rows[-1]["data/prose/tokens"] % 29 == 0  # of text; the model reads 32
     assert json.loads((tmp_path / "a" / "samples.json").read_text()) == {"before": [], "after": []}
     assert load_language_model(tmp_path / "a" / "model").config.architecture == "encoder"
+
+
+def test_a_run_of_an_encoder_decoder_shows_what_it_fills_in(tmp_path: Path) -> None:
+    command = ["pretrain", *TINY["pretrain"], *OBJECTIVES["span-corruption"], *SHORT, f"runs_dir={tmp_path}", "run=a"]
+    assert cli.main(command) == 0
+    samples = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert len(samples["before"]) == len(samples["after"]) == 3  # of each source one
+    for sample in samples["after"]:
+        assert sample["prompt"].count("<extra_id_") == sample["expected"].count("<extra_id_") == 2
+        assert sample["expected"].startswith("<extra_id_0>")
+        assert sample["answer"]

@@ -1,7 +1,7 @@
 """`llmtrain pretrain`: training on a mixture of text, on next tokens or by another objective."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from llmtrain.generation.engines import Replica
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.mup import at_width
+from llmtrain.objectives.sequence_to_sequence import SequencePairBatch
 from llmtrain.stages import assembly, handover
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
@@ -57,7 +58,7 @@ def stage(config: PretrainConfig) -> None:
 
     objective = task.objective(text.plan.mixture.names)
     measure = evaluate_bits_per_byte(bare(model), task.measure, text.domains, run.layout.device, task.metrics)
-    samples = Continuations(Replica(trained), tokenizer) if trained.config.architecture == "decoder" else no_samples
+    samples = build_samples(trained, tokenizer, text.domains)
     run.write_samples("before", samples)
     run.fit(
         model=model, trained=trained, batches=warmed_up(config.train, text.batches), tokenizer=tokenizer,
@@ -228,9 +229,15 @@ def digests(source: TokenSource) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def no_samples() -> list[dict[str, str]]:
-    """What a model shows that does not go on from beginnings."""
-    return []
+def build_samples(
+    model: LanguageModel, tokenizer: Tokenizer, domains: Mapping[str, Domain]
+) -> Callable[[], list[dict[str, str]]]:
+    """What the report shows of a model: how it goes on, or what it fills in; nothing of one that writes nothing."""
+    replica, architecture = Replica(model), model.config.architecture
+    if architecture == "encoder_decoder":
+        held_out: list[Any] = [domain.batches[0][:1] for domain in domains.values()]
+        return FilledSpans(replica, tokenizer, held_out)
+    return Continuations(replica, tokenizer) if architecture == "decoder" else list
 
 
 class Continuations:
@@ -248,4 +255,24 @@ class Continuations:
         return [
             {"prompt": beginning, "answer": self.tokenizer.decode(answer)}
             for beginning, answer in zip(BEGINNINGS, answers, strict=True)
+        ]
+
+
+class FilledSpans:
+    """What an encoder-decoder writes for the spans taken out of held-out rows, greedily."""
+
+    def __init__(self, model: Replica, tokenizer: Tokenizer, rows: Sequence[SequencePairBatch]) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+
+    def __call__(self) -> list[dict[str, str]]:
+        """The rows as they are read, what is written, and what stood there."""
+        read, written = ([getattr(row, name)[0].tolist() for row in self.rows] for name in ("inputs", "targets"))
+        answers = generate(
+            self.model(), read, max_new_tokens=max(map(len, written), default=1),
+            stop_tokens=set(self.tokenizer.stop_ids), temperature=0.0, start_token=self.tokenizer.pad_id,
+        )  # fmt: skip
+        texts = ([self.tokenizer.decode(ids, skip_special=False) for ids in rows] for rows in (read, answers, written))
+        return [
+            {"prompt": row, "answer": answer, "expected": expected}
+            for row, answer, expected in zip(*texts, strict=True)
         ]
