@@ -86,7 +86,7 @@ def damage(root: Path) -> None:
     (copy("odd_json") / "tokenizer_config.json").write_text("{")
     (copy("odd_lineage", "runs/pretrain") / "lineage.json").write_text("{")
     config = copy("other_family") / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "bert"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
     copy("flipped", "runs/pretrain/checkpoints/step-00000001").rename(root / "step-00000001")
     shard = next((root / "step-00000001" / "state").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
@@ -171,7 +171,7 @@ CONTENT = {
     "no weights": Case(["sft", "model.init_from=no_weights"], 1, ["no_weights holds no weights"]),
     "pickle": Case(["sft", "model.init_from=pickled"], 1, ["pickled weights only", "safetensors"]),
     "cut off weights": Case(["sft", "model.init_from=cut_off"], 1, ["cannot be read as safetensors"]),
-    "other family": Case(["sft", "model.init_from=other_family"], 1, ["model_type 'bert' is not supported"]),
+    "other family": Case(["sft", "model.init_from=other_family"], 1, ["model_type 'mamba' is not supported"]),
     "flipped bit": Case(["sft", "model.init_from=step-00000001"], 1, ["does not match its digest"]),
     "no tokenizer": Case(["sft", "model.init_from=no_tokenizer"], 2, ["no_tokenizer: no tokenizer.json there"]),
     "odd tokenizer": Case(["sft", "model.init_from=odd_tokenizer"], 2, ["odd_tokenizer/tokenizer.json: not a tok"]),
