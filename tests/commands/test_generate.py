@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny import COMMANDS, ENVIRONMENT, start
+import torch
+from tests.tiny import COMMANDS, ENVIRONMENT, start, tiny_model
 
 from llmtrain import cli
 from llmtrain.data.conversations import encode_prompt
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.generation.sampler import generate
-from llmtrain.models.formats import load_language_model
+from llmtrain.models.formats import load_language_model, save_model
+from llmtrain.models.heads import make_model
+from llmtrain.stages.assembly import token_ids
 
 Answer = Callable[..., str]
 
@@ -94,3 +97,42 @@ def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
     command = f"{sys.executable} -m llmtrain generate model={run} prompt=The max_new_tokens=2 | true"
     result = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert result.stderr == ""
+
+
+def folder_of(name: str, run: Path, folder: Path) -> Path:
+    """A random model of a shipped architecture with the run's tokenizer."""
+    tokenizer = load_tokenizer(run / "model")
+    model = make_model(tiny_model(name), tokenizer.vocab_size).initialise(torch.Generator().manual_seed(0))
+    save_model(folder, model, extra_config=token_ids(tokenizer))
+    tokenizer.save(folder)
+    return folder
+
+
+def test_a_source_is_read_and_answered(answer: Answer, run: Path, tmp_path: Path) -> None:
+    """It ends with the end token, and special tokens' names in it mean these tokens."""
+    folder, tokenizer = folder_of("t5_tiny", run, tmp_path), load_tokenizer(run / "model")
+    name = next(token for token in tokenizer.special_tokens.values() if token)
+    [[special]] = tokenizer.encode_rendered([name])
+    source = [*tokenizer.encode("12 +"), special, tokenizer.eos_id]
+    ids = generate(
+        load_language_model(folder), [source], max_new_tokens=12, stop_tokens=set(tokenizer.stop_ids), temperature=0,
+        start_token=tokenizer.pad_id,
+    )  # fmt: skip
+    assert answer(f"prompt=12 +{name}", "temperature=0", model=folder) == tokenizer.decode(ids[0]) + "\n"
+
+
+def test_an_encoder_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("bert_tiny", run, tmp_path)
+    assert cli.main(["generate", f"model={folder}", "prompt=12 +"]) == 1
+    assert "the model is an encoder: it reads text and fills in what is masked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["reward", "align"])
+def test_stages_that_train_decoders_say_so(
+    stage: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    folder = folder_of("t5_tiny", run, tmp_path / "model")
+    name = "dpo" if stage == "align" else stage
+    where = [f"model.init_from={folder}", f"runs_dir={tmp_path / 'runs'}", "train.steps=1", "schedule.warmup_steps=0"]
+    assert cli.main([*COMMANDS[name], *where]) == 2
+    assert f"holds an encoder-decoder, and {stage} trains decoders" in capsys.readouterr().err
