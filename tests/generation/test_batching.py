@@ -116,7 +116,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[Tensor]]
 @PACKED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True)
 def test_the_same_in_any_batch(
     config: ModelConfig, packed: bool, dtype: torch.dtype, temperature: float, threads: int,
     seen: dict[tuple[int, int], list[Tensor]], monkeypatch: pytest.MonkeyPatch,

@@ -50,7 +50,7 @@ CASES = COMMANDS | {
     ],
 }
 INDEPENDENT = ("pretrain", "dropout", "length-warmup", "mup", "best", "experts", *OBJECTIVES)
-FAST = ("dropout", "two-segments")
+FAST = ("dropout",)
 
 
 @pytest.fixture(scope="module")
