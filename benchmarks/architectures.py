@@ -18,17 +18,19 @@ again.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from alignment import llmtrain
 
 from llmtrain.engine.tracking import read_metrics
+from llmtrain.models.footprint import num_active, num_parameters
+from llmtrain.models.formats import read_config
+from llmtrain.models.heads import make_model
+from llmtrain.models.meta import on_meta
 from llmtrain.stages import handover
 
 RUNS_DIR = Path("runs/architectures")
@@ -98,7 +100,8 @@ def measured(name: str, keys: Sequence[str], text: Sequence[str]) -> dict[str, A
     if not (folder / "model").is_dir():
         llmtrain("pretrain", [f"runs_dir={RUNS_DIR}", f"run={run}", *text, *BASE, *MODELS[name], *keys])
     rows = [row for row in read_metrics(folder) if f"eval/{SOURCES[0]}/bits_per_byte" in row]
-    lineage = handover.read_lineage(folder)
+    with on_meta():
+        built = make_model(*read_config(folder / "model"))
 
     def mean(row: dict[str, Any], metric: str) -> float:
         return statistics.mean(row[f"eval/{source}/{metric}"] for source in SOURCES)
@@ -107,16 +110,16 @@ def measured(name: str, keys: Sequence[str], text: Sequence[str]) -> dict[str, A
         "model": name, "keys": list(MODELS[name]), "bits_per_byte": round(mean(rows[-1], "bits_per_byte"), 4),
         "unigram_bits_per_byte": round(mean(rows[-1], "unigram_bits_per_byte"), 4),
         "curve": [[row["step"], round(mean(row, "bits_per_byte"), 4)] for row in rows],
-        "parameters": lineage.get("parameters"), "code": lineage.get("code"), "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "parameters": num_parameters(built), "active": num_active(built), "code": handover.read_lineage(folder)["code"],
     }  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown, the best first."""
-    lines = ["| model | bits per byte | a model of single tokens |", "|---|---|---|"]
+    lines = ["| model | bits per byte | a model of single tokens | parameters | active |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["bits_per_byte"]):
-        lines.append(f"| {row['model']} | {row['bits_per_byte']:.3f} | {row['unigram_bits_per_byte']:.3f} |")
+        measured = f"{row['bits_per_byte']:.3f} | {row['unigram_bits_per_byte']:.3f}"
+        lines.append(f"| {row['model']} | {measured} | {row['parameters']:,} | {row['active']:,} |")
     return "\n".join(lines)
 
 
