@@ -128,9 +128,9 @@ def test_adapters_of_every_family_are_those_of_peft(name: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "library_class", "targets"),
     [
-        ("bert_tiny", "BertForMaskedLM", ["attention.*", "feed_forward.*"]),
+        ("bert_tiny", "BertForMaskedLM", LoraConfig().targets),
         ("modernbert_tiny", "ModernBertForMaskedLM", ["attention.qkv"]),
-        ("t5_tiny", "T5ForConditionalGeneration", ["attention.*", "cross_attention.*", "feed_forward.*"]),
+        ("t5_tiny", "T5ForConditionalGeneration", LoraConfig().targets),
         ("t5_tiny", "T5ForConditionalGeneration", ["EncDecAttention.v", "wi_1"]),
     ],
 )

@@ -34,7 +34,7 @@ class LoraConfig:
     """Scale it by alpha / sqrt(rank) instead, so that a larger rank learns no more slowly (rsLoRA)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on what goes into the adapters during training; `align` is without."""
-    targets: list[str] = Field(default_factory=lambda: ["attention.*", "feed_forward.*"])
+    targets: list[str] = Field(default_factory=lambda: ["(cross_)?attention.*", "feed_forward.*"])
     """Linear layers of the blocks that get adapters; routed experts get none."""
     also_train: list[str] = Field(default_factory=list)
     """Modules that are trained as they are, such as ".*norm" or "head". A reference is then a second model again."""
