@@ -10,19 +10,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def turns() -> Iterator[None]:
-    """In a contender, one item per step; between turns it reports the seconds of each step and waits."""
+def turns(wait: Callable[[], object] = int) -> Iterator[None]:
+    """In a contender, one item per step; between turns it reports the seconds of each step and waits for the next.
+
+    `wait` returns when a step's work is done, where a device does it apart.
+    """
     print(json.dumps({"ready": True}), flush=True)
     while steps := int(sys.stdin.readline() or 0):  # 0 or nothing: the end
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
             yield
+            wait()
             seconds.append(time.perf_counter() - start)
         print(json.dumps(seconds), flush=True)
 

@@ -5,11 +5,17 @@ take turns: a few steps each, round after round, so that a machine whose speed d
 the median step of each, and the median over rounds of the ratios.
 
     python benchmarks/train_throughput.py --model bench_b --dtype bfloat16
+    python benchmarks/train_throughput.py --model llama_1b --device cuda --micro-batch-rows 4 --output FILE
 
 bare: the model of this project written as its user would without a framework: forward, `F.cross_entropy` on the
 logits, backward, clipping, fused AdamW, with forward and loss under `torch.compile`.
-hf: `transformers.Trainer` on GPT2LMHeadModel or LlamaForCausalLM of the same shape with its defaults (fused AdamW).
+hf: `transformers.Trainer` on GPT2LMHeadModel or LlamaForCausalLM of the same shape with its defaults (fused AdamW);
+on a GPU with torch_compile, as it is fastest there.
 ours: `Trainer.fit` as the pretrain stage builds it, metrics written at every step, compile=true.
+
+On a GPU they come one after another, since one memory does not hold three of a large model. MFU: the floating-point
+operations of forward and backward (6 for each weight in a product and token, and attention's) over what a large matrix
+product reaches on the same device in the same dtype.
 """
 
 import argparse
@@ -18,45 +24,65 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from contenders import Contender, ratios, report, turns
 
-ROWS = {"bench_a": 16, "bench_b": 8}
-VOCAB_SIZE = 8192
 LEARNING_RATE = 3e-4
+CONTENDERS = ("ours", "bare", "hf")
 
 
-def build_config(model: str, dtype: str) -> Any:
+class Size(NamedTuple):
+    """Of a step."""
+
+    length: int
+    rows: int
+    vocab_size: int
+
+
+SIZES = {
+    "bench_a": Size(256, 16, 8192),
+    "bench_b": Size(512, 8, 8192),
+    # for GPUs
+    "llama_100m": Size(2048, 64, 32768),
+    "llama_1b": Size(4096, 16, 32768),
+    "llama3_2_3b": Size(4096, 8, 32768),
+}
+
+
+def build_config(arguments: argparse.Namespace) -> Any:
     """The config of `llmtrain pretrain` for this comparison."""
     from llmtrain.config.compose import load_config
 
-    length = {"bench_a": 256, "bench_b": 512}[model]
+    size = SIZES[arguments.model]
     return load_config(
         "pretrain",
         [
-            f"model={model}", f"train.sequence_length={length}", "train.batch_tokens=4096", "train.steps=100000",
-            f"optimizer.lr={LEARNING_RATE}", f"engine.precision={dtype}", "engine.compile=true",
+            f"model={arguments.model}", f"train.sequence_length={size.length}", "train.steps=100000",
+            f"train.batch_tokens={size.length * size.rows}", f"optimizer.lr={LEARNING_RATE}",
+            f"train.micro_batch_rows={arguments.micro_batch_rows or 'null'}", f"engine.device={arguments.device}",
+            f"engine.precision={arguments.dtype}", "engine.compile=true",
         ],
     )  # fmt: skip
 
 
-def make_tokens(config: Any, rows: int, step: int) -> Any:
+def make_tokens(size: Size, step: int) -> Any:
     """The same random rows for everyone."""
     import torch
 
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(VOCAB_SIZE, (rows, config.train.sequence_length + 1), generator=generator)
+    return torch.randint(size.vocab_size, (size.rows, size.length + 1), generator=generator)
 
 
-def bare(config: Any, rows: int, dtype: str) -> None:
+def bare(config: Any, size: Size) -> None:
     """The bare compiled loop."""
     import torch
     import torch.nn.functional as F
 
     from llmtrain.models.heads import LanguageModel
 
-    model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
+    device, micro = config.engine.device, config.train.micro_batch_rows or size.rows
+    model = LanguageModel(config.model, size.vocab_size).initialise(torch.Generator().manual_seed(0)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     @torch.compile
@@ -64,24 +90,32 @@ def bare(config: Any, rows: int, dtype: str) -> None:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    for step, _ in enumerate(turns()):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = loss_of(make_tokens(config, rows, step))
-        loss.backward()
+    for step, _ in enumerate(turns(_wait_for(device))):
+        for tokens in make_tokens(size, step).to(device).split(micro):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=config.engine.precision == "bfloat16"):
+                loss = loss_of(tokens)
+            (loss * (len(tokens) / size.rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def hf(config: Any, rows: int, dtype: str) -> None:
+def _wait_for(device: str) -> Any:
+    """What waits for the device's work; nothing on a processor."""
+    import torch
+
+    return torch.cuda.synchronize if device == "cuda" else int
+
+
+def hf(config: Any, size: Size) -> None:
     """transformers.Trainer."""
     import tempfile
 
     import torch
     import transformers
 
-    model = config.model
-    shape = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": model.tied_embeddings}
+    model, on_gpu, micro = config.model, config.engine.device == "cuda", config.train.micro_batch_rows or size.rows
+    shape = {"vocab_size": size.vocab_size, "tie_word_embeddings": model.tied_embeddings}
     if model.positions == "learned":
         net = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             n_layer=model.num_layers, n_embd=model.hidden_size, n_head=model.num_heads,
@@ -92,13 +126,13 @@ def hf(config: Any, rows: int, dtype: str) -> None:
             num_key_value_heads=model.num_kv_heads, intermediate_size=model.ffn_hidden_size,
             max_position_embeddings=model.max_sequence_length, **shape))  # fmt: skip
 
-    clock = turns()
+    clock = turns(_wait_for(config.engine.device))
 
     class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[dict[str, Any]]:
             step = 0
             while True:
-                for row in make_tokens(config, rows, step)[:, 1:]:
+                for row in make_tokens(size, step)[:, 1:]:
                     yield {"input_ids": row, "labels": row}
                 step += 1
 
@@ -108,8 +142,10 @@ def hf(config: Any, rows: int, dtype: str) -> None:
                 sys.exit(0)
 
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, max_steps=100_000, learning_rate=LEARNING_RATE,
-        adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0, bf16=dtype == "bfloat16", use_cpu=True, report_to=[],
+        output_dir=tempfile.mkdtemp(), max_steps=100_000,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=size.rows // micro,
+        learning_rate=LEARNING_RATE, adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0,
+        bf16=config.engine.precision == "bfloat16", use_cpu=not on_gpu, torch_compile=on_gpu, report_to=[],
         logging_steps=1, save_strategy="no", disable_tqdm=True, optim="adamw_torch_fused",
     )  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
@@ -118,7 +154,7 @@ def hf(config: Any, rows: int, dtype: str) -> None:
     trainer.train()
 
 
-def ours(config: Any, rows: int, dtype: str) -> None:
+def ours(config: Any, size: Size) -> None:
     """The loop of the pretrain stage."""
     import tempfile
 
@@ -130,66 +166,101 @@ def ours(config: Any, rows: int, dtype: str) -> None:
     from llmtrain.objectives.next_token import NextToken, TokenBatch
     from llmtrain.stages.assembly import Plan, Run
 
-    clock = turns()
+    clock = turns(_wait_for(config.engine.device))
 
     class Batches:
         def __call__(self, step: int) -> TokenBatch:
             if next(clock, "end") == "end":
                 sys.exit(0)
-            tokens = make_tokens(config, rows, step)[:, 1:]
+            tokens = make_tokens(size, step)[:, 1:]
             mask = torch.ones_like(tokens, dtype=torch.bool)
             mask[:, 0] = False
-            return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.zeros(rows, dtype=torch.int64))
+            return TokenBatch(tokens=tokens, loss_mask=mask, source=torch.zeros(size.rows, dtype=torch.int64))
 
         def counts(self, step: int) -> dict[str, float]:
             return {}
 
-    model = LanguageModel(config.model, VOCAB_SIZE).initialise(torch.Generator().manual_seed(0))
-    run = Run(config, Path(tempfile.mkdtemp()), join("cpu"), time.monotonic())
-    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, rows, {}, {})
+    model = LanguageModel(config.model, size.vocab_size).initialise(torch.Generator().manual_seed(0))
+    run = Run(config, Path(tempfile.mkdtemp()), join(config.engine.device), time.monotonic())
+    model.to(run.layout.device)
+    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, size.rows, {}, {})
     run.fit(
         model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, plan=plan,
         fixed_shapes=True,
     )  # fmt: skip
 
 
-def compare(model: str, dtype: str, rounds: int, steps: int) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let the three take turns; the first turn (compilation, first touches) is not counted."""
-    contenders = {}
-    for name in ("ours", "bare", "hf"):
-        contenders[name] = Contender([__file__, "--model", model, "--dtype", dtype, "--contender", name])
-        contenders[name].turn(3)
-    medians: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        order = list(contenders)
-        for name in order if number % 2 == 0 else order[::-1]:
-            medians[name].append(statistics.median(contenders[name].turn(steps)))
-    for contender in contenders.values():
-        contender.end()
-    result: dict[str, Any] = {"model": model, "dtype": dtype, "rounds": rounds, "steps": steps}
+    settings = {name: getattr(arguments, name) for name in ("model", "dtype", "device", "micro_batch_rows")}
+    keys = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    rounds, steps = arguments.rounds, arguments.steps
+
+    def begin(name: str) -> Contender:
+        contender = Contender([__file__, *keys, "--contender", name])
+        contender.turn(3)
+        return contender
+
+    medians: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    if arguments.device == "cuda":
+        for name in CONTENDERS:
+            contender = begin(name)
+            medians[name] = [statistics.median(contender.turn(steps)) for _ in range(rounds)]
+            contender.end()
+    else:
+        contenders = {name: begin(name) for name in CONTENDERS}
+        for number in range(rounds):
+            for name in CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]:
+                medians[name].append(statistics.median(contenders[name].turn(steps)))
+        for contender in contenders.values():
+            contender.end()
+    result: dict[str, Any] = settings | {"rounds": rounds, "steps": steps}
+    size, reached = SIZES[arguments.model], peak(arguments)
     for name, values in medians.items():
-        result[f"{name}_tokens_per_second"] = round(4096 / statistics.median(values))
+        rate = size.length * size.rows / statistics.median(values)
+        result |= {f"{name}_tokens_per_second": round(rate), f"{name}_mfu": round(rate * flops(arguments) / reached, 3)}
     for name in ("hf", "bare"):
         result[f"ours_over_{name}"] = ratios(medians[name], medians["ours"], 3)
     return result
 
 
+def peak(arguments: argparse.Namespace) -> float:
+    """FLOP/s of a large matrix product in this dtype, alone on the device."""
+    import torch
+
+    from llmtrain.engine.speed import matmul_peak
+
+    return matmul_peak(torch.device(arguments.device), getattr(torch, arguments.dtype))
+
+
+def flops(arguments: argparse.Namespace) -> float:
+    """Of forward and backward, for each token."""
+    from llmtrain.models.heads import LanguageModel
+    from llmtrain.models.meta import on_meta
+
+    size = SIZES[arguments.model]
+    with on_meta():
+        model = LanguageModel(build_config(arguments).model, size.vocab_size)
+    return model.flops_per_token(size.length)
+
+
 def main() -> None:
     """Parse the arguments; run one contender, or compare all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=ROWS, default="bench_b")
+    parser.add_argument("--model", choices=SIZES, default="bench_b")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--micro-batch-rows", type=int, help="rows in one pass of all three; unset: all of a step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--contender", choices=("ours", "bare", "hf"), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="append the result to this JSON-lines file")
     arguments = parser.parse_args()
     if arguments.contender:
         contender = {"ours": ours, "bare": bare, "hf": hf}[arguments.contender]
-        contender(build_config(arguments.model, arguments.dtype), ROWS[arguments.model], arguments.dtype)
+        contender(build_config(arguments), SIZES[arguments.model])
         return
-    result = compare(arguments.model, arguments.dtype, arguments.rounds, arguments.steps)
-    report(result, arguments.output, "transformers")
+    report(compare(arguments), arguments.output, "transformers")
 
 
 if __name__ == "__main__":
