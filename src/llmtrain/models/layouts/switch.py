@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from llmtrain.models.layouts.experts import ExpertsInTraining
-from llmtrain.models.layouts.t5 import ALWAYS, IGNORED, Head, both_stacks, sizes
-from llmtrain.models.layouts.table import Fields, Key, Layout, Only, Rule, look_up
+from llmtrain.models.layouts.t5 import ALWAYS, IGNORED, both_stacks, scale_of_tied, sizes
+from llmtrain.models.layouts.table import Fields, Inexpressible, Key, Layout, Only, Rule, look_up
 
 SPARSE = ("num_sparse_encoder_layers", "num_sparse_decoder_layers")
 
@@ -14,6 +14,8 @@ class SparseStacks:
     """How many layers of each stack have experts: of L layers with n, those from the second on, L // n apart."""
 
     def write(self, ours: Fields) -> Fields:
+        if ours["encoder_sparse_layers"] is None:
+            raise Inexpressible
         return dict(zip(SPARSE, (sum(ours["encoder_sparse_layers"]), sum(ours["sparse_layers"])), strict=True))
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
@@ -44,6 +46,19 @@ class RoomForRows:
         return {}, []
 
 
+@dataclass(frozen=True)
+class TiedHead:
+    """The token embedding, which hidden states are scaled for; with another head, their stacks have a table each."""
+
+    def write(self, ours: Fields) -> Fields:
+        return {"tie_word_embeddings": True}
+
+    def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
+        tied = theirs.get("tie_word_embeddings") is not False
+        faults = [] if tied else ["tie_word_embeddings=False (supported: one table for both stacks and the head)"]
+        return {"tied_embeddings": True, "logit_scale": scale_of_tied(ours)}, faults
+
+
 def dense_or_experts(ours: str, theirs: str) -> tuple[Rule, ...]:
     """The feed-forward part, of one expert or several."""
     theirs += "mlp."
@@ -62,7 +77,6 @@ SWITCH = Layout(
     language_class="SwitchTransformersForConditionalGeneration",
     scalar_class="SwitchTransformersForSequenceClassification",  # which Transformers has not, nor we for such a model
     ignored=IGNORED,
-    head_from="shared.weight",
     rules=both_stacks(dense_or_experts),
     ours={**ALWAYS, "experts": {"experts_per_token": 1, "normalise_weights": False}},
     parts=(
@@ -75,6 +89,6 @@ SWITCH = Layout(
         Key("dense_act_fn", "activation", "relu", {"relu": ("relu",), "gelu": ("gelu",), "gelu_tanh": ("gelu_new",)}),
         Only("router_bias", False),
         Only("router_dtype", "float32"),
-        Head(),
+        TiedHead(),
     ),
 )

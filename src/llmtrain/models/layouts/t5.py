@@ -32,20 +32,24 @@ class Stacks:
 class Head:
     """The token embedding, which hidden states are scaled for, or a matrix of its own, for which they are not.
 
-    Of T5, new versions of the library say by the key `scaled` alone which one it is.
+    New versions of the library say by `scale_decoder_outputs` alone which one it is.
     """
-
-    scaled: str | None = None
 
     def write(self, ours: Fields) -> Fields:
         tied = ours["tied_embeddings"]
         if ours["logit_scale"] != (ours["hidden_size"] ** -0.5 if tied else 1.0):
             raise Inexpressible
-        return {"tie_word_embeddings": tied} | ({self.scaled: tied} if self.scaled else {})
+        return {"tie_word_embeddings": tied, "scale_decoder_outputs": tied}
 
     def read(self, theirs: Fields, ours: Fields) -> tuple[Fields, list[str]]:
-        tied = look_up(theirs, self.scaled or "", theirs.get("tie_word_embeddings") is not False)
-        return {"tied_embeddings": tied, "logit_scale": ours["hidden_size"] ** -0.5 if tied else 1.0}, []
+        scaled = look_up(theirs, "scale_decoder_outputs", theirs.get("tie_word_embeddings") is not False)
+        return {"tied_embeddings": scaled, "logit_scale": scale_of_tied(ours) if scaled else 1.0}, []
+
+
+def scale_of_tied(ours: Fields) -> float:
+    """1 / √H; of a width that is none, which others say, anything."""
+    size = ours["hidden_size"]
+    return float(size**-0.5) if isinstance(size, int) and size > 0 else 1.0
 
 
 def dense(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -115,6 +119,6 @@ T5 = Layout(
     parts=(
         *sizes(layers=6, hidden_size=512, heads=8),
         Key("feed_forward_proj", "activation", "relu", ACTIVATIONS),
-        Head(scaled="scale_decoder_outputs"),
+        Head(),
     ),
 )
