@@ -242,6 +242,19 @@ def test_a_head_that_is_in_the_files_once_is_the_embedding(tmp_path: Path) -> No
     assert max(differences(load_language_model(tmp_path).eval(), theirs)) < TOLERANCE
 
 
+def test_experts_of_switch_take_whole_rows_in_evaluation(tmp_path: Path) -> None:
+    """Theirs drop what is beyond `expert_capacity` there too; what is written has room for a row."""
+    SwitchConfig, Switch = transformers.SwitchTransformersConfig, transformers.SwitchTransformersForConditionalGeneration
+    theirs = drawn(Switch(SwitchConfig(**SWITCH, expert_capacity=3, attn_implementation="eager")))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_language_model(tmp_path / "theirs").eval()
+    assert max(differences(ours, theirs)) > 1000 * TOLERANCE
+    save_model(tmp_path / "ours", ours, extra_config=TOKEN_IDS)
+    again = Switch.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert again.config.expert_capacity == ours.config.max_sequence_length
+    assert max(differences(ours, again.eval())) < TOLERANCE
+
+
 def test_positions_that_go_by_another_padding_token_are_our_own(tmp_path: Path) -> None:
     """RoBERTa counts positions from the number of its padding token: with another one they would be others."""
     ours = drawn(make_model(read_config(their_folder("roberta", tmp_path / "theirs"))[0], VOCAB_SIZE))
