@@ -82,7 +82,10 @@ MODELS = {name: ["model=llama_tiny", *keys] for name, keys in PARTS.items()} | {
     "t5_tiny": ["model=t5_tiny", *LONGER, "optimizer.lr=1e-3"],
     # of such rows the decoder reads 29 tokens
     "switch_t5_tiny": [
-        "model=switch_t5_tiny", "model.experts.capacity_group_tokens=16", *LONGER, "optimizer.lr=1e-3",
+        "model=switch_t5_tiny",
+        "model.experts.capacity_group_tokens=16",
+        *LONGER,
+        "optimizer.lr=1e-3",
     ],
 }
 

@@ -244,13 +244,13 @@ def test_a_head_that_is_in_the_files_once_is_the_embedding(tmp_path: Path) -> No
 
 def test_experts_of_switch_take_whole_rows_in_evaluation(tmp_path: Path) -> None:
     """Theirs drop what is beyond `expert_capacity` there too; what is written has room for a row."""
-    SwitchConfig, Switch = transformers.SwitchTransformersConfig, transformers.SwitchTransformersForConditionalGeneration
-    theirs = drawn(Switch(SwitchConfig(**SWITCH, expert_capacity=3, attn_implementation="eager")))
+    options = transformers.SwitchTransformersConfig(**SWITCH, expert_capacity=3, attn_implementation="eager")
+    theirs = drawn(transformers.SwitchTransformersForConditionalGeneration(options))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_language_model(tmp_path / "theirs").eval()
     assert max(differences(ours, theirs)) > 1000 * TOLERANCE
     save_model(tmp_path / "ours", ours, extra_config=TOKEN_IDS)
-    again = Switch.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert again.config.expert_capacity == ours.config.max_sequence_length
     assert max(differences(ours, again.eval())) < TOLERANCE
 
