@@ -80,6 +80,13 @@ MODELS = {name: ["model=llama_tiny", *keys] for name, keys in PARTS.items()} | {
     # one token in seven is predicted, and post-norm does not bear the rate of the others
     "bert_tiny": ["model=bert_tiny", *LONGER, "optimizer.lr=5e-4"],
     "t5_tiny": ["model=t5_tiny", *LONGER, "optimizer.lr=1e-3"],
+    # of such rows the decoder reads 29 tokens
+    "switch_t5_tiny": [
+        "model=switch_t5_tiny",
+        "model.experts.capacity_group_tokens=16",
+        *LONGER,
+        "optimizer.lr=1e-3",
+    ],
 }
 
 

@@ -72,9 +72,21 @@ CASES = {
         ["init.name=scaled", "init_std=0.1"],
         "model.init_std: has no effect: scaled says how large weights are by their shapes",
     ),
-    "experts of an encoder": (
-        ["architecture=encoder", "experts.num_experts=4"],
-        "model.experts: experts are for decoders here; leave it away",
+    "experts of a deeper encoder": (
+        ["architecture=encoder_decoder", "encoder_layers=6", "experts.first_layer=6"],
+        "model.experts.first_layer: no layer has experts: the last of model.encoder_layers=6 is 5, counted from 0",
+    ),
+    "room in a decoder": (
+        ["architecture=encoder_decoder", "experts.capacity_factor=1.0", "experts.capacity_group_tokens=64"],
+        "model.experts.capacity_group_tokens: 64 tokens are more than the 58 that the decoder reads of",
+    ),
+    "queries that are scaled twice": (
+        ["init.name=t5", "tied_embeddings=false"],
+        "model.init.name: t5 has the scale of attention's scores in the queries' weights: set model.attention_scale=1",
+    ),
+    "head as large as embeddings": (
+        ["init.name=t5", "attention_scale=1.0"],
+        "and one is the head: set model.logit_scale=0.08839, which is 1 / sqrt(model.hidden_size=128), or model.tied",
     ),
     "routers": (
         [f"init={MUP}", "experts.num_experts=4"],

@@ -182,7 +182,9 @@ def test_padding_is_a_document_of_its_own_and_never_hidden(
         batch = Masking(MaskedConfig(), tokenizer, special, {})(collate_text([row], [0]), [5])
         assert batch.documents is not None
         assert batch.documents[0].tolist() == [0] * len(source) + [1] * 9
+        assert batch.counted_tokens()["encoder"][0].tolist() == [True] * len(source) + [False] * 9
         assert batch.places.max() < len(source)
         assert int(batch.loss_mask.sum()) == int(0.15 * (len(source) - 1) + 0.5)
     whole = Masking(MaskedConfig(), tokenizer, special, {})(collate_text([Blocks(source, 16)[0]], [0]), [5])
     assert whole.documents is None
+    assert whole.lengths is None

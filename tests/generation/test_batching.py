@@ -56,12 +56,17 @@ CROSS_CAPPED = dataclasses.replace(
 EXPERTS = dataclasses.replace(
     GROUPED, init_std=0.2, experts=ExpertsConfig(num_experts=5, shared_experts=1, first_layer=1, capacity_factor=0.5)
 )
+SWITCH = dataclasses.replace(
+    T5, encoder_layers=2, activation="relu", experts=ExpertsConfig(
+        num_experts=5, experts_per_token=1, normalise_weights=False, first_layer=1, capacity_factor=0.5
+    ),
+)  # fmt: skip
 KINDS = {
     "grouped": GROUPED, "multi-head": MULTI_HEAD, "multi-query": MULTI_QUERY, "gpt2": GPT2,
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
     "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
     "t5": T5, "first-both": FIRST_BOTH, "cross-capped": CROSS_CAPPED,
-    "experts": EXPERTS,
+    "experts": EXPERTS, "switch": SWITCH,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(

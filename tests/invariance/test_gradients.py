@@ -75,6 +75,7 @@ OBJECTIVES = (
     *TEXT, "mup", "bradley_terry", "rankings", *PREFERENCE, "kto", "ppo", "shared ppo", "grpo",
     "token grpo", "reinforce",
     *(f"experts {name}" for name in ("next_token", "sft", "packed", "rankings", "dpo", "kto", "ppo", "grpo")),
+    *(f"experts {name}" for name in ("masked", "two segments", "sequence to sequence")),
 )  # fmt: skip
 METHODS = ("ppo", "shared ppo", "grpo", "rloo", "reinforce", "online_dpo", "rejection_sampling")
 GROUPED = ("grpo", "rloo", "online_dpo", "rejection_sampling")
@@ -203,7 +204,8 @@ def build_of(name: str, config: ModelConfig) -> tuple[nn.Module, Any]:
         return language_model(1, config), Kto(beta=0.5, undesirable_weight=1.5)
     kind = {"sequence to sequence": SequenceToSequence, "masked": MaskedTokens, "two segments": MaskedTokens}
     objective = kind.get(name, NextToken)(z_loss=1e-3, label_smoothing=0.1 if name in ARCHITECTURES else 0.0)
-    return language_model(1, ARCHITECTURES.get(name, config)), objective
+    architecture = dataclasses.replace(ARCHITECTURES.get(name, config), experts=config.experts)
+    return language_model(1, architecture), objective
 
 
 def routed(model: nn.Module, objective: Any, layout: Layout) -> Any:
@@ -284,7 +286,7 @@ def masked_batch(tokens: Tensor, others: Tensor, inside: Tensor, source: Tensor,
     return MaskedBatch(
         tokens=tokens, places=places, targets=others.gather(1, places), loss_mask=inside.gather(1, places),
         source=source, documents=(~inside).int(), segments=(torch.arange(WIDTH) > 9).long().repeat(ROWS, 1) if labels
-        else None, is_other=(torch.arange(ROWS) % 3 == 0).long() if labels else None,
+        else None, lengths=inside.sum(dim=1), is_other=(torch.arange(ROWS) % 3 == 0).long() if labels else None,
     )  # fmt: skip
 
 

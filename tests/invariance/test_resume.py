@@ -39,6 +39,13 @@ CASES = COMMANDS | {
     "packed": [*COMMANDS["sft"], "data.packing=true"],
     "best": [*COMMANDS["pretrain"], *BEST],
     "experts": [*COMMANDS["pretrain"], *EXPERTS, "train.micro_batch_rows=2"],
+    "masked-experts": [*COMMANDS["masked"], *EXPERTS, "train.micro_batch_rows=2"],
+    "span-corruption-experts": [
+        *COMMANDS["span-corruption"],
+        *EXPERTS,
+        "model.experts.capacity_group_tokens=4",
+        "train.micro_batch_rows=2",
+    ],
     "rankings": [
         "reward",
         "data=files",
@@ -49,7 +56,17 @@ CASES = COMMANDS | {
         "train.micro_batch_rows=3",
     ],
 }
-INDEPENDENT = ("pretrain", "dropout", "length-warmup", "mup", "best", "experts", *OBJECTIVES)
+INDEPENDENT = (
+    "pretrain",
+    "dropout",
+    "length-warmup",
+    "mup",
+    "best",
+    "experts",
+    "masked-experts",
+    "span-corruption-experts",
+    *OBJECTIVES,
+)
 FAST = ("dropout",)
 
 

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, ModernBERT and T5 against the Transformers library: what each writes the other reads."""
+"""BERT, RoBERTa, ModernBERT, T5 and Switch against the Transformers library: what each writes the other reads."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from tests.tiny import ENCODERS, tiny_model
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.generation.decoder import SourceDecoder
 from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import load_language_model, load_scalar_model, read_config, save_model
@@ -35,6 +35,7 @@ T5 = {
     "vocab_size": VOCAB_SIZE, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
     "decoder_start_token_id": 1, **TOKEN_IDS,
 }  # fmt: skip
+SWITCH = {**T5, "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 3}
 # The class of the model, the one of its config, and its options.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "BertConfig", SIZES),
@@ -49,9 +50,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5 v1.1": ("T5ForConditionalGeneration", "T5Config", {
         **T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     }),
+    "switch": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", SWITCH),
+    "switch of experts alone": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", {
+        **SWITCH, "num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3, "dense_act_fn": "gelu_new",
+    }),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("case", CASES)
-EVERY_T5 = pytest.mark.parametrize("case", ["t5", "t5 v1.1"])
+EVERY_T5 = pytest.mark.parametrize("case", ["t5", "t5 v1.1", "switch"])
 COUNTS = torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 7], [5]])
 
 
@@ -164,8 +169,8 @@ def test_cached_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> N
     wide.adopt(torch.arange(3), cache, torch.arange(3))
     found, worst = [logits, *(decoder.read_tokens(added[:, step], wide) for step in range(steps))], 0.0
     for row, source in enumerate(sources):
-        output = theirs(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[1]]), use_cache=True)
-        encoded = (output.encoder_last_hidden_state,)
+        encoded = theirs.encoder(torch.tensor([source]))
+        output = theirs(encoder_outputs=encoded, decoder_input_ids=torch.tensor([[1]]), use_cache=True)
         for step, of_rows in enumerate(found):
             worst = max(worst, float((output.logits[0, -1] - of_rows[row]).abs().max()))
             if step < steps:
@@ -194,6 +199,7 @@ CLASSES = {
     "bert_tiny": "BertForMaskedLM",
     "modernbert_tiny": "ModernBertForMaskedLM",
     "t5_tiny": "T5ForConditionalGeneration",
+    "switch_t5_tiny": "SwitchTransformersForConditionalGeneration",
 }
 
 
@@ -236,6 +242,19 @@ def test_a_head_that_is_in_the_files_once_is_the_embedding(tmp_path: Path) -> No
     assert max(differences(load_language_model(tmp_path).eval(), theirs)) < TOLERANCE
 
 
+def test_experts_of_switch_take_whole_rows_in_evaluation(tmp_path: Path) -> None:
+    """Theirs drop what is beyond `expert_capacity` there too; what is written has room for a row."""
+    options = transformers.SwitchTransformersConfig(**SWITCH, expert_capacity=3, attn_implementation="eager")
+    theirs = drawn(transformers.SwitchTransformersForConditionalGeneration(options))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_language_model(tmp_path / "theirs").eval()
+    assert max(differences(ours, theirs)) > 1000 * TOLERANCE
+    save_model(tmp_path / "ours", ours, extra_config=TOKEN_IDS)
+    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert again.config.expert_capacity == ours.config.max_sequence_length
+    assert max(differences(ours, again.eval())) < TOLERANCE
+
+
 def test_positions_that_go_by_another_padding_token_are_our_own(tmp_path: Path) -> None:
     """RoBERTa counts positions from the number of its padding token: with another one they would be others."""
     ours = drawn(make_model(read_config(their_folder("roberta", tmp_path / "theirs"))[0], VOCAB_SIZE))
@@ -253,6 +272,19 @@ OWN = {
     "the first transformer": FIRST,
     "t5 with rotation": dataclasses.replace(FIRST, positions="rope", norm="rmsnorm", norm_placement="pre", bias=False),
     "an encoder without a head": dataclasses.replace(FIRST, architecture="encoder", encoder_layers=None),
+    "switch with a head of its own": dataclasses.replace(
+        FIRST,
+        positions="relative",
+        norm="rmsnorm",
+        norm_placement="pre",
+        bias=False,
+        attention_scale=1.0,
+        tied_embeddings=False,
+        experts=ExpertsConfig(num_experts=3, experts_per_token=1, normalise_weights=False),
+    ),
+    "bert with experts": dataclasses.replace(
+        FIRST, architecture="encoder", encoder_layers=None, experts=ExpertsConfig(num_experts=3)
+    ),
     "bert without segments": dataclasses.replace(
         FIRST, architecture="encoder", encoder_layers=None, positions="learned", embedding_norm="added", mlm_head=True
     ),
@@ -278,6 +310,11 @@ REFUSED = {
     "bias of the head": ("modernbert", {"decoder_bias": False}, "decoder_bias=False"),
     "padding": ("roberta", {"pad_token_id": None}, "pad_token_id=None"),
     "function": ("t5", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj='gated-tanh'"),
+    "layers that differ": ("switch", {"num_sparse_decoder_layers": 3}, r"layers \[\[1, 3\], \[0, 1, 2\]\]"),
+    "bias of a router": ("switch", {"router_bias": True}, "router_bias=True"),
+    "three tables": ("switch", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+    "coarse router": ("switch", {"router_dtype": "bfloat16"}, "router_dtype='bfloat16'"),
+    "function of experts": ("switch", {"dense_act_fn": "silu"}, "dense_act_fn='silu'"),
 }
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.models.small import LENGTH, drawn, normal, with_parts
 from torch import Tensor
 
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.generation.sampler import generate
 from llmtrain.models.attention import Attention, Context, Source
 from llmtrain.models.document_attention import Documents
@@ -26,7 +26,8 @@ MODERN = with_parts(
     sliding_window=4, attention_pattern=["full", "sliding"], rope_local_theta=50.0,
 )  # fmt: skip
 RELATIVE = with_parts(architecture="encoder", positions="relative", attention_scale=1.0, relative_buckets=8)
-ENCODERS = {"bert": BERT, "modern": MODERN, "relative": RELATIVE}
+SPARSE = dataclasses.replace(MODERN, experts=ExpertsConfig(num_experts=3, shared_experts=1, capacity_factor=1.0))
+ENCODERS = {"bert": BERT, "modern": MODERN, "relative": RELATIVE, "sparse": SPARSE}
 T5 = dataclasses.replace(
     RELATIVE, architecture="encoder_decoder", encoder_layers=1, activation="geglu_tanh", tied_embeddings=False
 )
@@ -37,7 +38,13 @@ FIRST = with_parts(
 SANDWICHED = with_parts(
     architecture="encoder_decoder", norm_placement="sandwich", qk_norm="full", attention_softcap=3.0, sliding_window=5
 )
-BOTH = {"t5": T5, "first": FIRST, "sandwiched": SANDWICHED}
+SWITCH = dataclasses.replace(
+    T5, activation="relu", encoder_layers=None, experts=ExpertsConfig(
+        num_experts=3, experts_per_token=1, normalise_weights=False, first_layer=1, capacity_factor=1.0,
+        capacity_group_tokens=4,
+    ),
+)  # fmt: skip
+BOTH = {"t5": T5, "first": FIRST, "sandwiched": SANDWICHED, "switch": SWITCH}
 EVERY_ENCODER = pytest.mark.parametrize("name", ENCODERS)
 EVERY_PAIR = pytest.mark.parametrize("name", BOTH)
 LENGTHS = torch.tensor([LENGTH, 6])

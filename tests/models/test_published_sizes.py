@@ -1,5 +1,6 @@
 """Parameters of the architectures in configs/model against the published figures and the reference implementations."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.tiny import TINY_MODELS
 from llmtrain.config.folders import packaged_configs
 from llmtrain.models.footprint import num_active, num_parameters, num_without_embeddings
 from llmtrain.models.formats import save_config
+from llmtrain.models.heads import make_model
+from llmtrain.models.meta import on_meta
 
 # All parameters of a released checkpoint, by its name on the Hugging Face hub: exact.
 RELEASED = {
@@ -69,7 +72,12 @@ RELEASED = {
     "t5_v1_1_large": ("google/t5-v1_1-large", 783_150_080),
     "t5_v1_1_xl": ("google/t5-v1_1-xl", 2_849_757_184),
     "t5_v1_1_xxl": ("google/t5-v1_1-xxl", 11_135_332_352),
+    "switch_base": ("google/switch-base-8", 619_339_008),
 }
+# google/switch-base-16 and so on, by their number of experts.
+SWITCH_BASE = {
+    16: 1_072_397_568, 32: 1_978_514_688, 64: 3_790_748_928, 128: 7_415_217_408, 256: 14_664_154_368
+}  # fmt: skip
 # Parameters without embeddings and head as they are printed; digits in full are exact, others rounded.
 PYTHIA = "Biderman et al. 2023 (arXiv 2304.01373), table 1"
 GEMMA_2 = "Gemma team 2024 (arXiv 2408.00118), table 2"
@@ -175,6 +183,24 @@ def test_transformers_has_as_many(name: str, tmp_path: Path) -> None:
     # its T5 shares the head with the embedding until it reads one of its own
     shared = 0 if theirs.config.tie_word_embeddings == model.config.tied_embeddings else model.head_weight.numel()
     assert sum(each.numel() for each in theirs.parameters()) + shared == num_parameters(model)
+
+
+@pytest.mark.parametrize("experts", SWITCH_BASE)
+def test_switch_base_with_more_experts(experts: int) -> None:
+    """The same with another number: here, by Transformers' class of the released configs, and as listed above."""
+    transformers = pytest.importorskip("transformers")
+    config = published("switch_base").config
+    assert config.experts is not None
+    with on_meta():
+        ours = make_model(
+            dataclasses.replace(config, experts=dataclasses.replace(config.experts, num_experts=experts)), 32_128
+        )
+    released = {"d_ff": 3072, "num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6, "num_experts": experts}
+    with torch.device("meta"):
+        theirs = transformers.SwitchTransformersForConditionalGeneration(
+            transformers.SwitchTransformersConfig(**released)
+        )
+    assert num_parameters(ours) == sum(each.numel() for each in theirs.parameters()) == SWITCH_BASE[experts]
 
 
 def test_transformers_has_as_many_in_gpt_1() -> None:

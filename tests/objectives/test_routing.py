@@ -1,20 +1,24 @@
 """The losses of routers against formulas and Transformers; the balance that adapts."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.objectives.masked import MaskedBatch
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.routing import (
     Routed,
     Routing,
+    Stack,
     balance_loss_sum,
     balanced,
-    counted_tokens,
     loads,
     statistics,
     z_loss_sum,
 )
+from llmtrain.objectives.sequence_to_sequence import SequencePairBatch, SequenceToSequence
 
 EXPERTS, CHOICES = 5, 2
 
@@ -103,13 +107,34 @@ def test_biases_move_against_the_load() -> None:
 def test_tokens_count_that_stand_before_the_last_that_is_learned() -> None:
     mask = torch.tensor([[False, True, False, True, False], [False] * 5])
     batch = TokenBatch(tokens=torch.ones(2, 5, dtype=torch.int64), loss_mask=mask, source=torch.zeros(2))
-    assert counted_tokens(batch).int().tolist() == [[1, 1, 1, 0, 0], [0] * 5]
+    [(stack, counted)] = batch.counted_tokens().items()
+    assert (stack, counted.int().tolist()) == ("decoder", [[1, 1, 1, 0, 0], [0] * 5])
+
+
+def test_all_tokens_of_an_encoder_count_but_padding() -> None:
+    """Of what is written beside it, those up to the last that a learned token is predicted from."""
+    tokens, one = torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
+    masked = MaskedBatch(tokens=tokens, places=one, targets=one, loss_mask=one == 0, source=one[:, 0])
+    assert masked.counted_tokens()["encoder"].int().tolist() == [[1] * 5] * 2
+    masked = dataclasses.replace(masked, lengths=torch.tensor([5, 2]))
+    [(stack, counted)] = masked.counted_tokens().items()
+    assert (stack, counted.int().tolist()) == ("encoder", [[1] * 5, [1, 1, 0, 0, 0]])
+    learned = torch.tensor([[False, True, False], [False] * 3])
+    pairs = SequencePairBatch(
+        inputs=tokens, tokens=tokens[:, :3], targets=tokens[:, :3], loss_mask=learned, source=one[:, 0],
+        input_lengths=torch.tensor([1, 4]),
+    )  # fmt: skip
+    found = pairs.counted_tokens()
+    assert found.keys() == {"encoder", "decoder"}
+    assert found["encoder"].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert found["decoder"].int().tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 class Layer:
     """Stands for a layer that routes as told."""
 
-    def __init__(self, made: Routing, balance_loss: float, z_loss: float) -> None:
+    def __init__(self, made: Routing, balance_loss: float, z_loss: float, stack: Stack = "decoder") -> None:
+        self.stack: Stack = stack
         self.made, self.balance_loss, self.z_loss, self.num_experts = made, balance_loss, z_loss, EXPERTS
         self.routings: list[Routing] | None = None
         self.seen: list[Tensor] = []
@@ -138,7 +163,7 @@ def test_an_objective_has_the_auxiliary_losses_beside_its_own(kit) -> None:
     cpu = torch.device("cpu")
     objective = Routed(plain, layers, lambda value: 2 * value, cpu)  # two processes that see the same
     loss, metrics = objective(model, batch)
-    counted = counted_tokens(batch)
+    counted = batch.counted_tokens()["decoder"]
     expected = 0.1 * balance_loss_sum(made, counted) + 0.2 * z_loss_sum(made, counted)
     torch.testing.assert_close(loss, torch.stack([plain(model.inner, batch)[0], expected]))
     assert objective.weight(batch).tolist() == [float(mask[:, 1:].sum()), float(counted.sum())]
@@ -156,3 +181,38 @@ def test_an_objective_has_the_auxiliary_losses_beside_its_own(kit) -> None:
     objective(model, batch)  # the next update begins anew
     objective.after_update()
     assert torch.equal(layers[0].seen[1], load / 2)
+
+
+def test_each_stack_has_a_mean_of_its_own() -> None:
+    """One layer over inputs of up to 8 tokens and two over targets of up to 5: terms, weights, metrics, loads."""
+    read, written = routing(), routing(length=5, choices=1)
+    layers = [Layer(written, 0.2, 0.0), Layer(read, 0.1, 0.3, "encoder"), Layer(written, 0.0, 0.4)]
+    targets, one = torch.ones(3, 5, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+    batch = SequencePairBatch(
+        inputs=torch.ones(3, 8, dtype=torch.int64), tokens=targets, targets=targets, loss_mask=first([2, 5, 4], 5),
+        source=one, input_lengths=torch.tensor([8, 3, 5]),
+    )  # fmt: skip
+
+    class Model(torch.nn.Module):
+        def forward(self, tokens, read, **arguments):
+            for layer in layers:
+                layer.routings.append(layer.made)
+            return read(torch.ones(3, 5, 4), torch.ones(6, 4))
+
+    objective = Routed(SequenceToSequence(), layers, lambda value: value, torch.device("cpu"))
+    loss, metrics = objective(Model(), batch)
+    reading, writing = first([8, 3, 5], 8), first([2, 5, 4], 5)
+    of_encoder = 0.1 * balance_loss_sum(read, reading) + 0.3 * z_loss_sum(read, reading)
+    of_decoder = 0.2 * balance_loss_sum(written, writing) + 0.4 * z_loss_sum(written, writing)
+    torch.testing.assert_close(loss[1:], torch.stack([of_decoder, of_encoder]))
+    assert objective.weight(batch).tolist() == [11.0, 11.0, 16.0]
+    for stack, made, counted, tokens in (("encoder", read, reading, 16), ("decoder", written, writing, 22)):
+        value, weight = metrics[f"router/{stack}/z_loss"]
+        assert float(weight) == tokens  # of two layers in the decoder
+        torch.testing.assert_close(value / weight, z_loss_sum(made, counted) / counted.sum())
+    assert "router/z_loss" not in metrics
+    found = objective.after_update()
+    for stack, made, counted in (("encoder", read, reading), ("decoder", written, writing)):
+        load = loads(made, counted).sum(dim=0)
+        assert float(found[f"router/{stack}/share_max"][0]) == pytest.approx(float(load.max() / load.sum()))
+    assert torch.equal(layers[1].seen[0], loads(read, reading).sum(dim=0))

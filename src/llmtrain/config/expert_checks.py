@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from llmtrain.config.plain import Finding
+from llmtrain.config.schema import SpanCorruptionConfig
 from llmtrain.config.view import View, finding, no_effect
 
 KEY = "model.experts"
@@ -25,20 +26,16 @@ def chosen_experts(view: View) -> Iterator[Finding]:
             yield from no_effect(view, f"{KEY}.{key}", why, f"{KEY}.experts_per_token")
 
 
-def decoders(view: View) -> Iterator[Finding]:
-    """What balance is judged over is known of text that is read from left to right."""
-    if view[KEY] is not None and view["model.architecture"] != "decoder":
-        yield finding("experts are for decoders here; leave it away", KEY, "model.architecture")
-
-
 def sparse_layers(view: View) -> Iterator[Finding]:
     """Some layer has experts; a width that no layer has is not set."""
     if view[KEY] is None:
         return
-    first, layers = view[f"{KEY}.first_layer"], view["model.num_layers"]
+    first, key, layers = view[f"{KEY}.first_layer"], "model.num_layers", view["model.num_layers"]
+    if (view["model.encoder_layers"] or 0) > layers:
+        key, layers = "model.encoder_layers", view["model.encoder_layers"]
     if first >= layers:
-        problem = f"no layer has experts: the last of model.num_layers={layers} is {layers - 1}, counted from 0"
-        yield finding(problem, f"{KEY}.first_layer", "model.num_layers")
+        problem = f"no layer has experts: the last of {key}={layers} is {layers - 1}, counted from 0"
+        yield finding(problem, f"{KEY}.first_layer", key)
     every_layer = first == 0 and (view[f"{KEY}.layer_step"] == 1 or layers == 1)
     if every_layer and view[f"{KEY}.ffn_hidden_size"] is not None:
         why = f"no layer is dense, and {KEY}.ffn_hidden_size is the width of the experts"
@@ -58,15 +55,26 @@ def router(view: View) -> Iterator[Finding]:
 
 
 def capacity(view: View) -> Iterator[Finding]:
-    """A new model's capacity is shared by tokens that a row has."""
+    """A new model's capacity is shared by tokens that a row has, in the decoder beside an encoder too."""
     if view[KEY] is None or view[f"{KEY}.capacity_factor"] is None or view["model.init_from"] is not None:
         return
     group, length = view[f"{KEY}.capacity_group_tokens"], view["train.sequence_length"]
     if group > length:
         problem = f"{group} tokens are more than a row has, so there is room for more than its even share"
         yield finding(f"{problem}: train.sequence_length={length}", f"{KEY}.capacity_group_tokens")
+    elif view["model.architecture"] == "encoder_decoder" and group > (targets := _targets(view, length)):
+        problem = f"{group} tokens are more than the {targets} that the decoder reads of train.sequence_length={length}"
+        yield finding(f"{problem}: there is room for more than its even share", f"{KEY}.capacity_group_tokens")
+
+
+def _targets(view: View, inputs: int) -> int:
+    """Tokens of the decoder's rows where the encoder's have `inputs`."""
+    if view["objective.name"] == "auto":
+        return SpanCorruptionConfig().lengths_for(inputs).targets
+    noise, length = view["objective.noise_density"], view["objective.mean_span_length"]
+    return SpanCorruptionConfig(noise_density=noise, mean_span_length=length).lengths_for(inputs).targets
 
 
 EXPERT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    decoders, chosen_experts, sparse_layers, router, capacity,
+    chosen_experts, sparse_layers, router, capacity,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Parts of an architecture that do not fit together, or of which one has no effect."""
 
+import math
 from collections.abc import Iterator
 
 from llmtrain.config.plain import Finding
@@ -102,10 +103,12 @@ def embeddings(view: View) -> Iterator[Finding]:
 
 
 def initialisation(view: View) -> Iterator[Finding]:
-    """Some kinds say the deviation themselves; muP has rules for some optimizers, and zeros where they can be left."""
+    """Some kinds say the deviation themselves, and count on scales; muP has zeros where they can be left."""
     kind = view["model.init.name"]
-    if kind in ("scaled", "small"):
+    if kind in ("scaled", "small", "t5"):
         yield from _changed(view, "init_std", f"{kind} says how large weights are by their shapes", "init.name")
+    if kind == "t5":
+        yield from _t5(view)
     if kind != "mup":
         return
     if view["model.architecture"] != "decoder":
@@ -117,6 +120,20 @@ def initialisation(view: View) -> Iterator[Finding]:
         yield finding(problem, "model.init.zero_head", "model.tied_embeddings")
     if view["model.init.zero_query"] and view["model.qk_norm"] != "none":
         yield finding("queries of zero cannot be normalised", "model.init.zero_query", "model.qk_norm")
+
+
+def _t5(view: View) -> Iterator[Finding]:
+    """Queries begin with the scale of the scores in them, and embeddings too large to be a head as they are."""
+    scale, hidden = view["model.attention_scale"], view["model.hidden_size"]
+    if scale != 1.0:
+        problem = "t5 has the scale of attention's scores in the queries' weights: set model.attention_scale=1.0"
+        yield finding(problem, "model.init.name", "model.attention_scale")
+    if view["model.tied_embeddings"] and not math.isclose(view["model.logit_scale"], hidden**-0.5, rel_tol=1e-3):
+        problem = (
+            f"embeddings of t5 begin with deviation 1, and one is the head: set model.logit_scale={hidden**-0.5:.4g}, "
+            f"which is 1 / sqrt(model.hidden_size={hidden}), or model.tied_embeddings=false"
+        )
+        yield finding(problem, "model.init.name", "model.logit_scale", "model.tied_embeddings")
 
 
 def mup_optimizer(view: View) -> Iterator[Finding]:

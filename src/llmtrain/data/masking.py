@@ -56,10 +56,11 @@ class Masking:
         where = np.sort(np.where(hidden, np.arange(width), width), axis=1)[:, :places]
         is_used = where < width
         where = np.where(is_used, where, 0)
+        lengths = self._lengths(batch)
         return MaskedBatch(
             tokens=torch.from_numpy(read), places=torch.from_numpy(where),
             targets=torch.from_numpy(np.take_along_axis(tokens, where, axis=1)), loss_mask=torch.from_numpy(is_used),
-            source=batch.source, documents=self._documents(batch),
+            source=batch.source, documents=self._documents(batch, lengths), lengths=lengths,
             segments=None if segments is None else torch.from_numpy(segments),
             is_other=None if is_other is None else torch.from_numpy(is_other),
         )  # fmt: skip
@@ -114,14 +115,18 @@ class Masking:
         found = others[number].tokens
         return others[(number + 1) % len(others)].tokens if np.array_equal(found, row) else found
 
-    def _documents(self, batch: TokenBatch) -> Tensor | None:
-        """The documents of the rows; where these see one another, padding is still apart."""
-        if batch.documents is not None or self.config.next_sentence:
-            return batch.documents
-        lengths, width = text_lengths(batch, self.pad_id), batch.tokens.shape[1]
-        if (lengths == width).all():
+    def _lengths(self, batch: TokenBatch) -> Tensor | None:
+        """How many tokens of each row are no padding; of two segments all are."""
+        if self.config.next_sentence:
             return None
-        return torch.from_numpy((np.arange(width) >= lengths[:, None]).astype(np.int32))
+        lengths = text_lengths(batch, self.pad_id)
+        return None if (lengths == batch.tokens.shape[1]).all() else torch.from_numpy(lengths)
+
+    def _documents(self, batch: TokenBatch, lengths: Tensor | None) -> Tensor | None:
+        """The documents of the rows; where these see one another, padding is still apart."""
+        if batch.documents is not None or lengths is None:
+            return batch.documents
+        return (torch.arange(batch.tokens.shape[1]) >= lengths[:, None]).int()
 
 
 def _share(rate: float, of: NDArray[np.int64] | int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.kernels.grouped_product import grouped_product
 from llmtrain.models.feed_forward import ACTIVATIONS, GATES, inner_size, make_dense
 from llmtrain.models.shared_rows import SharedRows
-from llmtrain.objectives.routing import Routing, balanced
+from llmtrain.objectives.routing import Routing, Stack, balanced
 
 
 class ExpertLinear(nn.Module):
@@ -110,6 +110,7 @@ class Experts(nn.Module):
         self.expert_down = ExpertLinear(number, inner, hidden, bias=bias)
         self.shared = make_dense(config, inner * settings.shared_experts) if settings.shared_experts else None
         self.num_experts, self.balance_loss, self.z_loss = number, settings.balance_loss, settings.z_loss
+        self.stack: Stack = "decoder" if config.is_causal else "encoder"
         self.routings: list[Routing] | None = None
 
     def forward(self, hidden: Tensor, rows: SharedRows | None = None) -> Tensor:

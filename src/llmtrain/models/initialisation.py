@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmtrain.config.schema import ModelConfig, MupInitConfig
+from llmtrain.config.schema import ModelConfig, MupInitConfig, T5InitConfig
 
 # The projections of a block whose outputs are added to the residual stream.
 INTO_RESIDUAL = (
@@ -26,6 +26,8 @@ class Matrix(NamedTuple):
     """I; of an embedding, whose inputs are single tokens or positions, its width."""
     layer: int | None
     """l; None for embeddings and the head."""
+    name: str
+    """Of the parameter in its part of the model."""
     into_residual: bool
     """Whether what it makes is added to the residual stream."""
 
@@ -60,6 +62,30 @@ def small(config: ModelConfig, matrix: Matrix) -> float:
     return (2 / (5 * config.hidden_size)) ** 0.5
 
 
+def t5(config: ModelConfig, matrix: Matrix) -> float:
+    """That of Mesh TensorFlow in T5 (Raffel et al. 2020, arXiv 1910.10683), as Transformers' T5 begins.
+
+        embeddings of tokens, positions, segments    1
+        queries                                      1 / √(H D), D being the width of a head
+        keys, values, what goes into the layers      1 / √H
+        attention's output, of I = Q D inputs        1 / √I, as for the feed-forward part's, of I = F
+        relative positions                           1 / √H
+        routers, experts, a head of its own          1 / √I, Mesh TensorFlow's for all that says nothing else
+
+    Scores need no other scale than queries have, and the width is taken off a tied head's hidden states. Those of the
+    blocks are multiplied by the root of `variance_scale` (Fedus et al. 2021, arXiv 2101.03961, section 2.4). Mesh
+    TensorFlow also cuts the distribution at two standard deviations; Transformers gives a head of its own, and routers,
+    deviation 1, with which logits of normalised states would have √H.
+    """
+    if matrix.name.endswith("_embedding.weight"):
+        return 1.0
+    if matrix.name == "relative_bias.weight":
+        return config.hidden_size**-0.5
+    inputs = matrix.inputs * (config.head_size if matrix.name.endswith("attention.query.weight") else 1)
+    scale = config.init.variance_scale if isinstance(config.init, T5InitConfig) and matrix.layer is not None else 1.0
+    return (scale / inputs) ** 0.5
+
+
 def mup(config: ModelConfig, matrix: Matrix) -> float:
     """That of `gpt2`, over √m in the layers, m being how much wider they are than those of the base model.
 
@@ -73,6 +99,7 @@ STANDARD_DEVIATIONS: dict[str, Callable[[ModelConfig, Matrix], float]] = {
     "normal": normal,
     "scaled": scaled,
     "small": small,
+    "t5": t5,
     "mup": mup,
 }
 
@@ -80,7 +107,7 @@ STANDARD_DEVIATIONS: dict[str, Callable[[ModelConfig, Matrix], float]] = {
 def drawn_matrix(config: ModelConfig, name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Initial values [O, I] of the parameter of this name in the model, as `config.init` says, from a CPU generator."""
     layer = re.search(r"\bblocks\.(\d+)\.", name)
-    matrix = Matrix(shape[-1], int(layer[1]) + 1 if layer else None, name.endswith(INTO_RESIDUAL))
+    matrix = Matrix(shape[-1], int(layer[1]) + 1 if layer else None, name, name.endswith(INTO_RESIDUAL))
     std = STANDARD_DEVIATIONS[config.init.name](config, matrix)
     values = torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
     if isinstance(config.init, MupInitConfig):
@@ -88,6 +115,8 @@ def drawn_matrix(config: ModelConfig, name: str, shape: Sequence[int], generator
             values.zero_()
         elif config.init.zero_query and name.endswith("attention.qkv.weight"):
             values[: config.num_heads * config.head_size] = 0.0
+    elif isinstance(config.init, T5InitConfig) and name.endswith("attention.qkv.weight"):
+        values[: config.num_heads * config.head_size] *= config.head_size**-0.5
     return values
 
 

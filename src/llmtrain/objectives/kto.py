@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.pairs import answer_logprobs, over_pairs
+from llmtrain.objectives.routing import Stack, before_the_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,9 @@ class AnswerBatch(Batch):
         tokens = torch.cat([self.answers, self.mismatched])
         return tokens, torch.cat([self.answers_mask, self.mismatched_mask])
 
-    def learned_tokens(self) -> Tensor:
-        """The answers, [B, S] bool; of the mismatched ones there is no gradient."""
-        return self.answers_mask
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """What answers are predicted from, [B, S] bool; of the mismatched ones there is no gradient."""
+        return {"decoder": before_the_last(self.answers_mask)}
 
 
 class Kto:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.logprobs import cross_entropy_sum_and_hits
 from llmtrain.objectives.next_token import losses_of_sources
+from llmtrain.objectives.routing import Stack, before_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,16 @@ class MaskedBatch(Batch):
     documents: Tensor | None = None
     """[B, S] int32, non-decreasing in a row: the document of each token, where none sees another document than its own.
     Padding has a number of its own."""
+    lengths: Tensor | None = None
+    """[B] int64: tokens of each row that are no padding; None where no row is padded."""
     segments: Tensor | None = None
     """[B, S] int64: 0 in the first segment, 1 in the second one, where there are two."""
     is_other: Tensor | None = None
     """[B] int64: 0 where the second segment goes on from the first, 1 where it is from another place."""
+
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """All that is no padding, [B, S] bool."""
+        return {"encoder": before_padding(self.tokens, self.lengths)}
 
     def predicted(self) -> Tensor:
         """The tokens that are to be predicted, [N]."""

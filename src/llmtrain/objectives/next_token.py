@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.logprobs import cross_entropy_sum, token_logprobs
+from llmtrain.objectives.routing import Stack, before_the_last
 
 __all__ = ["NextToken", "TokenBatch", "cross_entropy_sum", "next_tokens", "token_logprobs"]
 
@@ -34,9 +35,9 @@ class TokenBatch(Batch):
     cut_into: int = 1
     """The short rows that were made of each full one; where micro-batches count rows, they count full ones."""
 
-    def learned_tokens(self) -> Tensor:
-        """The loss mask."""
-        return self.loss_mask
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """What tokens are predicted from, [B, S] bool."""
+        return {"decoder": before_the_last(self.loss_mask)}
 
     def predicted(self) -> Tensor:
         """The tokens that are to be predicted, [N]."""

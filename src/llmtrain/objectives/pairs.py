@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.next_token import next_tokens, token_logprobs
+from llmtrain.objectives.routing import Stack, before_the_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class PairBatch(Batch):
         """Tokens and answer mask of all rows, [2·B, S] each: first the chosen, then the rejected."""
         return torch.cat([self.chosen, self.rejected]), torch.cat([self.chosen_mask, self.rejected_mask])
 
-    def learned_tokens(self) -> Tensor:
-        """The answers of all rows, [2·B, S] bool."""
-        return self.rows()[1]
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """What answers of all rows are predicted from, [2·B, S] bool."""
+        return {"decoder": before_the_last(self.rows()[1])}
 
 
 def answer_scores(scores: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.pairs import answer_scores
+from llmtrain.objectives.routing import Stack, before_the_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,9 @@ class RankingBatch(Batch):
         there = self.there
         return self.tokens.transpose(0, 1)[there], self.mask.transpose(0, 1)[there]
 
-    def learned_tokens(self) -> Tensor:
-        """The answers of all rows, [A, S] bool."""
-        return self.rows()[1]
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """What answers of all rows are predicted from, [A, S] bool."""
+        return {"decoder": before_the_last(self.rows()[1])}
 
     def by_ranking(self, values: Tensor) -> Tensor:
         """Values [A] of the answers in the order of `there`, as [B, K]; 0 where there is no answer."""

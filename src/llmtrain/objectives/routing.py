@@ -5,21 +5,25 @@ loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20). A product of two mea
 sum over rows, so micro-batches and processes would change its gradient. The load over the whole batch of all processes
 is what the adapting biases go by: they need no gradient.
 
-Tokens count that stand before the last that is learned in their row: they are what the objective looks at. Padding is
-not, nor is the last one, which predicts nothing, so that rows may share positions (`shared_positions.py`).
+Those tokens count that the objective looks at. In a decoder, they stand before the last that is learned in their row:
+padding does not, nor does the last one, which predicts nothing, so that rows may share positions
+(`shared_positions.py`). In an encoder they are all but padding. An encoder and the decoder beside it read different
+texts, so each of the two stacks has tokens of its own, over which its auxiliary losses are means.
 
 Shapes: B rows, T positions, E experts, K experts for each token.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.objectives.batch import Metrics
+
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Routing:
 class RoutedLayer(Protocol):
     """A layer with a router, as it is seen from here."""
 
+    stack: Stack
+    """Of which it is a layer."""
     num_experts: int
     balance_loss: float
     """Weight of this layer's `balance_loss_sum`."""
@@ -57,16 +63,28 @@ class RoutedLayer(Protocol):
 
 
 class Trained(Protocol):
-    """A batch that says which tokens are learned."""
+    """A batch that says which tokens count."""
 
-    def learned_tokens(self) -> Tensor:
-        """[R, S] bool, of the rows that the model is trained on, in the order in which it sees them."""
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """[R, S] bool of each stack that reads it: of the rows that the model is trained on, in the order in which it
+        sees them."""
 
 
-def counted_tokens(batch: Trained) -> Tensor:
-    """[R, S] bool: the tokens of each row before the last that is learned."""
-    learned = batch.learned_tokens()
-    return F.pad(learned.flip(1).cumsum(1).flip(1)[:, 1:] > 0, (0, 1))
+def up_to_the_last(predicting: Tensor) -> Tensor:
+    """[R, S] bool: the tokens of each row up to the last one that something is predicted from, itself included."""
+    return predicting.flip(1).cumsum(1).flip(1) > 0
+
+
+def before_the_last(learned: Tensor) -> Tensor:
+    """[R, S] bool: the tokens of each row before the last that is learned, each from the one before it."""
+    return F.pad(up_to_the_last(learned)[:, 1:], (0, 1))
+
+
+def before_padding(tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """[R, S] bool: the first `lengths` [R] of the tokens [R, S] in each row, or all of them."""
+    if lengths is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
 def loads(routing: Routing, counted: Tensor) -> Tensor:
@@ -108,8 +126,9 @@ def balanced(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 class Routed:
     """An objective for a model with experts: its own loss, and beside it the auxiliary ones of all routers.
 
-    The loss has two terms, [2], each averaged over a weight of its own: that of the objective, and the counted tokens,
-    over which the auxiliary losses are a mean. They are summed over layers.
+    The loss has a term for the objective and one for each stack with experts, [1 + stacks], each averaged over a weight
+    of its own: that of the objective, and the stack's counted tokens, over which its auxiliary losses are a mean. They
+    are summed over layers.
 
     Args:
         objective: what is minimised besides.
@@ -122,40 +141,52 @@ class Routed:
         self, objective: Any, layers: Sequence[RoutedLayer], reduce: Callable[[Tensor], Tensor], device: torch.device
     ) -> None:
         self.objective, self.layers, self.reduce = objective, layers, reduce
+        self.stacks: tuple[Stack, ...] = tuple(dict.fromkeys(layer.stack for layer in layers))
         self.sizes = [layer.num_experts for layer in layers]
         self.loads = torch.zeros(sum(self.sizes), device=device)  # of the update that is being made
 
     def weight(self, batch: Any) -> Tensor:
-        """The objective's weight and the number of counted tokens, [2]."""
+        """The objective's weight and the number of counted tokens of each stack, [1 + stacks]."""
         own: Tensor = self.objective.weight(batch)
-        return torch.stack([own, counted_tokens(batch).sum().to(own.dtype)])
+        counted = batch.counted_tokens()
+        return torch.stack([own, *(counted[stack].sum().to(own.dtype) for stack in self.stacks)])
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """The two sums.
+        """The sums.
 
         Metrics: the objective's, and means over layers and counted tokens: router/balance_loss and router/z_loss, both
         before their weights, router/entropy in nats, and router/dropped, the share of the choices that their expert had
-        no room for.
+        no room for; where both stacks have experts, of each by itself: router/encoder/entropy.
         """
         for layer in self.layers:
             layer.routings = []
         loss, metrics = self.objective(model, batch)
-        found = [(number, each) for number, layer in enumerate(self.layers) for each in layer.routings or []]
+        noted = [(number, each) for number, layer in enumerate(self.layers) for each in layer.routings or []]
         for layer in self.layers:
             layer.routings = None
-        counted = counted_tokens(batch)
+        terms, counted = [loss], batch.counted_tokens()
+        for stack in self.stacks:
+            found = [(number, each) for number, each in noted if self.layers[number].stack == stack]
+            auxiliary, measured = self._judged(found, counted[stack])
+            terms.append(auxiliary)
+            metrics |= {self._metric(stack, name): value for name, value in measured.items()}
+        return torch.stack(terms), metrics
+
+    def _judged(self, found: Sequence[tuple[int, Routing]], counted: Tensor) -> tuple[Tensor, Metrics]:
+        """The auxiliary losses of a stack's routings, each beside the number of its layer, and what is measured."""
         balance = [balance_loss_sum(routing, counted) for _, routing in found]
         z = [z_loss_sum(routing, counted) for _, routing in found]
-        auxiliary = loss.new_zeros(())
+        auxiliary = torch.zeros_like(balance[0])
         for (number, _), one, other in zip(found, balance, z, strict=True):
             layer = self.layers[number]
             auxiliary = auxiliary + layer.balance_loss * one + layer.z_loss * other
         self._note(found, counted)
         tokens = counted.sum().float() * len(found)
         measured = {"balance_loss": balance, "z_loss": z} | statistics([routing for _, routing in found], counted)
-        for name, sums in measured.items():
-            metrics[f"router/{name}"] = (torch.stack(sums).sum(), tokens)
-        return torch.stack([loss, auxiliary]), metrics
+        return auxiliary, {name: (torch.stack(sums).sum(), tokens) for name, sums in measured.items()}
+
+    def _metric(self, stack: Stack, name: str) -> str:
+        return f"router/{stack}/{name}" if len(self.stacks) > 1 else f"router/{name}"
 
     @torch.no_grad()
     def _note(self, found: Sequence[tuple[int, Routing]], counted: Tensor) -> None:
@@ -168,15 +199,20 @@ class Routed:
     def after_update(self) -> Metrics:
         """Let the layers go by the load of the update that has been made.
 
-        Metrics: router/share_max and router/share_min, of the choices of a layer that went to one expert.
+        Metrics: router/share_max and router/share_min, of the choices of a layer that went to one expert; where both
+        stacks have experts, of each by itself: router/encoder/share_max.
         """
         of_all = self.reduce(self.loads.clone()).split(self.sizes)
         self.loads.zero_()
         for layer, load in zip(self.layers, of_all, strict=True):
             layer.adapt(load)
-        shares = torch.cat([load / load.sum().clamp(min=1) for load in of_all])
-        one = shares.new_ones(())
-        return {"router/share_max": (shares.max(), one), "router/share_min": (shares.min(), one)}
+        metrics: Metrics = {}
+        for stack in self.stacks:
+            own = [load for layer, load in zip(self.layers, of_all, strict=True) if layer.stack == stack]
+            shares = torch.cat([load / load.sum().clamp(min=1) for load in own])
+            for name, share in (("share_max", shares.max()), ("share_min", shares.min())):
+                metrics[self._metric(stack, name)] = (share, shares.new_ones(()))
+        return metrics
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.logprobs import cross_entropy_sum
 from llmtrain.objectives.next_token import losses_of_sources
+from llmtrain.objectives.routing import Stack, before_padding, up_to_the_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,11 @@ class SequencePairBatch(Batch):
     """[B] int64: number of the source that the row comes from."""
     input_lengths: Tensor | None = None
     """[B] int64: tokens of each row's inputs; None where no row is padded."""
+
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """All inputs that are no padding, [B, S] bool, and what targets are predicted from, [B, T] bool."""
+        inputs = before_padding(self.inputs, self.input_lengths)
+        return {"encoder": inputs, "decoder": up_to_the_last(self.loss_mask)}
 
     def predicted(self) -> Tensor:
         """The tokens that are to be predicted, [N]."""

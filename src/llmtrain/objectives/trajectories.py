@@ -19,6 +19,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.seeds import derive_seed
 from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.kl import KLStop
+from llmtrain.objectives.routing import Stack, before_the_last
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class Rollout(Batch):
     measured: Metrics = dataclasses.field(default_factory=dict)
     """What is known of the rollout before it is trained on: rewards, KL."""
 
-    def learned_tokens(self) -> Tensor:
-        """The sampled tokens."""
-        return self.response_mask
+    def counted_tokens(self) -> dict[Stack, Tensor]:
+        """What the sampled tokens are predicted from, [B, S] bool."""
+        return {"decoder": before_the_last(self.response_mask)}
 
     def metrics(self) -> Metrics:
         """The rollout's rewards, KL and lengths."""

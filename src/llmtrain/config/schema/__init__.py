@@ -41,6 +41,7 @@ from llmtrain.config.schema.initialisation import (
     NormalInitConfig,
     ScaledInitConfig,
     SmallInitConfig,
+    T5InitConfig,
 )
 from llmtrain.config.schema.model import ModelConfig, ModelTokenizerConfig, TokenizerConfig
 from llmtrain.config.schema.objective import (
@@ -178,6 +179,7 @@ __all__ = [
     "SpanCorruptionConfig",
     "SpanLengths",
     "StageConfig",
+    "T5InitConfig",
     "TemplateConfig",
     "TokenLossConfig",
     "TokenizerConfig",

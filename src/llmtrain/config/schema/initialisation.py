@@ -44,6 +44,19 @@ class SmallInitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class T5InitConfig:
+    """N(0, 1 / inputs), queries over another head_dim, embeddings N(0, 1) (T5).
+
+    For `attention_scale` 1, and a head of its own or `logit_scale` 1 / sqrt(hidden).
+    """
+
+    name: Literal["t5"] = "t5"
+    """How weights begin."""
+    variance_scale: float = Field(default=1.0, gt=0)
+    """Factor on the variances in the blocks (Switch: 0.1)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class MupInitConfig:
     """muP: what is good for a narrow model is good for a wide one (Yang et al. 2022). Read by `models/mup.py`.
 
@@ -63,4 +76,4 @@ class MupInitConfig:
     """Begin with queries of zero: attention is even over what is seen."""
 
 
-InitConfig = Gpt2InitConfig | NormalInitConfig | ScaledInitConfig | SmallInitConfig | MupInitConfig
+InitConfig = Gpt2InitConfig | NormalInitConfig | ScaledInitConfig | SmallInitConfig | T5InitConfig | MupInitConfig

@@ -23,6 +23,7 @@ from llmtrain.models.layouts.names import (
     to_theirs,
 )
 from llmtrain.models.layouts.own import OWN
+from llmtrain.models.layouts.switch import SWITCH
 from llmtrain.models.layouts.t5 import T5
 from llmtrain.models.layouts.table import Fields, Layout
 
@@ -42,7 +43,7 @@ __all__ = [
 
 FAMILIES = (
     GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_NEOX, GPT_BIGCODE, FALCON, MPT,
-    BLOOM, MIXTRAL, QWEN3_MOE, OLMOE, BERT, ROBERTA, MODERNBERT, T5, OWN,
+    BLOOM, MIXTRAL, QWEN3_MOE, OLMOE, BERT, ROBERTA, MODERNBERT, T5, SWITCH, OWN,
 )  # fmt: skip
 LAYOUTS = {layout.model_type: layout for layout in FAMILIES}
 

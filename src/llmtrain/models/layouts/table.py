@@ -254,6 +254,7 @@ def described(config: ModelConfig) -> Fields:
         **{f"{part}_bias": config.has_bias(part) for part in BIASES},
     }
     ours["encoder_layers"] = config.encoder.num_layers if config.architecture == "encoder_decoder" else None
+    ours["encoder_sparse_layers"] = config.encoder.sparse_layers if config.architecture == "encoder_decoder" else None
     if config.positions != "relative":
         ours |= dict.fromkeys(RELATIVE)
     if config.positions != "learned":
