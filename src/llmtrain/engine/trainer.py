@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.engine import checkpoints
+from llmtrain.engine import checkpoints, gradients
 from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
@@ -166,7 +166,8 @@ class Trainer:
                     # the data processes' gradients are averaged, so each counts its share that many times
                     (loss * (self.layout.data_world / weight)).sum().backward()
                 metrics.add(parts)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
+            gradients.complete(self.model)
+            metrics.add({"train/grad_norm": (gradients.clip(self.model, self.max_grad_norm), torch.ones(()))})
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             metrics.add(self.after_update())
@@ -179,11 +180,6 @@ class Trainer:
         if samples is not None and (step == 1 or self._is_due(step, every)):
             of_all = gathered(samples, self.layout)
             self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
-
-    def _clip(self) -> Tensor:
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
         """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
