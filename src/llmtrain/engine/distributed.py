@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -53,6 +53,8 @@ class Layout:
     """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
     experts: DeviceMesh | None = None
     """The data processes in two dimensions: those with the same experts, those that share all. None: all have all."""
+    cpu_offload: bool = False
+    """Whether what is sharded rests in the CPU's memory."""
 
     @property
     def is_main(self) -> bool:
@@ -112,6 +114,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
 def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     """The same process in the mesh that `engine` asks for; raises ConfigError where so many processes make none."""
     shape = mesh_shape(engine, layout.world)
+    if engine.cpu_offload and layout.device.type == "cpu":
+        raise ConfigError("engine.cpu_offload: there is no GPU, and the CPU's memory holds everything already.")
     if layout.world == 1:
         return layout
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
@@ -121,7 +125,7 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     if engine.expert_parallel > 1:
         sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
         experts = init_device_mesh(layout.device.type, sizes, mesh_dim_names=("same_experts", "experts"))
-    return dataclasses.replace(layout, mesh=mesh, experts=experts)
+    return dataclasses.replace(layout, mesh=mesh, experts=experts, cpu_offload=engine.cpu_offload)
 
 
 def launched_by_others() -> bool:
@@ -226,12 +230,16 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         return DistributedDataParallel(
             model, process_group=layout.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
         )
-    mesh = layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"]
+    options: dict[str, Any] = {
+        "mesh": layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"],
+        "ignored_params": set(shared.values()),
+        "offload_policy": CPUOffloadPolicy() if layout.cpu_offload else OffloadPolicy(),
+    }
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
-                fully_shard(block, mesh=mesh, ignored_params=set(shared.values()))
-    fully_shard(model, mesh=mesh, ignored_params=set(shared.values()))
+                fully_shard(block, **options)
+    fully_shard(model, **options)
     return model
 
 

@@ -23,10 +23,11 @@ def row_orders(model: nn.Module) -> dict[str, Tensor]:
 
 def whole(value: DTensor, order: Tensor | None) -> Tensor:
     """The whole of a weight in its own order, on every process."""
+    rests_on, value = value.device, value.to(value.device_mesh.device_type)
     for dim in range(value.device_mesh.ndim - 1):  # one dimension after another, for torch warns of doing so by itself
         placements = [*[Replicate()] * (dim + 1), *value.placements[dim + 1 :]]
         value = value.redistribute(placements=placements)
-    found = value.full_tensor()
+    found = value.full_tensor().to(rests_on)
     return found if order is None else found[order.argsort().to(found.device)]
 
 

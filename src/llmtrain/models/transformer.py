@@ -25,6 +25,7 @@ from llmtrain.models.initialisation import draw
 from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
+from llmtrain.models.recompute import Recompute, recomputed
 from llmtrain.models.shared_rows import SharedRows
 
 
@@ -118,6 +119,7 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.windows = config.windows
+        self.recompute: Recompute = "none"  # which activations of the blocks are not kept
         scale = config.embedding_scale
         self.embedding_scale = config.hidden_size**0.5 if scale == "sqrt_hidden_size" else scale
         if embeds:
@@ -175,8 +177,10 @@ class Transformer(nn.Module):
             window: self._context(window, positions, length, lengths, within, rows, prefix, source)
             for window in {*self.windows}
         }
+        kind = self.recompute if torch.is_grad_enabled() else "none"
         for block, window in zip(self.blocks, self.windows, strict=True):
-            hidden = block(hidden, contexts[window], cache)
+            inputs = (hidden, contexts[window], cache)
+            hidden = block(*inputs) if kind == "none" else recomputed(block, kind, *inputs)
         hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
 

@@ -99,6 +99,11 @@ class EngineConfig:
     """How many processes share the positions of the same rows."""
     pipeline_parallel: int = Field(default=1, ge=1)
     """How many processes share the layers, one after another."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, all of a block but matrix products and
+    attention (selective), or whole blocks (full)."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and moments in the CPU's memory, and update them there (GPUs; fsdp or hsdp)."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
