@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
-from llmtrain.engine import checkpoints
+from llmtrain.engine import checkpoints, gradients
 from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
@@ -159,19 +159,20 @@ class Trainer:
             weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
             micro_batches = list(update.micro_batches(self.micro_batch_rows))
             for index, micro in enumerate(micro_batches):
-                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
+                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.data_rank, index))
                 with gradient_sync(self.model, now=index == len(micro_batches) - 1):
                     with self.autocast():
                         loss, parts = loss_of(self.model, micro)
-                    # the processes' gradients are averaged, so each counts its share `world` times
-                    (loss * (self.layout.world / weight)).sum().backward()
+                    # the data processes' gradients are averaged, so each counts its share that many times
+                    (loss * (self.layout.data_world / weight)).sum().backward()
                 metrics.add(parts)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
+            gradients.complete(self.model)
+            metrics.add({"train/grad_norm": (gradients.clip(self.model, self.max_grad_norm), torch.ones(()))})
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             metrics.add(self.after_update())
             tokens += update.num_tokens()
-        return metrics.sums, tokens * self.layout.world
+        return metrics.sums, tokens * self.layout.data_world
 
     def _show(self, step: int, samples: Samples | None) -> None:
         """Keep what people are shown of the step's batch, at some steps, in the order of its rows."""
@@ -179,11 +180,6 @@ class Trainer:
         if samples is not None and (step == 1 or self._is_due(step, every)):
             of_all = gathered(samples, self.layout)
             self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
-
-    def _clip(self) -> Tensor:
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
         """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""

@@ -38,6 +38,7 @@ from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, Share
 from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
+from llmtrain.models.transformer import Transformer
 from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
@@ -88,6 +89,7 @@ class Run(Generic[Config]):
         torch.manual_seed(config.seed)
         layout = distributed.join(config.engine.device, config.engine.threads)
         show_log(layout.is_main)
+        layout = distributed.arrange(layout, config.engine)
         return cls(config, handover.run_folder(config), layout, time.monotonic())
 
     @property
@@ -155,6 +157,9 @@ class Run(Generic[Config]):
                 "engine.precision=bfloat16: this processor has no bfloat16 units; "
                 "computing in float32, which is faster here"
             )
+        for module in trained.modules():
+            if isinstance(module, Transformer):
+                module.recompute = config.engine.activation_checkpointing
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
         flops = trained.flops_per_token(length)
