@@ -30,8 +30,9 @@ from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
+from llmtrain.engine.steps import BatchSource, Metrics, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
-from llmtrain.engine.trainer import BatchSource, Evaluator, Metrics, Objective, Trainer
+from llmtrain.engine.trainer import Evaluator, Trainer
 from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
