@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -229,22 +228,6 @@ def test_minutes_count_from_the_last_save(
     monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     build(steps=9, checkpoint={"every_minutes": 1.0, "keep_last": 10}).fit()
     assert saved(tmp_path) == [3, 6, 9]
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(build: Callable[..., Trainer], tmp_path: Path) -> None:
-    class Broken(SquaredError):
-        def __call__(self, model: nn.Module, batch: Points) -> tuple[Tensor, Metrics]:
-            loss, metrics = super().__call__(model, batch)
-            return (loss * math.nan, {"loss": (metrics["loss"][0] * math.nan, metrics["loss"][1])})
-
-    trainer = build(checkpoint={"every_steps": 1})
-    good = trainer.objective
-    trainer.objective = lambda model, batch: (Broken() if trainer.batches.asked[-1] == 3 else good)(model, batch)
-    trainer.objective.weight = good.weight
-    with pytest.raises(UserError, match=r"step 4: train/loss and train/grad_norm became nan.*optimizer\.lr"):
-        trainer.fit()
-    assert saved(tmp_path) == [2, 3]
-    assert max(rows(tmp_path)) == 3
 
 
 def test_a_run_goes_on_where_it_stopped(build: Callable[..., Trainer], tmp_path: Path) -> None:

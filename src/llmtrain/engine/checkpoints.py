@@ -158,6 +158,12 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> No
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
 
 
+def sizes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """The sizes of a checkpoint's tensors, by name."""
+    known = HuggingFaceStorageReader(str(checkpoint.folder / "state")).read_metadata().state_dict_metadata
+    return {name: item.size for name, item in known.items() if isinstance(item, TensorStorageMetadata)}
+
+
 def read_model(folder: Path) -> dict[str, Tensor]:
     """The whole weights in a checkpoint by name, put together from all shards."""
     reader = HuggingFaceStorageReader(str(folder / "state"))

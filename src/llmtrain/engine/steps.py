@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
+from llmtrain.engine.faults import Fault, Guard
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 Samples = Sequence[Mapping[str, Any]]
@@ -58,6 +59,11 @@ class Objective(Protocol):
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
 
 
+def nothing_adapts(is_made: bool) -> Metrics:
+    """What goes by an update where nothing does."""
+    return {}
+
+
 @dataclasses.dataclass(kw_only=True)
 class Updates:
     """Makes the updates of a step."""
@@ -72,25 +78,34 @@ class Updates:
     autocast: Callable[[], torch.autocast]
     micro_batch_rows: int | None
     max_grad_norm: float | None
-    after_update: Callable[[], Metrics]
+    after_update: Callable[[bool], Metrics]
+    guard: Guard
 
-    def __call__(self, step: int, batch: Rows) -> tuple[Metrics, int]:
-        """Every update that the step's batch is good for; the step's metrics, and its tokens over all processes."""
-        metrics, tokens = Totals(batch.metrics()), 0
+    def __call__(self, step: int, batch: Rows) -> tuple[Metrics, int, list[Fault]]:
+        """Every update that the step's batch is good for, unless it is left out.
+
+        The step's metrics, its tokens over all processes, and what was wrong with its updates.
+        """
+        metrics, tokens, faults = Totals(batch.metrics()), 0, []
         for number, update in enumerate(batch.updates()):
-            self._add_gradient(step, number, update, metrics)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
-            self.optimizer.step()
+            loss = self._add_gradient(step, number, update, metrics)
+            norm = self._clip()
+            metrics.add({"train/grad_norm": (norm, torch.ones(()))})
+            fault = self.guard.judge(*self._agreed(loss, norm))
+            faults += [fault] if fault else []
+            is_made = fault is None or fault.remedy == "warn"
+            if is_made:
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            metrics.add(self.after_update())
+            metrics.add(self.after_update(is_made))
             tokens += update.num_tokens()
-        return metrics.sums, tokens * self.layout.world
+        return metrics.sums, tokens * self.layout.world, faults
 
-    def _add_gradient(self, step: int, number: int, update: Rows, metrics: "Totals") -> None:
-        """Add the gradient of an update, over all its micro-batches and all processes."""
+    def _add_gradient(self, step: int, number: int, update: Rows, metrics: "Totals") -> Tensor:
+        """Add the gradient of an update, over its micro-batches and all processes; this process's part of the loss."""
         # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
-        micro_batches = list(update.micro_batches(self.micro_batch_rows))
+        micro_batches, summed = list(update.micro_batches(self.micro_batch_rows)), torch.zeros_like(weight)
         for index, micro in enumerate(micro_batches):
             torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
             with gradient_sync(self.model, now=index == len(micro_batches) - 1):
@@ -98,7 +113,15 @@ class Updates:
                     loss, parts = self.loss_of(self.model, micro)
                 # the processes' gradients are averaged, so each counts its share `world` times
                 (loss * (self.layout.world / weight)).sum().backward()
+            summed += loss.detach()
             metrics.add(parts)
+        return (summed / weight).sum()
+
+    def _agreed(self, loss: Tensor, norm: Tensor) -> list[float]:
+        """The loss and the gradient's norm as numbers, the same on all processes; the one time a step is waited for."""
+        own = torch.stack([loss.double(), norm.double() / self.layout.world])
+        numbers: list[float] = total(own, self.layout).tolist()
+        return numbers
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf

@@ -1,9 +1,9 @@
 """Who is told of a run's metrics: `metrics.jsonl` always, the terminal, and trackers that were asked for.
 
 `metrics.jsonl` holds one row a step, `{"step": s, name: value, ...}`; `rollouts.jsonl` one row for each of some answers
-of some steps, where a run samples any. Rows are keyed by step: a run that goes on from step s first drops what it had
-written beyond s, so a step that is done again replaces its rows and the files of a run that was killed end as those of
-one that was not.
+of some steps, where a run samples any; `faults.jsonl` one for each update that something was wrong with. Rows are keyed
+by step: a run that goes on from step s first drops what it had written beyond s, so a step that is done again replaces
+its rows and the files of a run that was killed end as those of one that was not.
 """
 
 import html
@@ -23,6 +23,7 @@ from llmtrain.engine.display import Display
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "rollouts.jsonl"
+FAULTS_FILE = "faults.jsonl"
 
 
 class Tracker:
@@ -47,7 +48,7 @@ class Tracker:
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE):
             _keep_rows(self.folder / name, step)
         self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
         for make in self._makers:
@@ -79,12 +80,20 @@ class Tracker:
         if self._file is None or not samples:
             return
         rows = [{"step": step} | dict(sample) for sample in samples]
+        self._append(SAMPLES_FILE, rows)
+        self._tell(_log_table, step, rows)
+
+    def log_fault(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write what was wrong with an update of `step`. Raises UserError when `faults.jsonl` cannot be written."""
+        if self._file is not None:
+            self._append(FAULTS_FILE, [{"step": step} | dict(row)])
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
-            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.writelines(map(_line, rows))
         except OSError as error:
-            raise self._cannot_write(SAMPLES_FILE, error) from error
-        self._tell(_log_table, step, rows)
+            raise self._cannot_write(name, error) from error
 
     def _cannot_write(self, name: str, error: OSError) -> UserError:
         return UserError(
@@ -133,6 +142,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `rollouts.jsonl` in the order of steps; none where there is no file."""
     return _read_rows(folder / SAMPLES_FILE)
+
+
+def read_faults(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `faults.jsonl` in the order of steps; none where there is no file."""
+    return _read_rows(folder / FAULTS_FILE)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,10 +19,20 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout, agree, gathered
+from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
-from llmtrain.engine.steps import BatchSource, LossFunction, Metrics, Objective, Samples, Updates, as_numbers
-from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.steps import (
+    BatchSource,
+    LossFunction,
+    Metrics,
+    Objective,
+    Samples,
+    Updates,
+    as_numbers,
+    nothing_adapts,
+)
+from llmtrain.engine.tracking import FAULTS_FILE, Tracker
 
 # How often in a run people are shown samples, the first step not counted, where the config does not say.
 SHOWN_TIMES = 10
@@ -61,14 +71,17 @@ class Trainer:
     micro_batch_rows: int | None = None
     max_grad_norm: float | None = 1.0
     compile: bool = False
-    after_update: Callable[[], Metrics] = dict
-    """What goes by an update that has been made, such as the balance of experts; its metrics."""
+    after_update: Callable[[bool], Metrics] = nothing_adapts
+    """What goes by an update, such as the balance of experts; told whether it was made. Its metrics."""
+    rows_of: Callable[[int], Mapping[str, Sequence[int]]] = lambda step: {}
+    """The numbers of the rows that all processes train on at a step (from 0), by source, as far as they are known."""
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     speed: Speed
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
+        self.guard = Guard(self.health, steps=self.steps)
         keep = self.checkpoint
         self.monitor = Health(
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
@@ -78,7 +91,7 @@ class Trainer:
     def fit(self) -> int:
         """Train from the checkpoint, or from the start, to the last step; the step whose weights the model ends with.
 
-        Raises UserError when the loss is no number any more, and for a warning that `health.stop_on` names.
+        Raises UserError when no update can be made any more, and for a warning that `health.stop_on` names.
         """
         step = self._resume()
         make_updates = self.updates()
@@ -92,12 +105,13 @@ class Trainer:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
             batch = self.batches(step).to(self.layout.device)
             self._show(step + 1, batch.samples)
-            metrics, tokens = make_updates(step, batch)
+            metrics, tokens, faults = make_updates(step, batch)
             step += 1
             self.speed.end_step(tokens)
+            self._remedy(step, faults)
             values = {}
             if step % self.tracking.every_steps == 0 or step == self.steps:
-                values = self._values(metrics, step) | {"train/learning_rate": learning_rate}
+                values = self._values(metrics, step, faults) | {"train/learning_rate": learning_rate}
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
             ill = self._ill()
@@ -115,7 +129,7 @@ class Trainer:
         return Updates(
             layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
             seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
-            max_grad_norm=self.max_grad_norm, after_update=self.after_update,
+            max_grad_norm=self.max_grad_norm, after_update=self.after_update, guard=self.guard,
         )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
@@ -125,16 +139,32 @@ class Trainer:
             of_all = gathered(samples, self.layout)
             self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
 
-    def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
-        """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
+    def _values(self, metrics: Metrics, step: int, faults: Sequence[Fault]) -> dict[str, float]:
+        """The step's metrics as numbers, over all processes, without those that a fault has made no number."""
         values = as_numbers(metrics, self.layout)
-        wrong = [name for name in ("train/loss", "train/grad_norm") if not math.isfinite(values.get(name, 0.0))]
-        if wrong:
-            raise UserError(
-                f"step {step}: {' and '.join(wrong)} became {values[wrong[0]]}; stopped before it could be saved. "
-                "Lower optimizer.lr or train.max_grad_norm, or lengthen schedule.warmup_steps."
-            )
-        return values | self.batches.counts(step)
+        if faults:
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values | self.guard.values() | self.batches.counts(step)
+
+    def _remedy(self, step: int, faults: Sequence[Fault]) -> None:
+        """Say what was wrong with a step's updates, and do what is to be done besides leaving them out."""
+        for fault in faults:
+            back_to = self._go_back(step) if fault.remedy == "rollback" else None
+            self.tracker.log_fault(step, as_row(fault, back_to, self.rows_of(step - 1)))
+            text = f"step {step}: {fault.text}; {in_words(fault.remedy, back_to)}"
+            if fault.remedy in ("stop", "give_up"):
+                raise UserError(text)
+            self.tracker.say(f"{text} Its rows are in {FAULTS_FILE}: llmtrain show run={self.tracker.run} step={step}.")
+
+    def _go_back(self, step: int) -> int | None:
+        """Take the state of the newest checkpoint; its step, or None where there is none yet."""
+        found = checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.tracker.say)
+        if found is not None:
+            counted = {name: value.clone() for name, value in self.guard.state_dict().items()}
+            self._load(found)
+            if not self.guard.went_back(found.step, step, counted):
+                raise UserError(f"step {step}: {found.folder} {TOO_OFTEN}")
+        return found.step if found else None
 
     def _evaluate(self) -> dict[str, float]:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
@@ -187,12 +217,20 @@ class Trainer:
             self.tracker.start(0)
             self.monitor.start()
             return 0
-        checkpoints.load(found, self._state(), self.layout)
+        self._load(found)
         self.tracker.start(found.step)
         self.monitor.start()
         self.tracker.say(f"resuming {self.folder} at step {found.step} of {self.steps}")
         self._stop_if(self._ill(), found.step)
         return found.step
+
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        """Fill the state; of the guard's what the checkpoint has: older runs, or other limits, have other tensors."""
+        self.guard.reset()
+        saved, state = checkpoints.sizes(found), self._state()
+        own = f"state.{PART}."
+        state = {name: each for name, each in state.items() if saved.get(name) == each.shape or own not in name}
+        checkpoints.load(found, state, self.layout)
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
         root = self.folder / "checkpoints"
@@ -228,4 +266,4 @@ class Trainer:
         return best.step
 
     def _state(self) -> dict[str, Tensor]:
-        return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
+        return checkpoints.training_state(self.model, self.optimizer, {**self.parts, PART: self.guard})

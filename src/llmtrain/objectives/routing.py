@@ -165,15 +165,16 @@ class Routed:
             of_layer[number].add_(loads(routing, counted).sum(dim=0))
 
     @torch.no_grad()
-    def after_update(self) -> Metrics:
-        """Let the layers go by the load of the update that has been made.
+    def after_update(self, is_made: bool = True) -> Metrics:
+        """Let the layers go by the load of the update, if it has been made.
 
         Metrics: router/share_max and router/share_min, of the choices of a layer that went to one expert.
         """
         of_all = self.reduce(self.loads.clone()).split(self.sizes)
         self.loads.zero_()
         for layer, load in zip(self.layers, of_all, strict=True):
-            layer.adapt(load)
+            if is_made:
+                layer.adapt(load)
         shares = torch.cat([load / load.sum().clamp(min=1) for load in of_all])
         one = shares.new_ones(())
         return {"router/share_max": (shares.max(), one), "router/share_min": (shares.min(), one)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import CorpusConfig, LoraConfig, RowsConfig, StageConfig
+from llmtrain.config.schema import CorpusConfig, LoraConfig, PretrainConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
 from llmtrain.data.tokenizers import Tokenizer
@@ -30,7 +30,7 @@ from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
-from llmtrain.engine.steps import BatchSource, Metrics, Objective
+from llmtrain.engine.steps import BatchSource, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import Evaluator, Trainer
 from llmtrain.models.experts import expert_layers
@@ -182,10 +182,12 @@ class Run(Generic[Config]):
             if write_more:
                 write_more(folder)
 
-        after_update: Callable[[], Metrics] = dict
+        streamed = isinstance(config, PretrainConfig) and config.data.streaming
+        # the rows of a stream have no numbers
+        known: dict[str, Any] = {} if streamed else {"rows_of": plan.order(config.seed).rows}
         if layers := expert_layers(trained):
             routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
-            objective, after_update = routed, routed.after_update
+            objective, known["after_update"] = routed, routed.after_update
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(
@@ -198,8 +200,8 @@ class Run(Generic[Config]):
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
-            speed=Speed(device, flops, peak), health=config.health,
+            compile=compile_it, fixed_shapes=fixed_shapes,
+            speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
         try:
             self.step = trainer.fit()
