@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pkgutil
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from llmtrain.engine.display import Display
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "rollouts.jsonl"
 FAULTS_FILE = "faults.jsonl"
+# Seconds that the end of a run waits for a server that is away; what it has not got by then stays in the run's folder.
+WANDB_PATIENCE = 300.0
 
 
 class Tracker:
@@ -41,7 +44,7 @@ class Tracker:
         self._display = Display(steps)
         self._file: IO[str] | None = None
         self._trackers: list[Any] = []
-        self._makers = _makers(config) if is_main else []
+        self._makers = _makers(config) if is_main else {}
 
     def start(self, step: int) -> None:
         """Begin, or go on after `step` steps: rows beyond `step` go (at 0: all of them), trackers are opened."""
@@ -51,8 +54,8 @@ class Tracker:
         for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE):
             _keep_rows(self.folder / name, step)
         self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        for make in self._makers:
-            tracker = self._try(make, self, step)
+        for name, make in self._makers.items():
+            tracker = self._try(name, make, self, step)
             if tracker is not None:
                 self._trackers.append(tracker)
         self._display.start(step)
@@ -103,7 +106,7 @@ class Tracker:
     def _tell(self, action: Callable[[Any, int, Any], bool], step: int, what: Any) -> None:
         """Tell every tracker; one that fails is left out."""
         for tracker in list(self._trackers):
-            if self._try(action, tracker, step, what) is None:
+            if self._try(tracker.name, action, tracker, step, what) is None:
                 self._trackers.remove(tracker)
 
     def say(self, text: str) -> None:
@@ -115,18 +118,19 @@ class Tracker:
         """Finish the trackers and give the terminal back; closing twice does no harm."""
         self._display.close()
         for tracker in self._trackers:
-            self._try(tracker.finish)
+            self._try(tracker.name, tracker.finish)
         self._trackers = []
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """The action's result; None where it failed: a tracker is not worth a run."""
+    def _try(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """The action's result; None where it failed, even by asking to exit: a tracker is not worth a run."""
         try:
             return action(*arguments)
-        except Exception as error:
-            self.say(f"tracker left out: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:
+            said = f"{type(error).__name__}: {error}".strip()
+            self.say(f"tracker {name} left out from here on ({said}). Training goes on; {METRICS_FILE} has every row.")
             return None
 
 
@@ -192,20 +196,20 @@ def check_trackers(config: TrackerConfig) -> None:
     _makers(config)
 
 
-def _makers(config: TrackerConfig) -> list[Callable[[Tracker, int], Any]]:
-    """A function for every tracker that was asked for; each opens its tracker when the run starts."""
-    makers: list[Callable[[Tracker, int], Any]] = []
+def _makers(config: TrackerConfig) -> dict[str, Callable[[Tracker, int], Any]]:
+    """A function for every tracker that was asked for, by name; each opens its tracker when the run starts."""
+    makers: dict[str, Callable[[Tracker, int], Any]] = {}
     if config.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
                 "tracker.tensorboard: TensorBoard is not installed. `pip install tensorboard`, or turn it off."
             )
-        makers.append(_tensorboard)
+        makers["tensorboard"] = _tensorboard
     if config.wandb != "disabled":
-        makers.append(_wandb)
+        makers["wandb"] = _wandb
     if config.target is not None:
         tracker_class = _own_class(config.target)
-        makers.append(lambda tracker, step: _own(tracker_class, tracker))
+        makers[config.target] = lambda tracker, step: _own(tracker_class, tracker)
     return makers
 
 
@@ -213,11 +217,23 @@ def _tensorboard(tracker: Tracker, step: int) -> Any:
     """Event files in `tensorboard/`; events of steps that are done again are marked as gone."""
     from accelerate.tracking import TensorBoardTracker
 
+    _leave_to_trackers("tensorboard.")
     opened = TensorBoardTracker("tensorboard", tracker.folder, purge_step=step + 1 if step else 0)
     opened.start()
     if step == 0:
         opened.store_init_configuration(flatten(tracker.run_config))
     return opened
+
+
+def _leave_to_trackers(package: str) -> None:
+    """A thread of the package that fails (a full disk, say) prints no traceback: the next row is told what it met."""
+    before = threading.excepthook
+
+    def hook(said: threading.ExceptHookArgs) -> None:
+        if not type(said.thread).__module__.startswith(package):
+            before(said)
+
+    threading.excepthook = hook
 
 
 def _wandb(tracker: Tracker, step: int) -> Any:
@@ -231,11 +247,15 @@ def _wandb(tracker: Tracker, step: int) -> Any:
     id_file = inside / "run_id"
     if step == 0 or not id_file.is_file():
         id_file.write_text(uuid.uuid4().hex[:16])
+    import wandb
     from accelerate.tracking import WandBTracker
 
+    settings: dict[str, Any] = {"silent": True, "console": "off"}
+    if "finish_timeout" in wandb.Settings.model_fields:
+        settings["finish_timeout"] = WANDB_PATIENCE
     opened = WandBTracker(
         tracker.config.wandb_project, name=tracker.run, id=id_file.read_text(), resume="allow", dir=str(tracker.folder),
-        mode=tracker.config.wandb, config=dict(tracker.run_config), settings={"silent": True, "console": "off"},
+        mode=tracker.config.wandb, config=dict(tracker.run_config), settings=settings,
     )  # fmt: skip
     opened.start()
     return opened
