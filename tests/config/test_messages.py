@@ -221,6 +221,7 @@ BAD = [
     ),
     ("sft health.grad_norm=[10,0.1]", "health.grad_norm: [10, 0.1] is no range: the lower limit comes first"),
     ("sft health.stop_on=[loss_spke]", "health.stop_on.0: 'loss_spke' it takes loss_spike did you mean loss_spike?"),
+    ("sft engine.hang_minutes=5", "engine.hang_minutes: has no effect: there is one process"),
     ("sft health.spike_window=20", "health.spike_window: has no effect: health.on_spike is not set"),
     ("reward health.on_spike=skip", "health.on_spike: skip has no effect: only the loss on text is steady enough"),
     (

@@ -142,7 +142,7 @@ def rows_per_process(view: View) -> Iterator[Finding]:
 
 
 def launched(view: View) -> Iterator[Finding]:
-    """Sharding needs several processes; a launcher counts them itself."""
+    """Sharding needs several processes, and so does waiting for others; a launcher counts them itself."""
     processes = view["engine.processes"]
     if "WORLD_SIZE" in os.environ and processes != 1:
         problem = "leave at 1 here: a launcher (WORLD_SIZE is set) has started the processes already"
@@ -150,6 +150,12 @@ def launched(view: View) -> Iterator[Finding]:
     if view["engine.sharding"] == "fsdp" and processes == 1 and "WORLD_SIZE" not in os.environ:
         problem = "has no effect: fsdp shards over processes and there is one; set engine.processes or use torchrun"
         yield finding(problem, "engine.sharding", "engine.processes")
+
+
+def hanging(view: View) -> Iterator[Finding]:
+    """Only several processes can wait for each other."""
+    if view["engine.processes"] == 1 and "WORLD_SIZE" not in os.environ:
+        yield from no_effect(view, "engine.hang_minutes", "there is one process, which waits for no other")
 
 
 def schedule(view: View) -> Iterator[Finding]:
@@ -317,6 +323,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     whole_rows,
     rows_per_process,
     launched,
+    hanging,
     schedule,
     warmup,
     length_warmup,

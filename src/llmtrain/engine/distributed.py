@@ -109,10 +109,24 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
         ) from None
 
 
+# Where a process that `launch` has started puts what ended it.
+_failures: Any = None
+
+
+def tell_launcher(error: UserError) -> None:
+    """Say why this process is about to end, from any of its threads: `launch` raises it; without, it is printed."""
+    if _failures is not None:
+        _failures.put(error)
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def _run_as(
     rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, port: int, failures: Any
 ) -> None:
     """What a new process does. Failures reach the parent in the order in which they happen: the cause comes first."""
+    global _failures
+    _failures = failures
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

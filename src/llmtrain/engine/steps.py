@@ -80,6 +80,7 @@ class Updates:
     max_grad_norm: float | None
     after_update: Callable[[bool], Metrics]
     guard: Guard
+    progress: Callable[[str], None]
 
     def __call__(self, step: int, batch: Rows) -> tuple[Metrics, int, list[Fault]]:
         """Every update that the step's batch is good for, unless it is left out.
@@ -107,6 +108,7 @@ class Updates:
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
         micro_batches, summed = list(update.micro_batches(self.micro_batch_rows)), torch.zeros_like(weight)
         for index, micro in enumerate(micro_batches):
+            self.progress(f"step {step + 1}, update {number + 1}, micro-batch {index + 1}")
             torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
             with gradient_sync(self.model, now=index == len(micro_batches) - 1):
                 with self.autocast():

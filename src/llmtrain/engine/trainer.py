@@ -33,6 +33,7 @@ from llmtrain.engine.steps import (
     nothing_adapts,
 )
 from llmtrain.engine.tracking import FAULTS_FILE, Tracker
+from llmtrain.engine.watchdog import nothing_watches
 
 # How often in a run people are shown samples, the first step not counted, where the config does not say.
 SHOWN_TIMES = 10
@@ -77,6 +78,8 @@ class Trainer:
     """The numbers of the rows that all processes train on at a step (from 0), by source, as far as they are known."""
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
+    progress: Callable[[str], None] = nothing_watches
+    """Told what is begun, so that somebody notices when nothing is any more."""
     speed: Speed
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
@@ -99,6 +102,7 @@ class Trainer:
             self._record(0, {}, self._evaluate())
         last_saved = time.monotonic()
         while step < self.steps:
+            self.progress(f"step {step + 1}")
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
@@ -130,6 +134,7 @@ class Trainer:
             layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
             seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
             max_grad_norm=self.max_grad_norm, after_update=self.after_update, guard=self.guard,
+            progress=self.progress,
         )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
@@ -172,6 +177,7 @@ class Trainer:
         values: dict[str, float] = {}
         with torch.no_grad(), self.autocast():
             for evaluator in self.evaluators:
+                self.progress("evaluating")
                 values |= evaluator()
         self.model.train()
         wanted = {
@@ -234,6 +240,7 @@ class Trainer:
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
         root = self.folder / "checkpoints"
+        self.progress("saving")
         checkpoints.save(
             root, step, self._state(), self.layout, metrics=measured,
             write_extra=lambda folder: self.write_extra(folder, step),

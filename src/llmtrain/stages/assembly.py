@@ -33,6 +33,7 @@ from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import Evaluator, Trainer
+from llmtrain.engine.watchdog import Watchdog
 from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
@@ -204,7 +205,9 @@ class Run(Generic[Config]):
             speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
         try:
-            self.step = trainer.fit()
+            with Watchdog(self.folder, self.layout, config.engine.hang_minutes) as watchdog:
+                trainer.progress = watchdog.beat
+                self.step = trainer.fit()
         finally:
             tracker.close()
 

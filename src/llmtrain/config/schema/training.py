@@ -92,6 +92,9 @@ class EngineConfig:
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process. Null: the cores shared out evenly."""
+    hang_minutes: float | None = Field(default=60.0, gt=0)
+    """With several processes: end the run, with the stacks of all, when a process has got nowhere for this long. Longer
+    than the longest micro-batch, rollout or evaluation takes. Null: wait for ever."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
