@@ -96,7 +96,7 @@ def _print_flops(console: Console, model: LanguageModel, lengths: list[int]) -> 
 def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig) -> None:
     """Of a process that holds the whole model."""
     parameters, optimizer = num_parameters(model), config.optimizer
-    rows, length = config.train.micro_batch_rows, config.train.sequence_length
+    rows, length = config.train.given_micro_batch_rows, config.train.sequence_length
     rows = rows or math.ceil(rows_per_step(config.train) / config.engine.processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     in_bfloat16 = config.engine.precision == "bfloat16"

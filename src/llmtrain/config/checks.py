@@ -158,6 +158,18 @@ def hanging(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "engine.hang_minutes", "there is one process, which waits for no other")
 
 
+def found_rows(view: View) -> Iterator[Finding]:
+    """What fits an update may not fit what else reads in portions of as many rows."""
+    key = "train.micro_batch_rows"
+    if view[key] != "auto" or view.command != "align":
+        return
+    method = view["method.name"]
+    if method in SAMPLING or method == "kto":
+        yield finding(f"auto is for updates alone, and method={method} reads answers besides; give a number", key)
+    elif view["method"].get("reference") == "precomputed":
+        yield finding("auto is for updates alone, and method.reference=precomputed reads besides; give a number", key)
+
+
 def schedule(view: View) -> Iterator[Finding]:
     """Each schedule has its own options."""
     name = view["schedule.name"]
@@ -324,6 +336,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     rows_per_process,
     launched,
     hanging,
+    found_rows,
     schedule,
     warmup,
     length_warmup,

@@ -251,6 +251,12 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def num_trained_here(module: nn.Module) -> int:
+    """The trained weights that this process holds."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in trained)
+
+
 def leave() -> None:
     """Leave the process group, if this process is in one, together with the others."""
     if dist.is_initialized():

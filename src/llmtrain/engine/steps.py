@@ -13,15 +13,18 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.errors import UserError
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
 from llmtrain.engine.faults import Fault, Guard
+from llmtrain.engine.micro_batches import FoundRows, is_out_of_memory
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 Samples = Sequence[Mapping[str, Any]]
 # Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
 EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
 NO_WEIGHT = 1e-30
+OUT_OF_MEMORY = "ran out of memory. Lower train.micro_batch_rows, or set it to auto, which finds the largest number of rows that fits."
 
 
 class Rows(Protocol):
@@ -34,6 +37,8 @@ class Rows(Protocol):
     def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
     def metrics(self) -> Metrics: ...
     def num_tokens(self) -> int: ...
+    def width(self) -> int: ...
+    def __len__(self) -> int: ...
 
 
 class BatchSource(Protocol):
@@ -76,7 +81,7 @@ class Updates:
     optimizer: torch.optim.Optimizer
     seed: int
     autocast: Callable[[], torch.autocast]
-    micro_batch_rows: int | None
+    micro_batch_rows: int | FoundRows | None
     max_grad_norm: float | None
     after_update: Callable[[bool], Metrics]
     guard: Guard
@@ -89,7 +94,8 @@ class Updates:
         """
         metrics, tokens, faults = Totals(batch.metrics()), 0, []
         for number, update in enumerate(batch.updates()):
-            loss = self._add_gradient(step, number, update, metrics)
+            loss, measured = self._gradient_that_fits(step, number, update)
+            metrics.add(measured)
             norm = self._clip()
             metrics.add({"train/grad_norm": (norm, torch.ones(()))})
             fault = self.guard.judge(*self._agreed(loss, norm))
@@ -102,11 +108,49 @@ class Updates:
             tokens += update.num_tokens()
         return metrics.sums, tokens * self.layout.world, faults
 
-    def _add_gradient(self, step: int, number: int, update: Rows, metrics: "Totals") -> Tensor:
-        """Add the gradient of an update, over its micro-batches and all processes; this process's part of the loss."""
+    def _gradient_that_fits(self, step: int, number: int, update: Rows) -> tuple[Tensor, Metrics]:
+        """As `_add_gradient`; where memory does not suffice and it may have fewer rows, again with these."""
+        rows = self.micro_batch_rows
+        if isinstance(rows, FoundRows):
+            rows = rows.at(step) or self._find_rows(rows, step, update)
+        while True:
+            try:
+                return self._add_gradient(step, number, update, rows)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not isinstance(self.micro_batch_rows, FoundRows):
+                    raise UserError(f"step {step + 1}: {OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
+            rows = self.micro_batch_rows.halve(step, rows or len(update))
+            self._forget()
+
+    def _find_rows(self, found: FoundRows, step: int, update: Rows) -> int:
+        def passes(number: int) -> None:
+            micro = next(update.micro_batches(number))
+            with gradient_sync(self.model, now=False), self.autocast():
+                # not what a compiler made of it, which would do so for each number of rows
+                self.objective(self.model, micro)[0].sum().backward()
+
+        rows = found.find(step, passes, rows=len(update), width=max(update.width(), 1))
+        self._forget()
+        return rows
+
+    def _forget(self) -> None:
+        """Leave nothing of passes that do not count."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_update(False)
+        if self.layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _add_gradient(self, step: int, number: int, update: Rows, rows: int | None) -> tuple[Tensor, Metrics]:
+        """Add the gradient of an update, over its micro-batches and all processes.
+
+        This process's part of the loss, and metrics.
+        """
         # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
-        micro_batches, summed = list(update.micro_batches(self.micro_batch_rows)), torch.zeros_like(weight)
+        micro_batches, metrics = list(update.micro_batches(rows)), Totals({})
+        summed = torch.zeros_like(weight)
         for index, micro in enumerate(micro_batches):
             self.progress(f"step {step + 1}, update {number + 1}, micro-batch {index + 1}")
             torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
@@ -117,7 +161,7 @@ class Updates:
                 (loss * (self.layout.world / weight)).sum().backward()
             summed += loss.detach()
             metrics.add(parts)
-        return (summed / weight).sum()
+        return (summed / weight).sum(), metrics.sums
 
     def _agreed(self, loss: Tensor, norm: Tensor) -> list[float]:
         """The loss and the gradient's norm as numbers, the same on all processes; the one time a step is waited for."""

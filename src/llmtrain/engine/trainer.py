@@ -21,6 +21,7 @@ from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout, agree, gathered
 from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
+from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import (
     BatchSource,
@@ -69,7 +70,7 @@ class Trainer:
     """Modules whose buffers adapt during the run and belong to its state."""
     autocast: Callable[[], torch.autocast]
     """The precision of matrix products."""
-    micro_batch_rows: int | None = None
+    micro_batch_rows: int | FoundRows | None = None
     max_grad_norm: float | None = 1.0
     compile: bool = False
     after_update: Callable[[bool], Metrics] = nothing_adapts

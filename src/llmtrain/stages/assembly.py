@@ -28,6 +28,7 @@ from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
@@ -41,7 +42,7 @@ from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, me
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.objectives.routing import Routed
-from llmtrain.optim.optimizers import build_optimizer, optimizer_class
+from llmtrain.optim.optimizers import build_optimizer, optimizer_class, state_bytes_per_weight
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
 from llmtrain.stages.planning import Plan, drawn, make_plan, num_lengths
@@ -200,7 +201,7 @@ class Run(Generic[Config]):
             steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config, score),
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
-            micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
+            micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length), max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, fixed_shapes=fixed_shapes,
             speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
@@ -210,6 +211,14 @@ class Run(Generic[Config]):
                 self.step = trainer.fit()
         finally:
             tracker.close()
+
+    def _micro_batch_rows(self, model: nn.Module, longest_row: int | None) -> int | FoundRows | None:
+        """The number that the config gives, or what finds it; the moments of a run that begins are still to come."""
+        if self.config.train.micro_batch_rows != "auto":
+            return self.config.train.micro_batch_rows
+        moments = 0.0 if self.checkpoint else state_bytes_per_weight(self.config.optimizer)
+        reserved = round(moments * distributed.num_trained_here(model))
+        return FoundRows(self.folder, self.layout, reserved=reserved, longest_row=longest_row)
 
     def main_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns; the main process goes first, so that the others find what it has put into the cache."""

@@ -214,7 +214,7 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     """
     folder = run_folder(config)
     if _changes(config):
-        for name in ("samples.json", "tokenizer"):
+        for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
     lineage = read_lineage(folder) if _has_begun(folder) else {}
     now = parents(config)

@@ -1,6 +1,6 @@
 """How any stage trains, saves and measures."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -38,10 +38,16 @@ class TrainConfig:
     """Tokens the model sees in one row (at most, where rows differ in length)."""
     length_warmup: LengthWarmupConfig | None = None
     """Begin with shorter rows (pretraining): each is cut into equal ones. Micro-batches keep their number of tokens."""
-    micro_batch_rows: int | None = Field(default=None, ge=1)
-    """Rows in one forward and backward pass of one process. Null: all rows of the process."""
+    micro_batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Rows in one forward and backward pass of one process. Null: all rows of the process. auto: as many as memory
+    suffices for, found at the first step and kept in the run's folder (where nothing but the update reads by it)."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
+
+    @property
+    def given_micro_batch_rows(self) -> int | None:
+        """`micro_batch_rows` where it is a number; None where it is all rows, or to be found out."""
+        return None if self.micro_batch_rows == "auto" else self.micro_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
