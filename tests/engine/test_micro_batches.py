@@ -1,4 +1,4 @@
-"""The largest number of rows that fits: found by measuring, the same at a resume, less where memory ends all the same."""
+"""The largest number of rows that fits: found by measuring, the same at a resume, less where memory ends yet."""
 
 import json
 from collections.abc import Callable

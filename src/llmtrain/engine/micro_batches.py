@@ -9,6 +9,7 @@ Micro-batches do not change a gradient beyond rounding, but they change its bits
 on, stands in `micro_batches.json`, and a run that is resumed takes the same numbers at the same steps.
 """
 
+import functools
 import json
 import math
 import os
@@ -56,7 +57,7 @@ class FoundRows:
         """
         device = self.layout.device
         passes(1)  # what is made once and kept, such as gradients, is there from now on
-        one, two = (peak(lambda number=number: passes(number), device) for number in (1, min(2, rows)))
+        one, two = (peak(functools.partial(passes, number), device) for number in (1, min(2, rows)))
         longer = max(1.0, (self.longest_row or width) / width)
         each, always = max((two - one) * longer, 1.0), max(2 * one - two, 0) * longer
         room = SHARES[device.type] * (free_memory(device) - self.reserved)

@@ -24,7 +24,7 @@ Samples = Sequence[Mapping[str, Any]]
 # Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
 EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
 NO_WEIGHT = 1e-30
-OUT_OF_MEMORY = "ran out of memory. Lower train.micro_batch_rows, or set it to auto, which finds the largest number of rows that fits."
+OUT_OF_MEMORY = "ran out of memory. Lower train.micro_batch_rows, or set it to auto, which finds the largest that fits."
 
 
 class Rows(Protocol):

@@ -201,7 +201,8 @@ class Run(Generic[Config]):
             steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config, score),
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
-            micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length), max_grad_norm=config.train.max_grad_norm,
+            micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
+            max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, fixed_shapes=fixed_shapes,
             speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
