@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
-from llmtrain.engine import checkpoints
-from llmtrain.engine import trainer as trainer_module
+from llmtrain.engine import checkpoints, saving
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.health import read_warnings
 from llmtrain.engine.speed import Speed
@@ -226,7 +225,7 @@ def test_minutes_count_from_the_last_save(
     build: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10_000, 20))  # the loop looks at it once a step and once a save: 20 s each
-    monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(saving, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     build(steps=9, checkpoint={"every_minutes": 1.0, "keep_last": 10}).fit()
     assert saved(tmp_path) == [3, 6, 9]
 

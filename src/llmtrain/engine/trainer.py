@@ -10,7 +10,6 @@ for the summed loss of each micro-batch, and divides by what the loss is average
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -24,6 +23,7 @@ from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
+from llmtrain.engine.saving import Saver
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 
@@ -116,6 +116,10 @@ class Trainer:
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
             is_main=self.layout.is_main,
         )  # fmt: skip
+        self.saver = Saver(
+            folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
+            write_extra=self.write_extra, say=self.tracker.say,
+        )  # fmt: skip
 
     def fit(self) -> int:
         """Train from the checkpoint, or from the start, to the last step; the step whose weights the model ends with.
@@ -128,7 +132,7 @@ class Trainer:
             loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
         if step == 0:
             self._record(0, {}, self._evaluate())
-        last_saved = time.monotonic()
+        self.saver.start()
         while step < self.steps:
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
@@ -143,11 +147,9 @@ class Trainer:
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
             ill = self._ill()
-            if ill or self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
-                self._save(step, measured)
-                last_saved = time.monotonic()
+            self.saver.after_step(step, measured, now=ill is not None)
             self._stop_if(ill, step)
-        return self._take_best() if self.checkpoint.final == "best" else step
+        return self.saver.take_best() if self.checkpoint.final == "best" else step
 
     def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
@@ -248,10 +250,6 @@ class Trainer:
     def _is_due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
 
-    def _minutes_passed(self, since: float) -> bool:
-        minutes = self.checkpoint.every_minutes
-        return minutes is not None and agree(time.monotonic() - since >= 60 * minutes, self.layout)
-
     def _resume(self) -> int:
         """Fill the state from the checkpoint; the step to go on with."""
         found = self.resume_from
@@ -260,45 +258,12 @@ class Trainer:
             self.tracker.start(0)
             self.monitor.start()
             return 0
-        checkpoints.load(found, self._state(), self.layout)
+        self.saver.resume(found)
         self.tracker.start(found.step)
         self.monitor.start()
         self.tracker.say(f"resuming {self.folder} at step {found.step} of {self.steps}")
         self._stop_if(self._ill(), found.step)
         return found.step
-
-    def _save(self, step: int, measured: dict[str, float]) -> None:
-        root = self.folder / "checkpoints"
-        checkpoints.save(
-            root, step, self._state(), self.layout, metrics=measured,
-            write_extra=lambda folder: self.write_extra(folder, step),
-        )  # fmt: skip
-        if self.layout.is_main:
-            keep = self.checkpoint
-            checkpoints.prune(
-                root,
-                newest=step,
-                keep_last=keep.keep_last,
-                keep_best=max(keep.keep_best, int(keep.final == "best")),
-                best_metric=keep.best_metric,
-                best_mode=keep.best_mode,
-            )
-
-    def _take_best(self) -> int:
-        """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
-        metric, mode = self.checkpoint.best_metric, self.checkpoint.best_mode
-        assert metric is not None
-        root = self.folder / "checkpoints"
-        best = checkpoints.best_good(root, self.layout, self.tracker.say, metric=metric, mode=mode, newest=self.steps)
-        if best is None:
-            raise UserError(
-                f"checkpoint.final=best: no checkpoint in {root} was saved with {metric}. "
-                "Set checkpoint.final=last to finish with the last weights."
-            )
-        weights = {name: value for name, value in self._state().items() if name.startswith("model.")}
-        checkpoints.load(best, weights, self.layout)
-        self.tracker.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
-        return best.step
 
     def _state(self) -> dict[str, Tensor]:
         return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
