@@ -132,7 +132,12 @@ class Trainer:
             loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
         if step == 0:
             self._record(0, {}, self._evaluate())
-        self.saver.start()
+        with self.saver:
+            self._train(step, loss_of)
+        return self.saver.take_best() if self.checkpoint.final == "best" else self.steps
+
+    def _train(self, step: int, loss_of: LossFunction) -> None:
+        """The steps from `step` on; each ends with a row of metrics and, where it is due, a checkpoint."""
         while step < self.steps:
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
@@ -149,7 +154,6 @@ class Trainer:
             ill = self._ill()
             self.saver.after_step(step, measured, now=ill is not None)
             self._stop_if(ill, step)
-        return self.saver.take_best() if self.checkpoint.final == "best" else step
 
     def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
@@ -231,7 +235,7 @@ class Trainer:
     def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
         row = values | measured
         if row:
-            self.tracker.log(step, row | (self.speed.values() if values else {}))
+            self.tracker.log(step, row | (self.speed.values() | self.saver.values() if values else {}))
             for warning in self.monitor.row(step, row):
                 self.tracker.say(f"warning at step {step} (health.{warning.rule}): {warning.text}")
 

@@ -96,12 +96,14 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """When to save, and what to keep. Read by `engine/checkpoints.py`."""
+    """When to save, and what to keep. Read by `engine/saving.py` and `engine/checkpoints.py`."""
 
     every_steps: int | None = Field(default=None, ge=1)
     """Save every n steps. The end of a run is always saved."""
     every_minutes: float | None = Field(default=None, gt=0)
     """Save when this much time has passed since the last save."""
+    asynchronous: bool = True
+    """Go on training while files are written; each process keeps a copy of its part of the state in main memory."""
     keep_last: int = Field(default=2, ge=1)
     """Keep this many of the newest checkpoints."""
     keep_best: int = Field(default=0, ge=0)
