@@ -123,7 +123,7 @@ def _content(pieces: list[Piece]) -> Iterator[bytes | memoryview]:
     header = _header(pieces)
     yield struct.pack("<Q", len(header)) + header
     for piece in pieces:
-        whole = memoryview(piece.values.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
+        whole = piece.values.detach().cpu().contiguous().view(torch.uint8).flatten().numpy().data
         for start in range(0, len(whole), PORTION):
             yield whole[start : start + PORTION]
 

@@ -3,6 +3,7 @@
 A stage reads top to bottom as: build, build, build, fit. This module is the frame around it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,6 +29,7 @@ from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.lock import RunLock
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
@@ -58,17 +60,18 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
     optimizer_class(config.optimizer)
     check_trackers(config.tracker)
     folder, first = handover.run_folder(config), distributed.goes_first()
-    lineage = handover.open_run(config) if first else handover.read_lineage(folder)
-    if lineage.get("finished"):
-        if first:
-            print(
-                f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
-                file=sys.stderr,
-            )
-    elif config.engine.processes > 1 and not distributed.launched_by_others():
-        distributed.launch(stage, (config,), config.engine.processes)
-    else:
-        stage(config)
+    with RunLock(folder) if first else contextlib.nullcontext():
+        lineage = handover.open_run(config) if first else handover.read_lineage(folder)
+        if lineage.get("finished"):
+            if first:
+                print(
+                    f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
+                    file=sys.stderr,
+                )
+        elif config.engine.processes > 1 and not distributed.launched_by_others():
+            distributed.launch(stage, (config,), config.engine.processes)
+        else:
+            stage(config)
 
 
 @dataclasses.dataclass
