@@ -59,9 +59,7 @@ def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) 
 @pytest.mark.parametrize("elsewhere", [{"host": "node7"}, {"processes": "pid:[1]"}])
 def test_an_owner_on_another_machine_is_gone_when_it_has_been_silent(tmp_path: Path, elsewhere: dict[str, str]) -> None:
     owned(tmp_path, silence=lock.SILENCE_SECONDS - 30, user="ada", pid=1, **elsewhere)
-    with pytest.raises(
-        UserError, match=r"by ada on .*last sign of life 2[67]\d s ago.*free when 300 s have passed"
-    ):
+    with pytest.raises(UserError, match=r"by ada on .*last sign of life 2[67]\d s ago.*free when 300 s have passed"):
         RunLock(tmp_path).__enter__()
     owned(tmp_path, silence=lock.SILENCE_SECONDS + 1, pid=1, **elsewhere)
     with RunLock(tmp_path):

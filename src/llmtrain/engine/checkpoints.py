@@ -11,7 +11,6 @@ nothing is pickled in or out. A folder without a manifest that matches is not a 
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -36,11 +35,10 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import snapshots
 from llmtrain.engine.distributed import Layout, agree, bare
+from llmtrain.engine.row_files import NO_ROOM
 from llmtrain.engine.snapshots import Piece, all_finite
 
 Say = Callable[[str], None]
-# What the disk says when it, a quota, or the largest size of a file is reached.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POLL_SECONDS = 0.02
 
 
