@@ -190,6 +190,16 @@ def read(folder: Path) -> Checkpoint:
 
 def inspect(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words, or None."""
+    if fault := damaged_file(folder):
+        return fault
+    for name, value in saved_tensors(folder / "state"):
+        if name.startswith("model.") and not all_finite([value]):
+            return f"{name} holds a value that is not finite"
+    return None
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Which file of a checkpoint is missing or does not match its digest, in words, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         digests, step = dict(manifest["sha256"]), int(manifest["step"])
@@ -203,9 +213,6 @@ def inspect(folder: Path) -> str | None:
             return f"{name} is missing"
         if _sha256(path) != digest:
             return f"{name} does not match its digest"
-    for name, value in _saved_tensors(folder / "state"):
-        if name.startswith("model.") and not all_finite([value]):
-            return f"{name} holds a value that is not finite"
     return None
 
 
@@ -289,7 +296,8 @@ def _readable(folder: Path) -> Checkpoint | None:
         return None
 
 
-def _saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def saved_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in the safetensors files of a folder by name; of a tensor in several pieces, each of them."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dict)

@@ -343,9 +343,14 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
     fault = checkpoints.inspect(Path(folder))
     if fault:
         raise UserError(f"checkpoint {folder}: {fault}. Name another one.")
-    state = checkpoints.read_model(Path(folder))
+    return checkpoint_weights(Path(folder))
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, whole: those of the policy where it holds an actor-critic."""
+    state = checkpoints.read_model(folder)
     policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-    start = handover.read_start(Path(folder))
+    start = handover.read_start(folder)
     return (policy or state) if start is None else _completed(policy or state, start)
 
 
