@@ -2,7 +2,9 @@
 
 import json
 import math
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +98,22 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         tmp_path, newest=5, keep=CheckpointConfig(keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_some_are_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 360_000, 1800))  # every half hour
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(time=lambda: float(next(clock))))
+
+    def kept(**keep: Any) -> list[int]:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for step in range(2, 22, 2):
+            write(root, step)
+            checkpoints.prune(root, newest=step, keep=CheckpointConfig(keep_last=1, **keep))
+        return sorted(int(path.name[5:]) for path in root.iterdir())
+
+    assert kept(keep_every_steps=6) == [6, 12, 18, 20]
+    assert kept(keep_every_hours=1.5) == [2, 8, 14, 20]
+    assert kept(keep_every_hours=1.1, keep_every_steps=10) == [2, 8, 10, 14, 20]
 
 
 def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:

@@ -342,6 +342,42 @@ def test_a_metric_that_is_not_measured_is_told_at_the_start(
     assert trainer.batches.asked == []
 
 
+def test_averages_are_measured_saved_and_handed_on_and_change_no_step(
+    build: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def train(name: str, steps: int = 6, **parts: Any) -> tuple[Trainer, list[Tensor]]:
+        seen: list[Tensor] = []
+        (tmp_path / name).mkdir(exist_ok=True)
+        found = checkpoints.newest_good(tmp_path / name / "checkpoints", ALONE, print)
+        trainer = build(steps=steps, eval_every=1, folder=tmp_path / name, resume_from=found, **parts)
+        trainer.evaluators = [lambda: (seen.append(trainer.model.weight.detach().clone()), {"eval/loss": 1.0})[1]]
+        trainer.fit()
+        return trainer, seen
+
+    plain, weights = train("plain")
+    averaged, averages = train("averaged", ema_decay=0.75)
+    mean = weights[0]
+    for weight, average in zip(weights, averages, strict=True):
+        mean = 0.75 * mean + 0.25 * weight
+        torch.testing.assert_close(average, mean, rtol=1e-6, atol=1e-7)
+    assert torch.equal(averaged.model.weight, averages[-1])
+    folder = tmp_path / "averaged" / "checkpoints" / "step-00000006"
+    assert torch.equal(checkpoints.read_model(folder)["weight"], averages[-1])
+    state = {"model.weight": torch.zeros(1, 3)}
+    checkpoints.load(checkpoints.read(folder), state, ALONE)
+    assert torch.equal(state["model.weight"], plain.model.weight), "training itself is as it was"
+
+    class Killed(Line):
+        def __call__(self, step: int) -> Points:
+            assert step < 4, "killed"
+            return super().__call__(step)
+
+    with pytest.raises(AssertionError, match="killed"):
+        train("killed", ema_decay=0.75, batches=Killed(), checkpoint={"every_steps": 3})
+    resumed, _ = train("killed", ema_decay=0.75)
+    assert torch.equal(resumed.model.weight, averages[-1])
+
+
 # --- warnings ---
 
 

@@ -140,8 +140,8 @@ def test_a_torn_newest_checkpoint_is_named_and_the_run_ends_with_the_same_bits(t
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=6"]
-    finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=6"])
+    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=8"]
+    finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=8"])
     full = tmp_path / "full"
     kill_when(lambda: (full / "checkpoints" / "step-00000002").is_dir(), command)
     before = sorted(path.name for path in (full / "checkpoints").glob("step-*"))
@@ -152,11 +152,11 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before(tmp_pat
     assert "warning: could not save step 4" in errors
     assert "training goes on" in errors
     assert "health.failed_saves" in errors
-    assert "error: could not save step 6" in errors
+    assert "error: could not save step 8" in errors
     assert "File too large" in errors
     assert "Traceback" not in errors
     assert sorted(path.name for path in (full / "checkpoints").iterdir()) == before == ["step-00000002"]
-    assert [row["step"] for row in metrics(full)] == list(range(7))
+    assert [row["step"] for row in metrics(full)] == list(range(9))
     assert [warning.rule for warning in read_warnings(full)] == ["failed_saves"]
 
     assert "resuming" in finish(command)

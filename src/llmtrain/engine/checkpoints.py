@@ -1,12 +1,12 @@
 """Checkpoints that can be trusted: sharded safetensors, written aside, digested, renamed when complete.
 
     checkpoints/step-00001000/
-        state/*.safetensors    model.*, optimizer.*, state.* tensors, each process its own shards; no frozen weights
-        manifest.json          step, metrics of the step, sha256 of every file
+        state/*.safetensors    model.*, average.*, optimizer.*, state.* tensors, of each process its own; nothing frozen
+        manifest.json          step, time, metrics of the step, sha256 of every file
         (and what `write_extra` adds, such as the model's config and the tokenizer)
 
-`torch.distributed.checkpoint` does the sharding and loads into any other layout; its safetensors storage means that
-nothing is pickled in or out. A folder without a manifest that matches is not a checkpoint.
+Nothing is pickled in or out. `torch.distributed.checkpoint` reads them into any other layout. A folder without a
+manifest that matches is not a checkpoint.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ from llmtrain.engine.row_files import NO_ROOM
 from llmtrain.engine.snapshots import Piece, all_finite
 
 Say = Callable[[str], None]
+# What the tensors that make up a model are called.
+WEIGHTS = ("model.", "average.")
+# How often the main process looks whether the others have written their parts.
 POLL_SECONDS = 0.02
 
 
@@ -49,16 +52,19 @@ class Checkpoint:
     folder: Path
     step: int
     metrics: dict[str, float]
+    time: float = dataclasses.field(default=0.0, compare=False)
+    """When it was saved, in seconds since the epoch."""
 
 
 def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]
-) -> dict[str, Tensor]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module],
+    averages: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Every tensor that a run's state consists of, by name; the tensors are the live ones, so loading fills them.
 
     Frozen weights are no part of it: they are those that the run starts from, whenever it does.
 
-    `parts` are modules whose buffers adapt during the run (a KL coefficient, say).
+    `parts` are modules whose buffers adapt during the run (a KL coefficient, say); `averages` those of weights.
     """
     frozen = {name for name, each in bare(model).named_parameters() if not each.requires_grad}
     weights = bare(model).state_dict().items()
@@ -67,6 +73,7 @@ def training_state(
     moments: Any = get_optimizer_state_dict(bare(model), optimizer)["state"]
     for name, values in moments.items():
         state |= {f"optimizer.{name}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    state |= {f"average.{name}": value for name, value in (averages or {}).items()}
     for part, module in parts.items():
         state |= {f"state.{part}.{name}": value for name, value in module.state_dict().items()}
     # the storage wants at least one dimension; a view keeps the memory shared
@@ -185,7 +192,7 @@ def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by its manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    return Checkpoint(folder, int(manifest["step"]), dict(manifest["metrics"]))
+    return Checkpoint(folder, int(manifest["step"]), dict(manifest["metrics"]), float(manifest.get("time", 0.0)))
 
 
 def inspect(folder: Path) -> str | None:
@@ -193,7 +200,7 @@ def inspect(folder: Path) -> str | None:
     if fault := damaged_file(folder):
         return fault
     for name, value in saved_tensors(folder / "state"):
-        if name.startswith("model.") and not all_finite([value]):
+        if name.startswith(WEIGHTS) and not all_finite([value]):
             return f"{name} holds a value that is not finite"
     return None
 
@@ -225,17 +232,21 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> No
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The whole weights in a checkpoint by name, put together from all shards."""
+    """The whole weights in a checkpoint by name, put together from all shards; averaged, where there are averages."""
     reader = HuggingFaceStorageReader(str(folder / "state"))
     state = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+        if name.startswith(WEIGHTS) and isinstance(item, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model."): value for name, value in state.items()}
+    of_last_step, averaged = (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for prefix in WEIGHTS
+    )
+    return of_last_step | averaged
 
 
 def remove_litter(root: Path) -> None:
@@ -257,12 +268,25 @@ def prune(root: Path, *, newest: int, keep: CheckpointConfig) -> None:
     if keep.best_metric:
         best = _ranked(until_now, keep.best_metric, keep.best_mode)
         kept |= {checkpoint.step for checkpoint in best[: max(keep.keep_best, int(keep.final == "best"))]}
+    kept |= _for_ever(until_now, keep)
     for checkpoint in saved:
         if checkpoint.step not in kept:
             # first out of sight, so that a kill in the middle leaves no half checkpoint under its name
             doomed = root / f".{checkpoint.folder.name}.partial"
             os.replace(checkpoint.folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _for_ever(saved: list[Checkpoint], keep: CheckpointConfig) -> set[int]:
+    """The steps that stay however many come after; those of each time span are told by what has stayed so far."""
+    every, hours = keep.keep_every_steps, keep.keep_every_hours
+    kept = {checkpoint.step for checkpoint in saved if every is not None and checkpoint.step % every == 0}
+    last = -math.inf
+    for checkpoint in saved:
+        if hours is not None and checkpoint.time - last >= 3600 * hours:
+            kept.add(checkpoint.step)
+            last = checkpoint.time
+    return kept
 
 
 def best_good(root: Path, layout: Layout, say: Say, *, metric: str, mode: str, newest: int) -> Checkpoint | None:

@@ -160,7 +160,7 @@ class Saver:
                 f"checkpoint.final=best: no checkpoint in {self.root} was saved with {metric}. "
                 "Set checkpoint.final=last to finish with the last weights."
             )
-        weights = {name: value for name, value in self.state().items() if name.startswith("model.")}
+        weights = {name: value for name, value in self.state().items() if name.startswith(checkpoints.WEIGHTS)}
         checkpoints.load(best, weights, self.layout)
         self.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
         return best.step
@@ -188,7 +188,7 @@ class Saver:
         """Copy the state, and begin to write it."""
         self.wait()
         state = self.state()
-        weights = {name: value for name, value in state.items() if name.startswith("model.")}
+        weights = {name: value for name, value in state.items() if name.startswith(checkpoints.WEIGHTS)}
         bad = [] if all_finite(list(weights.values())) else [n for n, each in weights.items() if not all_finite([each])]
         if any(self._anywhere(bool(bad))):
             raise UserError(f"step {step}: the weights are not finite any more ({', '.join(bad[:3])}); not saved.")

@@ -21,6 +21,7 @@ from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
+from llmtrain.engine.averages import WeightAverages
 from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.saving import Saver
@@ -102,6 +103,8 @@ class Trainer:
     """The precision of matrix products."""
     micro_batch_rows: int | None = None
     max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    """Of averages of the weights, which are then measured and handed on."""
     compile: bool = False
     after_update: Callable[[], Metrics] = dict
     """What goes by an update that has been made, such as the balance of experts; its metrics."""
@@ -116,6 +119,7 @@ class Trainer:
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
             is_main=self.layout.is_main,
         )  # fmt: skip
+        self.averages = WeightAverages(self.model, self.ema_decay)
         self.saver = Saver(
             folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
             write_extra=self.write_extra, say=self.tracker.say,
@@ -134,7 +138,9 @@ class Trainer:
             self._record(0, {}, self._evaluate())
         with self.saver:
             self._train(step, loss_of)
-        return self.saver.take_best() if self.checkpoint.final == "best" else self.steps
+        step = self.saver.take_best() if self.checkpoint.final == "best" else self.steps
+        self.averages.hand_over()
+        return step
 
     def _train(self, step: int, loss_of: LossFunction) -> None:
         """The steps from `step` on; each ends with a row of metrics and, where it is due, a checkpoint."""
@@ -145,6 +151,7 @@ class Trainer:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
             metrics, tokens = self._step(step, loss_of)
             step += 1
+            self.averages.update()
             self.speed.end_step(tokens)
             values = {}
             if step % self.tracking.every_steps == 0 or step == self.steps:
@@ -219,7 +226,7 @@ class Trainer:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
         self.model.eval()
         values: dict[str, float] = {}
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), self.averages.in_place():
             for evaluator in self.evaluators:
                 values |= evaluator()
         self.model.train()
@@ -233,9 +240,9 @@ class Trainer:
         return values
 
     def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
-        row = values | measured
+        row = values | measured | (self.speed.values() | self.saver.values() if values else {})
         if row:
-            self.tracker.log(step, row | (self.speed.values() | self.saver.values() if values else {}))
+            self.tracker.log(step, row)
             for warning in self.monitor.row(step, row):
                 self.tracker.say(f"warning at step {step} (health.{warning.rule}): {warning.text}")
 
@@ -270,7 +277,7 @@ class Trainer:
         return found.step
 
     def _state(self) -> dict[str, Tensor]:
-        return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
+        return checkpoints.training_state(self.model, self.optimizer, dict(self.parts), self.averages.state())
 
 
 def _in_group(name: str) -> str:

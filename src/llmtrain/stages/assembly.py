@@ -200,7 +200,7 @@ class Run(Generic[Config]):
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
+            ema_decay=config.train.ema_decay, compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
             speed=Speed(device, flops, peak), health=config.health,
         )  # fmt: skip
         try:

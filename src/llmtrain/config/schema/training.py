@@ -42,6 +42,9 @@ class TrainConfig:
     """Rows in one forward and backward pass of one process. Null: all rows of the process."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Average the weights over the steps with this decay, such as 0.999; the averages are what is measured and handed
+    on, training goes on from the weights themselves. Null: no averages."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -108,6 +111,10 @@ class CheckpointConfig:
     """Keep this many of the newest checkpoints."""
     keep_best: int = Field(default=0, ge=0)
     """Keep this many of the best checkpoints by `best_metric`, besides the newest."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Keep for ever the checkpoints of every n-th step, a multiple of `every_steps`."""
+    keep_every_hours: float | None = Field(default=None, gt=0)
+    """Keep for ever the first checkpoint, and each that was saved this much time after the last one so kept."""
     best_metric: str | None = None
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
     best_mode: Literal["min", "max"] = "min"
