@@ -17,6 +17,7 @@ from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
+from llmtrain.config.saving_checks import SAVING_CHECKS
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
@@ -343,6 +344,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     best_checkpoint,
     *ADAPTER_CHECKS,
     *HEALTH_CHECKS,
+    *SAVING_CHECKS,
     problems,
     tracker,
     tokenizer,

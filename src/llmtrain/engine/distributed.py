@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.errors import ConfigError, Preempted, UserError
 from llmtrain.engine.memory import keep_freed_memory
 
 
@@ -94,13 +96,16 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     arguments_of_all = (function, arguments, processes, _free_port(), failures)
     running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
     try:
-        while not running.join():
-            pass
+        with _handed_on([each.pid for each in running.processes]) as signals:
+            while not running.join():
+                pass
     except ProcessExitedException as ended:
         failure = None if failures.empty() else failures.get()
         killed = [number for number, each in enumerate(running.processes) if each.exitcode == -signal.SIGKILL]
         if isinstance(failure, UserError) or (failure and not killed):
             raise failure from None
+        if signal.SIGTERM in signals:
+            raise Preempted("stopped by SIGTERM before training had begun. The same command begins again.") from None
         # it had no time to say why; what the others said is only that they lost it
         number, reason = (killed[0], "SIGKILL") if killed else (ended.error_index, f"exit code {ended.exit_code}")
         raise UserError(
@@ -119,6 +124,27 @@ def tell_launcher(error: UserError) -> None:
         _failures.put(error)
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _handed_on(processes: list[int]) -> Iterator[set[int]]:
+    """Within, what a scheduler tells this process is told to all that it started; the signals that came."""
+    came: set[int] = set()
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        came.add(number)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_as(

@@ -16,11 +16,12 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import TrackerConfig
 from llmtrain.engine.display import Display
+from llmtrain.engine.row_files import RowFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "rollouts.jsonl"
@@ -42,7 +43,7 @@ class Tracker:
         self.folder, self.config, self.run, self.run_config = folder, config, run, run_config
         self.is_main = is_main
         self._display = Display(steps)
-        self._file: IO[str] | None = None
+        self._files: dict[str, RowFile] = {}
         self._trackers: list[Any] = []
         self._makers = _makers(config) if is_main else {}
 
@@ -53,7 +54,7 @@ class Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE):
             _keep_rows(self.folder / name, step)
-        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._files = {name: RowFile(self.folder / name) for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE)}
         for name, make in self._makers.items():
             tracker = self._try(name, make, self, step)
             if tracker is not None:
@@ -63,45 +64,37 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the row of `step`. A tracker that fails is named once and left out from then on.
 
-        Raises UserError when `metrics.jsonl` cannot be written.
+        Raises UserError when `metrics.jsonl` cannot be written; while the disk is full, its rows wait.
         """
-        if self._file is None:
+        if not self._files:
             return
-        try:
-            self._file.write(_line({"step": step} | {name: values[name] for name in sorted(values)}))
-            self._file.flush()
-        except OSError as error:
-            raise self._cannot_write(METRICS_FILE, error) from error
+        self._add(METRICS_FILE, [{"step": step} | {name: values[name] for name in sorted(values)}])
         self._tell(_log, step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._display.row(step, values)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write samples of `step`, each a row of a table, all with the same columns; trackers get them as a table.
 
-        Raises UserError when `rollouts.jsonl` cannot be written.
+        Raises UserError when `rollouts.jsonl` cannot be written; while the disk is full, its rows wait.
         """
-        if self._file is None or not samples:
+        if not self._files or not samples:
             return
         rows = [{"step": step} | dict(sample) for sample in samples]
-        self._append(SAMPLES_FILE, rows)
+        self._add(SAMPLES_FILE, rows)
         self._tell(_log_table, step, rows)
 
     def log_fault(self, step: int, row: Mapping[str, Any]) -> None:
         """Write what was wrong with an update of `step`. Raises UserError when `faults.jsonl` cannot be written."""
-        if self._file is not None:
-            self._append(FAULTS_FILE, [{"step": step} | dict(row)])
+        if self._files:
+            self._add(FAULTS_FILE, [{"step": step} | dict(row)])
 
-    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, rows))
+            self._files[name].add(map(_line, rows))
         except OSError as error:
-            raise self._cannot_write(name, error) from error
-
-    def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.folder / name}: {error.strerror}. Make room and run the same command again."
-        )
+            raise UserError(
+                f"cannot write {self.folder / name}: {error.strerror}. Mend that and run the same command again."
+            ) from error
 
     def _tell(self, action: Callable[[Any, int, Any], bool], step: int, what: Any) -> None:
         """Tell every tracker; one that fails is left out."""
@@ -120,9 +113,10 @@ class Tracker:
         for tracker in self._trackers:
             self._try(tracker.name, tracker.finish)
         self._trackers = []
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for name, file in self._files.items():
+            if file.waiting:
+                self.say(f"warning: the disk is full: {len(file.waiting)} rows of {self.folder / name} are lost")
+        self._files = {}
 
     def _try(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """The action's result; None where it failed, even by asking to exit: a tracker is not worth a run."""

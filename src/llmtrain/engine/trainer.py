@@ -8,7 +8,6 @@ What happens inside a step is in `steps.py`.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
+from llmtrain.engine.averages import WeightAverages
 from llmtrain.engine.distributed import Layout, agree, gathered
 from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.saving import Saver
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import (
     BatchSource,
@@ -72,6 +73,8 @@ class Trainer:
     """The precision of matrix products."""
     micro_batch_rows: int | FoundRows | None = None
     max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    """Of averages of the weights, which are then measured and handed on."""
     compile: bool = False
     after_update: Callable[[bool], Metrics] = nothing_adapts
     """What goes by an update, such as the balance of experts; told whether it was made. Its metrics."""
@@ -91,6 +94,11 @@ class Trainer:
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
             is_main=self.layout.is_main,
         )  # fmt: skip
+        self.averages = WeightAverages(self.model, self.ema_decay)
+        self.saver = Saver(
+            folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
+            write_extra=self.write_extra, say=self.tracker.say,
+        )  # fmt: skip
 
     def fit(self) -> int:
         """Train from the checkpoint, or from the start, to the last step; the step whose weights the model ends with.
@@ -98,10 +106,17 @@ class Trainer:
         Raises UserError when no update can be made any more, and for a warning that `health.stop_on` names.
         """
         step = self._resume()
-        make_updates = self.updates()
         if step == 0:
             self._record(0, {}, self._evaluate())
-        last_saved = time.monotonic()
+        with self.saver:
+            self._train(step)
+        step = self.saver.take_best() if self.checkpoint.final == "best" else self.steps
+        self.averages.hand_over()
+        return step
+
+    def _train(self, step: int) -> None:
+        """The steps from `step` on; each ends with a row of metrics and, where it is due, a checkpoint."""
+        make_updates = self.updates()
         while step < self.steps:
             self.progress(f"step {step + 1}")
             self.speed.start_step()
@@ -112,6 +127,7 @@ class Trainer:
             self._show(step + 1, batch.samples)
             metrics, tokens, faults = make_updates(step, batch)
             step += 1
+            self.averages.update()
             self.speed.end_step(tokens)
             self._remedy(step, faults)
             values = {}
@@ -120,11 +136,8 @@ class Trainer:
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
             ill = self._ill()
-            if ill or self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
-                self._save(step, measured)
-                last_saved = time.monotonic()
+            self.saver.after_step(step, measured, now=ill is not None)
             self._stop_if(ill, step)
-        return self._take_best() if self.checkpoint.final == "best" else step
 
     def updates(self) -> Updates:
         """What makes the updates of a step."""
@@ -164,6 +177,7 @@ class Trainer:
 
     def _go_back(self, step: int) -> int | None:
         """Take the state of the newest checkpoint; its step, or None where there is none yet."""
+        self.saver.wait()
         found = checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.tracker.say)
         if found is not None:
             counted = {name: value.clone() for name, value in self.guard.state_dict().items()}
@@ -176,7 +190,7 @@ class Trainer:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
         self.model.eval()
         values: dict[str, float] = {}
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), self.averages.in_place():
             for evaluator in self.evaluators:
                 self.progress("evaluating")
                 values |= evaluator()
@@ -191,9 +205,9 @@ class Trainer:
         return values
 
     def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
-        row = values | measured
+        row = values | measured | (self.speed.values() | self.saver.values() if values else {})
         if row:
-            self.tracker.log(step, row | (self.speed.values() if values else {}))
+            self.tracker.log(step, row)
             for warning in self.monitor.row(step, row):
                 self.tracker.say(f"warning at step {step} (health.{warning.rule}): {warning.text}")
 
@@ -211,10 +225,6 @@ class Trainer:
 
     def _is_due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
-
-    def _minutes_passed(self, since: float) -> bool:
-        minutes = self.checkpoint.every_minutes
-        return minutes is not None and agree(time.monotonic() - since >= 60 * minutes, self.layout)
 
     def _resume(self) -> int:
         """Fill the state from the checkpoint; the step to go on with."""
@@ -234,44 +244,8 @@ class Trainer:
     def _load(self, found: checkpoints.Checkpoint) -> None:
         """Fill the state; of the guard's what the checkpoint has: older runs, or other limits, have other tensors."""
         self.guard.reset()
-        saved, state = checkpoints.sizes(found), self._state()
-        own = f"state.{PART}."
-        state = {name: each for name, each in state.items() if saved.get(name) == each.shape or own not in name}
-        checkpoints.load(found, state, self.layout)
-
-    def _save(self, step: int, measured: dict[str, float]) -> None:
-        root = self.folder / "checkpoints"
-        self.progress("saving")
-        checkpoints.save(
-            root, step, self._state(), self.layout, metrics=measured,
-            write_extra=lambda folder: self.write_extra(folder, step),
-        )  # fmt: skip
-        if self.layout.is_main:
-            keep = self.checkpoint
-            checkpoints.prune(
-                root,
-                newest=step,
-                keep_last=keep.keep_last,
-                keep_best=max(keep.keep_best, int(keep.final == "best")),
-                best_metric=keep.best_metric,
-                best_mode=keep.best_mode,
-            )
-
-    def _take_best(self) -> int:
-        """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
-        metric, mode = self.checkpoint.best_metric, self.checkpoint.best_mode
-        assert metric is not None
-        root = self.folder / "checkpoints"
-        best = checkpoints.best_good(root, self.layout, self.tracker.say, metric=metric, mode=mode, newest=self.steps)
-        if best is None:
-            raise UserError(
-                f"checkpoint.final=best: no checkpoint in {root} was saved with {metric}. "
-                "Set checkpoint.final=last to finish with the last weights."
-            )
-        weights = {name: value for name, value in self._state().items() if name.startswith("model.")}
-        checkpoints.load(best, weights, self.layout)
-        self.tracker.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
-        return best.step
+        self.saver.resume(found, may_lack=f"state.{PART}.")
 
     def _state(self) -> dict[str, Tensor]:
-        return checkpoints.training_state(self.model, self.optimizer, {**self.parts, PART: self.guard})
+        parts = {**self.parts, PART: self.guard}
+        return checkpoints.training_state(self.model, self.optimizer, parts, self.averages.state())

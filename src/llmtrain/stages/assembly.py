@@ -3,6 +3,7 @@
 A stage reads top to bottom as: build, build, build, fit. This module is the frame around it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,6 +29,7 @@ from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.lock import RunLock
 from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
@@ -61,17 +63,18 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
     optimizer_class(config.optimizer)
     check_trackers(config.tracker)
     folder, first = handover.run_folder(config), distributed.goes_first()
-    lineage = handover.open_run(config) if first else handover.read_lineage(folder)
-    if lineage.get("finished"):
-        if first:
-            print(
-                f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
-                file=sys.stderr,
-            )
-    elif config.engine.processes > 1 and not distributed.launched_by_others():
-        distributed.launch(stage, (config,), config.engine.processes)
-    else:
-        stage(config)
+    with RunLock(folder) if first else contextlib.nullcontext():
+        lineage = handover.open_run(config) if first else handover.read_lineage(folder)
+        if lineage.get("finished"):
+            if first:
+                print(
+                    f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
+                    file=sys.stderr,
+                )
+        elif config.engine.processes > 1 and not distributed.launched_by_others():
+            distributed.launch(stage, (config,), config.engine.processes)
+        else:
+            stage(config)
 
 
 @dataclasses.dataclass
@@ -202,9 +205,8 @@ class Run(Generic[Config]):
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
-            max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes,
-            speed=Speed(device, flops, peak), health=config.health, **known,
+            max_grad_norm=config.train.max_grad_norm, ema_decay=config.train.ema_decay, compile=compile_it,
+            fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
         try:
             with Watchdog(self.folder, self.layout, config.engine.hang_minutes) as watchdog:
@@ -356,9 +358,14 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
     fault = checkpoints.inspect(Path(folder))
     if fault:
         raise UserError(f"checkpoint {folder}: {fault}. Name another one.")
-    state = checkpoints.read_model(Path(folder))
+    return checkpoint_weights(Path(folder))
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, whole: those of the policy where it holds an actor-critic."""
+    state = checkpoints.read_model(folder)
     policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-    start = handover.read_start(Path(folder))
+    start = handover.read_start(folder)
     return (policy or state) if start is None else _completed(policy or state, start)
 
 

@@ -10,7 +10,7 @@ from llmtrain.config.schema.strict import STRICT
 # The rules, by the key that sets each one's limit.
 Rule = Literal[
     "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
-    "truncated", "flat_groups", "overoptimised",
+    "truncated", "flat_groups", "overoptimised", "failed_saves",
 ]  # fmt: skip
 
 
@@ -44,6 +44,8 @@ class HealthConfig:
     overoptimised: float | None = Field(default=0.02, gt=0, lt=1)
     """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises.
     Of methods that learn from given answers, the reward is the margin between the better and the worse."""
+    failed_saves: int | None = Field(default=1, ge=1)
+    """Warn when this many checkpoints in a row have found no room on the disk."""
     held_out_metric: str | None = None
     """Held-out score, higher is better, beside the reward. Null: `checkpoint.best_metric`, else eval/exact_match."""
     stop_on: list[Rule] = Field(default_factory=list)
