@@ -250,6 +250,30 @@ BAD = [
     ),
     ("sft health.grad_norm=[10,0.1]", "health.grad_norm: [10, 0.1] is no range: the lower limit comes first"),
     ("sft health.stop_on=[loss_spke]", "health.stop_on.0: 'loss_spke' it takes loss_spike did you mean loss_spike?"),
+    (
+        "align method=ppo train.micro_batch_rows=auto",
+        "train.micro_batch_rows: auto is for updates alone, and method=ppo",
+    ),
+    (
+        "align method=kto train.micro_batch_rows=auto",
+        "train.micro_batch_rows: auto is for updates alone, and method=kto",
+    ),
+    (
+        "align method.reference=precomputed train.micro_batch_rows=auto",
+        "train.micro_batch_rows: auto is for updates alone, and method.reference=precomputed reads besides",
+    ),
+    ("sft train.micro_batch_rows=0", "train.micro_batch_rows"),
+    ("sft engine.hang_minutes=5", "engine.hang_minutes: has no effect: there is one process"),
+    ("sft health.spike_window=20", "health.spike_window: has no effect: health.on_spike is not set"),
+    ("reward health.on_spike=skip", "health.on_spike: skip has no effect: only the loss on text is steady enough"),
+    (
+        "sft health.on_spike=rollback",
+        "checkpoint.every_steps: needs a value: health.on_spike=rollback goes back to a checkpoint",
+    ),
+    (
+        "sft health.on_spike=rollback checkpoint.every_steps=10 checkpoint.every_minutes=5",
+        "checkpoint.every_minutes: leave it away with health.on_spike=rollback",
+    ),
     ("sft health.stop_on=[kl]", "health.stop_on: kl has no effect: nothing is sampled here"),
     (
         "sft health.stop_on=[loss_spike] health.loss_spike=null",

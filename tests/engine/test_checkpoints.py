@@ -2,15 +2,18 @@
 
 import json
 import math
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llmtrain.config.errors import UserError
+from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.snapshots import Snapshots
 
 ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 
@@ -29,13 +32,16 @@ def make(seed: int = 0, steps: int = 2) -> tuple[nn.Module, torch.optim.Optimize
 
 
 def write(root: Path, step: int, seed: int = 0, **metrics: float) -> checkpoints.Checkpoint:
-    state = checkpoints.training_state(*make(seed))
-    return checkpoints.save(root, step, state, ALONE, metrics=metrics, write_extra=lambda folder: None)
+    return save(root, step, checkpoints.training_state(*make(seed)), metrics)
+
+
+def save(root: Path, step: int, state: dict[str, Tensor], metrics: dict[str, float]) -> checkpoints.Checkpoint:
+    return checkpoints.save(root, step, Snapshots(ALONE, aside=True).take(state), ALONE, metrics=metrics)
 
 
 def test_state_comes_back_bit_by_bit_into_a_fresh_run(tmp_path: Path) -> None:
     saved = checkpoints.training_state(*make(seed=1))
-    checkpoint = checkpoints.save(tmp_path, 2, saved, ALONE, metrics={}, write_extra=lambda folder: None)
+    checkpoint = save(tmp_path, 2, saved, {})
     model, optimizer, parts = make(seed=2, steps=0)
     fresh = checkpoints.training_state(model, optimizer, parts)
     assert fresh.keys() == saved.keys()
@@ -84,40 +90,30 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     assert "digest" in str(checkpoints.inspect(folder))
 
 
-def test_weights_that_are_not_finite_are_not_saved_and_evict_nothing(tmp_path: Path) -> None:
-    write(tmp_path, 1)
-    model, optimizer, parts = make()
-    with torch.no_grad():
-        model[0].weight[0, 0] = math.nan
-    with pytest.raises(UserError, match="not finite"):
-        checkpoints.save(
-            tmp_path,
-            2,
-            checkpoints.training_state(model, optimizer, parts),
-            ALONE,
-            metrics={},
-            write_extra=lambda folder: None,
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_litter(tmp_path: Path) -> None:
-    write(tmp_path, 1)
-
-    def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"No space left on device.*Earlier checkpoints are untouched"):
-        checkpoints.save(tmp_path, 2, checkpoints.training_state(*make()), ALONE, metrics={}, write_extra=full)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
         write(tmp_path, step, **{"eval/loss": loss})
     (tmp_path / ".step-00000009.partial").mkdir()
-    checkpoints.prune(tmp_path, newest=5, keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
+    checkpoints.prune(
+        tmp_path, newest=5, keep=CheckpointConfig(keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_some_are_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 360_000, 1800))  # every half hour
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(time=lambda: float(next(clock))))
+
+    def kept(**keep: Any) -> list[int]:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for step in range(2, 22, 2):
+            write(root, step)
+            checkpoints.prune(root, newest=step, keep=CheckpointConfig(keep_last=1, **keep))
+        return sorted(int(path.name[5:]) for path in root.iterdir())
+
+    assert kept(keep_every_steps=6) == [6, 12, 18, 20]
+    assert kept(keep_every_hours=1.5) == [2, 8, 14, 20]
+    assert kept(keep_every_hours=1.1, keep_every_steps=10) == [2, 8, 10, 14, 20]
 
 
 def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:
@@ -138,7 +134,9 @@ def test_a_checkpoint_that_was_passed_over_evicts_no_good_one(tmp_path: Path) ->
     next(write(tmp_path, 9).folder.glob("state/*")).write_bytes(b"torn")
     (write(tmp_path, 1).folder / "manifest.json").write_text("torn")
     write(tmp_path, 3)  # the run went on from step 2
-    checkpoints.prune(tmp_path, newest=3, keep_last=1, keep_best=0, best_metric=None, best_mode="min")
+    checkpoints.prune(
+        tmp_path, newest=3, keep=CheckpointConfig(keep_last=1, keep_best=0, best_metric=None, best_mode="min")
+    )
     found = checkpoints.newest_good(tmp_path, ALONE, print)
     assert found is not None
     assert found.step == 3

@@ -12,6 +12,7 @@ from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.distributed import Layout, launch
+from llmtrain.engine.snapshots import Snapshots
 
 
 class Net(nn.Module):
@@ -47,7 +48,7 @@ def train(layout: Layout, sharding: str, steps: int, folder: Path | None = None)
         optimizer.zero_grad()
     state = checkpoints.training_state(model, optimizer, {})
     if folder:
-        checkpoints.save(folder, steps, state, layout, metrics={}, write_extra=lambda folder: None)
+        checkpoints.save(folder, steps, Snapshots(layout, aside=False).take(state), layout, metrics={})
     return {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone() for name, value in state.items()
     }

@@ -186,6 +186,17 @@ def test_a_single_reward_is_shown_once(tmp_path: Path) -> None:
     assert "answer reward tokens" in text
 
 
+def test_steps_that_went_wrong_are_shown_with_their_rows(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x")
+    assert "Steps that went wrong" not in Page(write_report(folder)).text
+    row = {"kind": "spike", "remedy": "rollback", "text": f"train/loss jumped {NASTY}", "back_to": 16}
+    (folder / "faults.jsonl").write_text(json.dumps({"step": 21} | row | {"rows": {"b": [3, 1]}}) + "\n")
+    page = Page(write_report(folder))
+    said = "went back to the checkpoint of step 16; the rows since then are left out."
+    assert f"21 train/loss jumped {NASTY} {said} b 3, 1" in re.sub(r"\s+", " ", page.text)
+    assert "<script" not in page.source
+
+
 def test_warnings_are_shown_in_words(tmp_path: Path) -> None:
     folder = fill(tmp_path / "x")
     assert "Warnings" not in Page(write_report(folder)).text

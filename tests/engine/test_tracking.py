@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import math
@@ -173,6 +174,70 @@ def test_own_tracker_is_told_until_it_fails(tmp_path: Path, capsys: pytest.Captu
     ]
     assert capsys.readouterr().err.count("the server is gone") == 1
     assert len(read_metrics(tmp_path)) == 3
+
+
+class Broken(Recorder):
+    """Fails where it is told to, as libraries fail: by raising, or by asking the whole process to exit."""
+
+    name, fails = "broken", "nowhere"
+
+    def start(self) -> None:
+        self.fail("start")
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.fail("store_init_configuration")
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        self.fail("log")
+
+    def finish(self) -> None:
+        self.fail("finish")
+
+    def fail(self, where: str) -> None:
+        if where == self.fails:
+            raise SystemExit(1) if where == "start" else ConnectionError("no route to the server")
+
+
+@pytest.mark.parametrize("where", ["start", "store_init_configuration", "log", "finish"])
+def test_a_tracker_that_fails_anywhere_is_left_out_and_said_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(Broken, "fails", where)
+    write(tmp_path, range(5), _target_=f"{__name__}.Broken")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracker ")]
+    name = "broken" if where in ("log", "finish") else f"{__name__}.Broken"
+    error = "SystemExit: 1" if where == "start" else "ConnectionError: no route to the server"
+    assert said == [
+        f"tracker {name} left out from here on ({error}). Training goes on; metrics.jsonl has every row."
+    ]  # fmt: skip
+    assert len(read_metrics(tmp_path)) == 5
+
+
+def test_a_disk_that_is_too_full_for_tensorboard_is_said_once_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    tracker = make(tmp_path, tensorboard=True)
+    tracker.start(0)
+    tracker.log(1, {"train/loss": 1.0})
+    [opened] = tracker._trackers
+    opened.tracker.flush()
+
+    def full(self: RecordWriter, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    thread = opened.tracker._get_file_writer().event_writer._async_writer._worker
+    tracker.log(2, {"train/loss": 1.0})  # its own thread meets the full disk, at this row or soon after
+    thread.join(10)
+    for step in (3, 4):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.close()
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("tracker tensorboard left out from here on (OSError: [Errno 28] No space left on device)") == 1
+    assert len(read_metrics(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
-from llmtrain.engine import checkpoints
-from llmtrain.engine import trainer as trainer_module
+from llmtrain.engine import checkpoints, saving
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.health import read_warnings
 from llmtrain.engine.speed import Speed
@@ -151,7 +149,7 @@ def test_loss_is_divided_by_what_counts_in_the_whole_batch(build: Callable[..., 
             gradients.append(trainer.model.weight.grad.clone()),
             step(),
         )
-        trainer._step(0, trainer.objective)
+        trainer.updates()(0, trainer.batches(0))
     assert len(gradients) == 4
     for gradient in gradients:
         torch.testing.assert_close(gradient, gradients[-1], rtol=1e-6, atol=1e-7)
@@ -226,25 +224,9 @@ def test_minutes_count_from_the_last_save(
     build: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10_000, 20))  # the loop looks at it once a step and once a save: 20 s each
-    monkeypatch.setattr(trainer_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(saving, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     build(steps=9, checkpoint={"every_minutes": 1.0, "keep_last": 10}).fit()
     assert saved(tmp_path) == [3, 6, 9]
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(build: Callable[..., Trainer], tmp_path: Path) -> None:
-    class Broken(SquaredError):
-        def __call__(self, model: nn.Module, batch: Points) -> tuple[Tensor, Metrics]:
-            loss, metrics = super().__call__(model, batch)
-            return (loss * math.nan, {"loss": (metrics["loss"][0] * math.nan, metrics["loss"][1])})
-
-    trainer = build(checkpoint={"every_steps": 1})
-    good = trainer.objective
-    trainer.objective = lambda model, batch: (Broken() if trainer.batches.asked[-1] == 3 else good)(model, batch)
-    trainer.objective.weight = good.weight
-    with pytest.raises(UserError, match=r"step 4: train/loss and train/grad_norm became nan.*optimizer\.lr"):
-        trainer.fit()
-    assert saved(tmp_path) == [2, 3]
-    assert max(rows(tmp_path)) == 3
 
 
 def test_a_run_goes_on_where_it_stopped(build: Callable[..., Trainer], tmp_path: Path) -> None:
@@ -341,6 +323,42 @@ def test_a_metric_that_is_not_measured_is_told_at_the_start(
     with pytest.raises(UserError, match=r"=eval/los is not measured in this run; it measures eval/exact_match, eval/l"):
         trainer.fit()
     assert trainer.batches.asked == []
+
+
+def test_averages_are_measured_saved_and_handed_on_and_change_no_step(
+    build: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def train(name: str, steps: int = 6, **parts: Any) -> tuple[Trainer, list[Tensor]]:
+        seen: list[Tensor] = []
+        (tmp_path / name).mkdir(exist_ok=True)
+        found = checkpoints.newest_good(tmp_path / name / "checkpoints", ALONE, print)
+        trainer = build(steps=steps, eval_every=1, folder=tmp_path / name, resume_from=found, **parts)
+        trainer.evaluators = [lambda: (seen.append(trainer.model.weight.detach().clone()), {"eval/loss": 1.0})[1]]
+        trainer.fit()
+        return trainer, seen
+
+    plain, weights = train("plain")
+    averaged, averages = train("averaged", ema_decay=0.75)
+    mean = weights[0]
+    for weight, average in zip(weights, averages, strict=True):
+        mean = 0.75 * mean + 0.25 * weight
+        torch.testing.assert_close(average, mean, rtol=1e-6, atol=1e-7)
+    assert torch.equal(averaged.model.weight, averages[-1])
+    folder = tmp_path / "averaged" / "checkpoints" / "step-00000006"
+    assert torch.equal(checkpoints.read_model(folder)["weight"], averages[-1])
+    state = {"model.weight": torch.zeros(1, 3)}
+    checkpoints.load(checkpoints.read(folder), state, ALONE)
+    assert torch.equal(state["model.weight"], plain.model.weight), "training itself is as it was"
+
+    class Killed(Line):
+        def __call__(self, step: int) -> Points:
+            assert step < 4, "killed"
+            return super().__call__(step)
+
+    with pytest.raises(AssertionError, match="killed"):
+        train("killed", ema_decay=0.75, batches=Killed(), checkpoint={"every_steps": 3})
+    resumed, _ = train("killed", ema_decay=0.75)
+    assert torch.equal(resumed.model.weight, averages[-1])
 
 
 # --- warnings ---

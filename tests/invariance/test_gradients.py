@@ -35,6 +35,7 @@ from llmtrain.data.batches import share
 from llmtrain.data.encoding import PromptRow
 from llmtrain.engine.distributed import Layout, arrange, bare, join, launch, leave, spread, total
 from llmtrain.engine.speed import Speed
+from llmtrain.engine.steps import nothing_adapts
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
 from llmtrain.generation.engines import OwnEngine
@@ -385,7 +386,7 @@ def trainer(model: nn.Module, batches: Any, objective: Any, layout: Layout, micr
         folder=Path(), layout=layout, model=model, batches=batches, objective=objective, optimizer=optimizer,
         learning_rate=lambda step: 0.0, steps=1, seed=0, tracker=quiet_tracker(), checkpoint=CheckpointConfig(),
         eval=EvalConfig(), tracking=TrackerConfig(), write_extra=lambda folder, step: None, autocast=no_autocast,
-        micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", dict),
+        micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", nothing_adapts),
         speed=Speed(layout.device, 1.0, 1.0),
     )  # fmt: skip
     return made, optimizer
@@ -411,7 +412,7 @@ def trained_gradients(name: str, layout: Layout, micro: int | None) -> list[dict
         )  # fmt: skip
     objective = routed(trained, objective, layout)
     made, optimizer = trainer(model, batches, objective, layout, micro)
-    made._step(0, objective)
+    made.updates()(0, made.batches(0))
     optimizer.seen[-1] |= biases(trained)
     return optimizer.seen
 

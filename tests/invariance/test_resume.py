@@ -3,6 +3,9 @@
 import hashlib
 import json
 import random
+import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from tests.tiny import COMMANDS, OBJECTIVES, TINY, finish, make_parents, start, starting_from
+
+from llmtrain.engine.health import read_warnings
 
 WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
 # the worst, so that it is not the last
@@ -152,22 +157,74 @@ def test_a_torn_newest_checkpoint_is_named_and_the_run_ends_with_the_same_bits(t
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=4"]
-    finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=4"])
-    checkpoints = tmp_path / "full" / "checkpoints"
-    kill_when(lambda: (checkpoints / "step-00000002").is_dir(), command)
-    before = sorted(path.name for path in checkpoints.glob("step-*"))
+    command = [*COMMANDS["pretrain"], "checkpoint.every_steps=2", f"runs_dir={tmp_path}", "run=full", "train.steps=8"]
+    finish([*COMMANDS["pretrain"], f"runs_dir={tmp_path}", "run=calm", "train.steps=8"])
+    full = tmp_path / "full"
+    kill_when(lambda: (full / "checkpoints" / "step-00000002").is_dir(), command)
+    before = sorted(path.name for path in (full / "checkpoints").glob("step-*"))
 
     # a limit on the size of a file, between that of the metrics and that of the weights, stands for a full disk
     limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited", sys.executable]
     errors = finish(command, limited, expect=1)
-    assert "could not save step 4" in errors
+    assert "warning: could not save step 4" in errors
+    assert "training goes on" in errors
+    assert "health.failed_saves" in errors
+    assert "error: could not save step 8" in errors
     assert "File too large" in errors
     assert "Traceback" not in errors
-    assert sorted(path.name for path in checkpoints.iterdir()) == before == ["step-00000002"]
+    assert sorted(path.name for path in (full / "checkpoints").iterdir()) == before == ["step-00000002"]
+    assert [row["step"] for row in metrics(full)] == list(range(9))
+    assert [warning.rule for warning in read_warnings(full)] == ["failed_saves"]
 
     assert "resuming" in finish(command)
-    assert weights_digest(tmp_path / "full") == weights_digest(tmp_path / "calm")
+    assert weights_digest(full) == weights_digest(tmp_path / "calm")
+    assert read_warnings(full) == [], "the steps that could not be saved were done again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_told_to_end_saves_and_goes_on(processes: int, tmp_path: Path) -> None:
+    command = [*COMMANDS["pretrain"], "train.steps=30", f"engine.processes={processes}", f"runs_dir={tmp_path}"]
+    finish([*command, "run=calm"])
+    told, folder = start([*command, "run=told"]), tmp_path / "told"
+    wait_for(lambda: count_rows(folder) >= 4, told)
+    told.send_signal(signal.SIGUSR1)
+    wait_for(lambda: any(folder.glob("checkpoints/step-*")), told)
+    rows = count_rows(folder)
+    wait_for(lambda: count_rows(folder) > rows, told)
+    told.send_signal(signal.SIGTERM)
+    _, errors = told.communicate(timeout=60)
+    assert told.returncode == 143, errors
+    found = re.search(r"stopped by SIGTERM after step (\d+) of 30; its checkpoint is complete", errors)
+    assert found
+    assert "Traceback" not in errors
+    assert sorted(folder.glob("checkpoints/*"))[-1].name == f"step-{int(found[1]):08d}"
+    assert f"resuming {folder} at step {found[1]}" in finish([*command, "run=told"])
+    assert weights_digest(folder) == weights_digest(tmp_path / "calm")
+    assert metrics(folder) == metrics(tmp_path / "calm")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_succeeded(tmp_path: Path) -> None:
+    command = [*COMMANDS["pretrain"], "train.steps=4", f"runs_dir={tmp_path}", "run=mine"]
+    first = start(command)
+    wait_for(lambda: (tmp_path / "mine" / ".lock").is_file(), first)
+    first.send_signal(signal.SIGSTOP)  # it stays the owner, however long
+    errors = finish(command, expect=1)
+    assert f"error: {tmp_path / 'mine'} is in use by" in errors
+    assert f"(process {first.pid}, started" in errors
+    first.kill()
+    first.communicate()
+    finish(command)
+    assert not (tmp_path / "mine" / ".lock").exists()
+
+
+def wait_for(moment: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until `moment` has come, while the process is running."""
+    deadline = time.monotonic() + 200
+    while not moment():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def kill_when(moment: Callable[[], bool], command: list[str]) -> None:

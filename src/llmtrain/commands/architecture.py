@@ -97,7 +97,7 @@ def _print_flops(console: Console, model: LanguageModel, lengths: list[int]) -> 
 def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig) -> None:
     """Of a process that holds the whole model."""
     parameters, optimizer = num_parameters(model), config.optimizer
-    rows, length = config.train.micro_batch_rows, config.train.sequence_length
+    rows, length = config.train.given_micro_batch_rows, config.train.sequence_length
     data_processes = mesh_shape(config.engine, config.engine.processes).data
     rows = rows or math.ceil(rows_per_step(config.train) / data_processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"

@@ -11,12 +11,13 @@ from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
-from llmtrain.config.layout_checks import LAYOUT_CHECKS, data_processes
+from llmtrain.config.layout_checks import LAYOUT_CHECKS, data_processes, num_processes
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.plain import Finding
+from llmtrain.config.saving_checks import SAVING_CHECKS
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
@@ -139,6 +140,24 @@ def rows_per_process(view: View) -> Iterator[Finding]:
     if rows is not None and rows % processes:
         problem = f"{rows} rows cannot be shared evenly by {processes} processes"
         yield finding(problem, "train.batch_rows", "engine.processes")
+
+
+def hanging(view: View) -> Iterator[Finding]:
+    """Only several processes can wait for each other."""
+    if num_processes(view) == 1:
+        yield from no_effect(view, "engine.hang_minutes", "there is one process, which waits for no other")
+
+
+def found_rows(view: View) -> Iterator[Finding]:
+    """What fits an update may not fit what else reads in portions of as many rows."""
+    key = "train.micro_batch_rows"
+    if view[key] != "auto" or view.command != "align":
+        return
+    method = view["method.name"]
+    if method in SAMPLING or method == "kto":
+        yield finding(f"auto is for updates alone, and method={method} reads answers besides; give a number", key)
+    elif view["method"].get("reference") == "precomputed":
+        yield finding("auto is for updates alone, and method.reference=precomputed reads besides; give a number", key)
 
 
 def schedule(view: View) -> Iterator[Finding]:
@@ -306,12 +325,15 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     whole_rows,
     rows_per_process,
     *LAYOUT_CHECKS,
+    hanging,
+    found_rows,
     schedule,
     warmup,
     length_warmup,
     best_checkpoint,
     *ADAPTER_CHECKS,
     *HEALTH_CHECKS,
+    *SAVING_CHECKS,
     problems,
     tracker,
     tokenizer,

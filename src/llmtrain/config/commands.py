@@ -81,6 +81,11 @@ COMMANDS = {
             "llmtrain show model=llama2_7b train.sequence_length=4096 train.micro_batch_rows=1",
         ),
     ),
+    "verify": Command(
+        "VerifyConfig",
+        "check that a checkpoint or a model is whole and fit to go on from",
+        ("llmtrain verify", "llmtrain verify checkpoint=runs/pretrain/checkpoints/step-00001000"),
+    ),
     "doctor": Command(
         "DoctorConfig",
         "check on this machine that the numbers come out right",

@@ -17,3 +17,13 @@ class DataError(UserError):
     """A fault in data that was handed in: a missing file, a broken line, an empty set."""
 
     exit_code = 2
+
+
+class Preempted(UserError):
+    """The run was asked to end (SIGTERM), has saved, and goes on by the same command.
+
+    128 + 15 is what shells and schedulers know of a process that SIGTERM has ended, so they take it for what it is: not
+    finished, and not failed by itself.
+    """
+
+    exit_code = 143

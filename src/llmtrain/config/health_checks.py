@@ -60,4 +60,20 @@ def gradient_norm(view: View) -> Iterator[Finding]:
         yield finding(f"{list(limits)} is no range: the lower limit comes first, [0.001, 10]", "health.grad_norm")
 
 
-HEALTH_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (final_model, warnings, gradient_norm)
+def spikes(view: View) -> Iterator[Finding]:
+    """What is done about spikes belongs to text; going back needs checkpoints that do not depend on the clock."""
+    remedy = view["health.on_spike"]
+    if remedy is None:
+        for key in ("health.spike_deviations", "health.spike_window"):
+            yield from no_effect(view, key, "health.on_spike is not set", "health.on_spike")
+        return
+    if view.command not in ("pretrain", "sft"):
+        yield finding(f"{remedy} has no effect: only the loss on text is steady enough", "health.on_spike")
+    if remedy == "rollback" and view["checkpoint.every_steps"] is None:
+        yield finding("needs a value: health.on_spike=rollback goes back to a checkpoint", "checkpoint.every_steps")
+    if remedy == "rollback" and view["checkpoint.every_minutes"] is not None:
+        problem = "leave it away with health.on_spike=rollback: the clock would decide which rows are left out"
+        yield finding(problem, "checkpoint.every_minutes", "health.on_spike")
+
+
+HEALTH_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (final_model, warnings, gradient_norm, spikes)

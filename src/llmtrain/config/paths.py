@@ -12,6 +12,8 @@ from llmtrain.config.token_paths import PACKED_SUFFIXES, TEXT_SUFFIXES, TOKEN_SU
 from llmtrain.config.view import NotValid, View
 
 FOLDERS = ("model.init_from", "model.adapter_from", "reward_model")
+# Commands that read runs and write none, and the folders that they name.
+READ = {"generate": ("model",), "verify": ("checkpoint",)}
 FILES = ("tokenizer.path", "tokenizer.chat_template")
 SUFFIXES = (*TEXT_SUFFIXES, *PACKED_SUFFIXES, *TOKEN_SUFFIXES)
 EMBEDDED_TEXT, EMBEDDED_ROWS = ("prose", "code", "arithmetic"), ("arithmetic",)
@@ -19,7 +21,7 @@ EMBEDDED_TEXT, EMBEDDED_ROWS = ("prose", "code", "arithmetic"), ("arithmetic",)
 
 def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
     """A finding for each path that is not there. A hub id is left to the loader; `later` may name "data" as a whole."""
-    folders = ("model",) if view.command == "generate" else FOLDERS
+    folders = READ.get(view.command, FOLDERS)
     for key in (*folders, *FILES):
         path = _get(view, key)
         if path is None or key in later:
@@ -28,7 +30,7 @@ def path_findings(view: View, later: Collection[str]) -> Iterator[Finding]:
             yield Finding(parts(key), f"no such file or folder: {path}{_meant(path, _get(view, 'runs_dir'))}")
         elif key in folders and not os.path.isdir(path):
             yield Finding(parts(key), f"{path} is a file; name the folder that holds the config and the weights")
-    if view.command != "generate":
+    if view.command not in READ:
         yield from _writable(_get(view, "runs_dir"))
     if "data" in later:
         return

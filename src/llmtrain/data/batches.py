@@ -44,6 +44,11 @@ class RowOrder:
         source, sample = self.mixture(np.arange(step * self.batch_rows, (step + 1) * self.batch_rows))
         return source, shuffled(sample, self.sizes[source], self.keys[source])
 
+    def rows(self, step: int) -> dict[str, list[int]]:
+        """The row numbers of the step's global batch, by source."""
+        source, number = self(step)
+        return {self.names[each]: number[source == each].tolist() for each in sorted(set(source.tolist()))}
+
     def steps_of(self, name: str, row: int, steps: int) -> list[int]:
         """The steps, of the first `steps`, that have this row of a source."""
         number = self.names.index(name)

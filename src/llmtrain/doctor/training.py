@@ -13,9 +13,11 @@ from llmtrain.doctor.measurement import Measurement, Skipped, largest_difference
 from llmtrain.doctor.subject import VOCAB_SIZE, gradients, language_model, ragged_rows
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.snapshots import Snapshots
 from llmtrain.engine.speed import Speed, has_compiler
+from llmtrain.engine.steps import LossFunction
 from llmtrain.engine.tracking import Tracker
-from llmtrain.engine.trainer import LossFunction, Trainer
+from llmtrain.engine.trainer import Trainer
 from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 
@@ -66,7 +68,7 @@ def saving(device: torch.device) -> list[Measurement]:
         root, layout = Path(folder), Layout(0, 1, device)
         optimizer = torch.optim.AdamW(model.parameters())
         state = checkpoints.training_state(model, optimizer, {})
-        saved = checkpoints.save(root, 1, state, layout, metrics={}, write_extra=lambda folder: None)
+        saved = checkpoints.save(root, 1, Snapshots(layout, aside=False).take(state), layout, metrics={})
         fault = checkpoints.inspect(saved.folder)
         emptied = {name: torch.full_like(value, torch.nan) for name, value in state.items()}
         checkpoints.load(saved, emptied, layout)

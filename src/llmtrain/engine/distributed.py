@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.errors import ConfigError, Preempted, UserError
 from llmtrain.config.process_mesh import MeshShape, mesh_shape
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine.memory import keep_freed_memory
@@ -149,13 +151,16 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     arguments_of_all = (function, arguments, processes, _free_port(), failures)
     running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
     try:
-        while not running.join():
-            pass
+        with _handed_on([each.pid for each in running.processes]) as signals:
+            while not running.join():
+                pass
     except ProcessExitedException as ended:
         failure = None if failures.empty() else failures.get()
         killed = [number for number, each in enumerate(running.processes) if each.exitcode == -signal.SIGKILL]
         if isinstance(failure, UserError) or (failure and not killed):
             raise failure from None
+        if signal.SIGTERM in signals:
+            raise Preempted("stopped by SIGTERM before training had begun. The same command begins again.") from None
         # it had no time to say why; what the others said is only that they lost it
         number, reason = (killed[0], "SIGKILL") if killed else (ended.error_index, f"exit code {ended.exit_code}")
         raise UserError(
@@ -164,10 +169,45 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
         ) from None
 
 
+# Where a process that `launch` has started puts what ended it.
+_failures: Any = None
+
+
+def tell_launcher(error: UserError) -> None:
+    """Say why this process is about to end, from any of its threads: `launch` raises it; without, it is printed."""
+    if _failures is not None:
+        _failures.put(error)
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _handed_on(processes: list[int]) -> Iterator[set[int]]:
+    """Within, what a scheduler tells this process is told to all that it started; the signals that came."""
+    came: set[int] = set()
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        came.add(number)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run_as(
     rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, port: int, failures: Any
 ) -> None:
     """What a new process does. Failures reach the parent in the order in which they happen: the cause comes first."""
+    global _failures
+    _failures = failures
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -300,6 +340,15 @@ def gathered(values: Sequence[Any], layout: Layout) -> list[Any]:
     return [value for box in boxes for value in box]
 
 
+def of_every(value: Any, layout: Layout) -> list[Any]:
+    """Every process's `value`, data process or not, in the order of ranks, on every one of them."""
+    if layout.world == 1:
+        return [value]
+    values: list[Any] = [None] * layout.world
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier(layout: Layout) -> None:
     """Wait for all processes."""
     if layout.world > 1:
@@ -318,6 +367,12 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are spread over processes."""
     return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def num_trained_here(module: nn.Module) -> int:
+    """The trained weights that this process holds."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in trained)
 
 
 def leave() -> None:

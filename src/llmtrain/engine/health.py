@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from llmtrain.config.schema import HealthConfig
+from llmtrain.engine.row_files import RowFile
 from llmtrain.engine.tracking import read_metrics
 
 WARNINGS_FILE = "warnings.jsonl"
@@ -57,6 +58,7 @@ class Health:
     ) -> None:  # fmt: skip
         """`folder` is the run's; `best_metric`: the one that ranks its checkpoints."""
         self.path, self.config, self.is_main = folder / WARNINGS_FILE, config, is_main
+        self.file = RowFile(self.path)
         self.rules = _rules(config, best_metric, best_mode) if is_main else {}
         self.found: list[HealthWarning] = []
 
@@ -77,8 +79,7 @@ class Health:
         """The warnings that the row of `step` gives rise to; each rule gives one in a run."""
         new = self._judge(step, row)
         if new:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, new))
+            self.file.add(map(_line, new))
         return new
 
     def reason_to_stop(self) -> HealthWarning | None:
@@ -336,6 +337,11 @@ RULES: dict[str, Callable[[Any], Rule]] = {
         "the value model explains {mean:.2g} of the returns' variance over {rows} rows: it has not learned, and the "
         "advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
         below=True,
+    ),
+    "failed_saves": lambda limit: Limit(
+        "perf/failed_saves", limit - 0.5, 1,
+        "{mean:.0f} checkpoints in a row found no room on the disk: what is trained now is lost if the run ends. Make "
+        "room; the next checkpoint that is due is tried again.",
     ),
     "truncated": lambda limit: Limit(
         "align/unfinished", limit, FEW_ROWS,

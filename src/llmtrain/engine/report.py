@@ -17,8 +17,9 @@ from markupsafe import Markup
 
 from llmtrain.engine.charts import Points, line_chart
 from llmtrain.engine.display import clock, compact
+from llmtrain.engine.faults import in_words
 from llmtrain.engine.health import HealthWarning, read_warnings
-from llmtrain.engine.tracking import flatten, read_metrics, read_samples, until_step
+from llmtrain.engine.tracking import flatten, read_faults, read_metrics, read_samples, until_step
 
 Rows = list[dict[str, Any]]
 
@@ -71,6 +72,15 @@ class Parent(NamedTuple):
     sha256: str
 
 
+class ShownFault(NamedTuple):
+    """An update that something was wrong with, in words, and the rows of its step."""
+
+    step: int
+    noticed: str
+    done: str
+    rows: str
+
+
 class Rollouts(NamedTuple):
     """Answers sampled on the way: the names of their rewards, the answers by step, how many steps are not shown."""
 
@@ -88,6 +98,7 @@ class RunView:
     headline: list[Measured]
     facts: list[tuple[str, str]]
     warnings: list[HealthWarning]
+    faults: list[ShownFault]
     charts: list[Markup]
     mixture: list[Share]
     measures: list[str]
@@ -114,6 +125,7 @@ def _view(folder: Path, name: str) -> RunView:
         headline=_headline(until_step(rows, lineage.get("step"))),
         facts=list(_facts(rows, lineage)),
         warnings=read_warnings(folder),
+        faults=list(map(_fault, read_faults(folder))),
         charts=list(_charts(rows)),
         mixture=mixture,
         measures=measures,
@@ -125,6 +137,11 @@ def _view(folder: Path, name: str) -> RunView:
         lineage=list(known.items()),
         config=text,
     )
+
+
+def _fault(row: Mapping[str, Any]) -> ShownFault:
+    rows = "; ".join(f"{source} {', '.join(map(str, numbers))}" for source, numbers in row["rows"].items())
+    return ShownFault(row["step"], row["text"], in_words(row["remedy"], row.get("back_to")), rows)
 
 
 def _subtitle(folder: Path, lineage: Mapping[str, Any], rows: Rows) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Who is told of a run's metrics: `metrics.jsonl` always, the terminal, and trackers that were asked for.
 
 `metrics.jsonl` holds one row a step, `{"step": s, name: value, ...}`; `rollouts.jsonl` one row for each of some answers
-of some steps, where a run samples any. Rows are keyed by step: a run that goes on from step s first drops what it had
-written beyond s, so a step that is done again replaces its rows and the files of a run that was killed end as those of
-one that was not.
+of some steps, where a run samples any; `faults.jsonl` one for each update that something was wrong with. Rows are keyed
+by step: a run that goes on from step s first drops what it had written beyond s, so a step that is done again replaces
+its rows and the files of a run that was killed end as those of one that was not.
 """
 
 import html
@@ -12,17 +12,22 @@ import json
 import math
 import os
 import pkgutil
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import TrackerConfig
 from llmtrain.engine.display import Display
+from llmtrain.engine.row_files import RowFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "rollouts.jsonl"
+FAULTS_FILE = "faults.jsonl"
+# Seconds that the end of a run waits for a server that is away; what it has not got by then stays in the run's folder.
+WANDB_PATIENCE = 300.0
 
 
 class Tracker:
@@ -38,20 +43,20 @@ class Tracker:
         self.folder, self.config, self.run, self.run_config = folder, config, run, run_config
         self.is_main = is_main
         self._display = Display(steps)
-        self._file: IO[str] | None = None
+        self._files: dict[str, RowFile] = {}
         self._trackers: list[Any] = []
-        self._makers = _makers(config) if is_main else []
+        self._makers = _makers(config) if is_main else {}
 
     def start(self, step: int) -> None:
         """Begin, or go on after `step` steps: rows beyond `step` go (at 0: all of them), trackers are opened."""
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE):
             _keep_rows(self.folder / name, step)
-        self._file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        for make in self._makers:
-            tracker = self._try(make, self, step)
+        self._files = {name: RowFile(self.folder / name) for name in (METRICS_FILE, SAMPLES_FILE, FAULTS_FILE)}
+        for name, make in self._makers.items():
+            tracker = self._try(name, make, self, step)
             if tracker is not None:
                 self._trackers.append(tracker)
         self._display.start(step)
@@ -59,42 +64,42 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the row of `step`. A tracker that fails is named once and left out from then on.
 
-        Raises UserError when `metrics.jsonl` cannot be written.
+        Raises UserError when `metrics.jsonl` cannot be written; while the disk is full, its rows wait.
         """
-        if self._file is None:
+        if not self._files:
             return
-        try:
-            self._file.write(_line({"step": step} | {name: values[name] for name in sorted(values)}))
-            self._file.flush()
-        except OSError as error:
-            raise self._cannot_write(METRICS_FILE, error) from error
+        self._add(METRICS_FILE, [{"step": step} | {name: values[name] for name in sorted(values)}])
         self._tell(_log, step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._display.row(step, values)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Write samples of `step`, each a row of a table, all with the same columns; trackers get them as a table.
 
-        Raises UserError when `rollouts.jsonl` cannot be written.
+        Raises UserError when `rollouts.jsonl` cannot be written; while the disk is full, its rows wait.
         """
-        if self._file is None or not samples:
+        if not self._files or not samples:
             return
         rows = [{"step": step} | dict(sample) for sample in samples]
-        try:
-            with (self.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, rows))
-        except OSError as error:
-            raise self._cannot_write(SAMPLES_FILE, error) from error
+        self._add(SAMPLES_FILE, rows)
         self._tell(_log_table, step, rows)
 
-    def _cannot_write(self, name: str, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.folder / name}: {error.strerror}. Make room and run the same command again."
-        )
+    def log_fault(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write what was wrong with an update of `step`. Raises UserError when `faults.jsonl` cannot be written."""
+        if self._files:
+            self._add(FAULTS_FILE, [{"step": step} | dict(row)])
+
+    def _add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self._files[name].add(map(_line, rows))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder / name}: {error.strerror}. Mend that and run the same command again."
+            ) from error
 
     def _tell(self, action: Callable[[Any, int, Any], bool], step: int, what: Any) -> None:
         """Tell every tracker; one that fails is left out."""
         for tracker in list(self._trackers):
-            if self._try(action, tracker, step, what) is None:
+            if self._try(tracker.name, action, tracker, step, what) is None:
                 self._trackers.remove(tracker)
 
     def say(self, text: str) -> None:
@@ -106,18 +111,20 @@ class Tracker:
         """Finish the trackers and give the terminal back; closing twice does no harm."""
         self._display.close()
         for tracker in self._trackers:
-            self._try(tracker.finish)
+            self._try(tracker.name, tracker.finish)
         self._trackers = []
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for name, file in self._files.items():
+            if file.waiting:
+                self.say(f"warning: the disk is full: {len(file.waiting)} rows of {self.folder / name} are lost")
+        self._files = {}
 
-    def _try(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """The action's result; None where it failed: a tracker is not worth a run."""
+    def _try(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """The action's result; None where it failed, even by asking to exit: a tracker is not worth a run."""
         try:
             return action(*arguments)
-        except Exception as error:
-            self.say(f"tracker left out: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:
+            said = f"{type(error).__name__}: {error}".strip()
+            self.say(f"tracker {name} left out from here on ({said}). Training goes on; {METRICS_FILE} has every row.")
             return None
 
 
@@ -133,6 +140,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `rollouts.jsonl` in the order of steps; none where there is no file."""
     return _read_rows(folder / SAMPLES_FILE)
+
+
+def read_faults(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `faults.jsonl` in the order of steps; none where there is no file."""
+    return _read_rows(folder / FAULTS_FILE)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -178,20 +190,20 @@ def check_trackers(config: TrackerConfig) -> None:
     _makers(config)
 
 
-def _makers(config: TrackerConfig) -> list[Callable[[Tracker, int], Any]]:
-    """A function for every tracker that was asked for; each opens its tracker when the run starts."""
-    makers: list[Callable[[Tracker, int], Any]] = []
+def _makers(config: TrackerConfig) -> dict[str, Callable[[Tracker, int], Any]]:
+    """A function for every tracker that was asked for, by name; each opens its tracker when the run starts."""
+    makers: dict[str, Callable[[Tracker, int], Any]] = {}
     if config.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
                 "tracker.tensorboard: TensorBoard is not installed. `pip install tensorboard`, or turn it off."
             )
-        makers.append(_tensorboard)
+        makers["tensorboard"] = _tensorboard
     if config.wandb != "disabled":
-        makers.append(_wandb)
+        makers["wandb"] = _wandb
     if config.target is not None:
         tracker_class = _own_class(config.target)
-        makers.append(lambda tracker, step: _own(tracker_class, tracker))
+        makers[config.target] = lambda tracker, step: _own(tracker_class, tracker)
     return makers
 
 
@@ -199,11 +211,23 @@ def _tensorboard(tracker: Tracker, step: int) -> Any:
     """Event files in `tensorboard/`; events of steps that are done again are marked as gone."""
     from accelerate.tracking import TensorBoardTracker
 
+    _leave_to_trackers("tensorboard.")
     opened = TensorBoardTracker("tensorboard", tracker.folder, purge_step=step + 1 if step else 0)
     opened.start()
     if step == 0:
         opened.store_init_configuration(flatten(tracker.run_config))
     return opened
+
+
+def _leave_to_trackers(package: str) -> None:
+    """A thread of the package that fails (a full disk, say) prints no traceback: the next row is told what it met."""
+    before = threading.excepthook
+
+    def hook(said: threading.ExceptHookArgs) -> None:
+        if not type(said.thread).__module__.startswith(package):
+            before(said)
+
+    threading.excepthook = hook
 
 
 def _wandb(tracker: Tracker, step: int) -> Any:
@@ -217,11 +241,15 @@ def _wandb(tracker: Tracker, step: int) -> Any:
     id_file = inside / "run_id"
     if step == 0 or not id_file.is_file():
         id_file.write_text(uuid.uuid4().hex[:16])
+    import wandb
     from accelerate.tracking import WandBTracker
 
+    settings: dict[str, Any] = {"silent": True, "console": "off"}
+    if "finish_timeout" in wandb.Settings.model_fields:
+        settings["finish_timeout"] = WANDB_PATIENCE
     opened = WandBTracker(
         tracker.config.wandb_project, name=tracker.run, id=id_file.read_text(), resume="allow", dir=str(tracker.folder),
-        mode=tracker.config.wandb, config=dict(tracker.run_config), settings={"silent": True, "console": "off"},
+        mode=tracker.config.wandb, config=dict(tracker.run_config), settings=settings,
     )  # fmt: skip
     opened.start()
     return opened

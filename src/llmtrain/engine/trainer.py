@@ -3,72 +3,43 @@
 The state of a run is its weights, its optimizer moments and its step number; everything else is a pure function of the
 config and the step: the batch, the learning rate and the random draws. So resuming is: load a checkpoint, go on.
 
-The loop knows no model, data set or objective by name. It asks a `BatchSource` for the batch of a step, an `Objective`
-for the summed loss of each micro-batch, and divides by what the loss is averaged over, counted over all processes
-*before* the backward pass; hence neither micro-batches nor processes change the gradient.
+What happens inside a step is in `steps.py`.
 """
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
-from llmtrain.config.seeds import derive_seed
-from llmtrain.engine import checkpoints, gradients
-from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
+from llmtrain.engine import checkpoints
+from llmtrain.engine.averages import WeightAverages
+from llmtrain.engine.distributed import Layout, agree, gathered
+from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
+from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.saving import Saver
 from llmtrain.engine.speed import Speed
-from llmtrain.engine.tracking import Tracker
+from llmtrain.engine.steps import (
+    BatchSource,
+    LossFunction,
+    Metrics,
+    Objective,
+    Samples,
+    Updates,
+    as_numbers,
+    nothing_adapts,
+)
+from llmtrain.engine.tracking import FAULTS_FILE, Tracker
+from llmtrain.engine.watchdog import nothing_watches
 
-Metrics = dict[str, tuple[Tensor, Tensor]]
-Samples = Sequence[Mapping[str, Any]]
-# Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
-EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
-NO_WEIGHT = 1e-30
 # How often in a run people are shown samples, the first step not counted, where the config does not say.
 SHOWN_TIMES = 10
 
-
-class Rows(Protocol):
-    """A batch, as the loop sees it."""
-
-    @property
-    def samples(self) -> Samples | None: ...
-    def to(self, device: torch.device) -> Self: ...
-    def updates(self) -> Iterator[Self]: ...
-    def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
-    def metrics(self) -> Metrics: ...
-    def num_tokens(self) -> int: ...
-
-
-class BatchSource(Protocol):
-    """Where batches come from; pure in (config, step)."""
-
-    def __call__(self, step: int) -> Any:
-        """The rows this process trains on at `step` (from 0)."""
-
-    def counts(self, step: int) -> dict[str, float]:
-        """What the first `step` steps have consumed, by source."""
-
-
-class Objective(Protocol):
-    """What is minimised."""
-
-    def weight(self, batch: Any) -> Tensor:
-        """What the loss is averaged over: tokens, pairs. A loss of several terms has one for each."""
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Summed loss, or one for each term; metrics as (sum, weight) pairs."""
-
-
-LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
 Evaluator = Callable[[], dict[str, float]]
 
 
@@ -100,79 +71,85 @@ class Trainer:
     """Modules whose buffers adapt during the run and belong to its state."""
     autocast: Callable[[], torch.autocast]
     """The precision of matrix products."""
-    micro_batch_rows: int | None = None
+    micro_batch_rows: int | FoundRows | None = None
     max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+    """Of averages of the weights, which are then measured and handed on."""
     compile: bool = False
-    after_update: Callable[[], Metrics] = dict
-    """What goes by an update that has been made, such as the balance of experts; its metrics."""
+    after_update: Callable[[bool], Metrics] = nothing_adapts
+    """What goes by an update, such as the balance of experts; told whether it was made. Its metrics."""
+    rows_of: Callable[[int], Mapping[str, Sequence[int]]] = lambda step: {}
+    """The numbers of the rows that all processes train on at a step (from 0), by source, as far as they are known."""
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
+    progress: Callable[[str], None] = nothing_watches
+    """Told what is begun, so that somebody notices when nothing is any more."""
     speed: Speed
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
+        self.guard = Guard(self.health, steps=self.steps)
         keep = self.checkpoint
         self.monitor = Health(
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
             is_main=self.layout.is_main,
         )  # fmt: skip
+        self.averages = WeightAverages(self.model, self.ema_decay)
+        self.saver = Saver(
+            folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
+            write_extra=self.write_extra, say=self.tracker.say,
+        )  # fmt: skip
 
     def fit(self) -> int:
         """Train from the checkpoint, or from the start, to the last step; the step whose weights the model ends with.
 
-        Raises UserError when the loss is no number any more, and for a warning that `health.stop_on` names.
+        Raises UserError when no update can be made any more, and for a warning that `health.stop_on` names.
         """
         step = self._resume()
-        loss_of: LossFunction = self.objective
-        if self.compile:
-            loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
         if step == 0:
             self._record(0, {}, self._evaluate())
-        last_saved = time.monotonic()
+        with self.saver:
+            self._train(step)
+        step = self.saver.take_best() if self.checkpoint.final == "best" else self.steps
+        self.averages.hand_over()
+        return step
+
+    def _train(self, step: int) -> None:
+        """The steps from `step` on; each ends with a row of metrics and, where it is due, a checkpoint."""
+        make_updates = self.updates()
         while step < self.steps:
+            self.progress(f"step {step + 1}")
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-            metrics, tokens = self._step(step, loss_of)
+            batch = self.batches(step).to(self.layout.device)
+            self._show(step + 1, batch.samples)
+            metrics, tokens, faults = make_updates(step, batch)
             step += 1
+            self.averages.update()
             self.speed.end_step(tokens)
+            self._remedy(step, faults)
             values = {}
             if step % self.tracking.every_steps == 0 or step == self.steps:
-                values = self._values(metrics, step) | {"train/learning_rate": learning_rate}
+                values = self._values(metrics, step, faults) | {"train/learning_rate": learning_rate}
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
             ill = self._ill()
-            if ill or self._is_due(step, self.checkpoint.every_steps) or self._minutes_passed(last_saved):
-                self._save(step, measured)
-                last_saved = time.monotonic()
+            self.saver.after_step(step, measured, now=ill is not None)
             self._stop_if(ill, step)
-        return self._take_best() if self.checkpoint.final == "best" else step
 
-    def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
-        """One step: every update that the step's batch is good for, each over all its micro-batches."""
-        batch = self.batches(step).to(self.layout.device)
-        self._show(step + 1, batch.samples)
-        metrics, tokens = Totals(batch.metrics()), 0
-        for number, update in enumerate(batch.updates()):
-            # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
-            weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
-            micro_batches = list(update.micro_batches(self.micro_batch_rows))
-            for index, micro in enumerate(micro_batches):
-                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.data_rank, index))
-                with gradient_sync(self.model, now=index == len(micro_batches) - 1):
-                    with self.autocast():
-                        loss, parts = loss_of(self.model, micro)
-                    # the data processes' gradients are averaged, so each counts its share that many times
-                    (loss * (self.layout.data_world / weight)).sum().backward()
-                metrics.add(parts)
-            gradients.complete(self.model)
-            metrics.add({"train/grad_norm": (gradients.clip(self.model, self.max_grad_norm), torch.ones(()))})
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics.add(self.after_update())
-            tokens += update.num_tokens()
-        return metrics.sums, tokens * self.layout.data_world
+    def updates(self) -> Updates:
+        """What makes the updates of a step."""
+        loss_of: LossFunction = self.objective
+        if self.compile:
+            loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
+        return Updates(
+            layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
+            seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
+            max_grad_norm=self.max_grad_norm, after_update=self.after_update, guard=self.guard,
+            progress=self.progress,
+        )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
         """Keep what people are shown of the step's batch, at some steps, in the order of its rows."""
@@ -181,36 +158,41 @@ class Trainer:
             of_all = gathered(samples, self.layout)
             self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
 
-    def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
-        """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
-        names = sorted(name for name in metrics if name[-4:] not in EXTREMES)
-        pairs = torch.tensor([[float(part) for part in metrics[name]] for name in names], dtype=torch.float64)
-        sums = total(pairs.to(self.layout.device), self.layout).tolist()
-        values = {_in_group(name): value / weight for name, (value, weight) in zip(names, sums, strict=True) if weight}
-        values |= self._extremes(metrics)
-        wrong = [name for name in ("train/loss", "train/grad_norm") if not math.isfinite(values.get(name, 0.0))]
-        if wrong:
-            raise UserError(
-                f"step {step}: {' and '.join(wrong)} became {values[wrong[0]]}; stopped before it could be saved. "
-                "Lower optimizer.lr or train.max_grad_norm, or lengthen schedule.warmup_steps."
-            )
-        return values | self.batches.counts(step)
+    def _values(self, metrics: Metrics, step: int, faults: Sequence[Fault]) -> dict[str, float]:
+        """The step's metrics as numbers, over all processes, without those that a fault has made no number."""
+        values = as_numbers(metrics, self.layout)
+        if faults:
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values | self.guard.values() | self.batches.counts(step)
 
-    def _extremes(self, metrics: Metrics) -> dict[str, float]:
-        """The step's largest and smallest values, over all processes."""
-        signs = {name: 1.0 if name.endswith("_max") else -1.0 for name in sorted(metrics) if name[-4:] in EXTREMES}
-        if not signs:
-            return {}
-        own = torch.tensor([sign * float(metrics[name][0]) for name, sign in signs.items()], dtype=torch.float64)
-        found = largest(own.to(self.layout.device), self.layout).tolist()
-        return {_in_group(name): sign * value for (name, sign), value in zip(signs.items(), found, strict=True)}
+    def _remedy(self, step: int, faults: Sequence[Fault]) -> None:
+        """Say what was wrong with a step's updates, and do what is to be done besides leaving them out."""
+        for fault in faults:
+            back_to = self._go_back(step) if fault.remedy == "rollback" else None
+            self.tracker.log_fault(step, as_row(fault, back_to, self.rows_of(step - 1)))
+            text = f"step {step}: {fault.text}; {in_words(fault.remedy, back_to)}"
+            if fault.remedy in ("stop", "give_up"):
+                raise UserError(text)
+            self.tracker.say(f"{text} Its rows are in {FAULTS_FILE}: llmtrain show run={self.tracker.run} step={step}.")
+
+    def _go_back(self, step: int) -> int | None:
+        """Take the state of the newest checkpoint; its step, or None where there is none yet."""
+        self.saver.wait()
+        found = checkpoints.newest_good(self.folder / "checkpoints", self.layout, self.tracker.say)
+        if found is not None:
+            counted = {name: value.clone() for name, value in self.guard.state_dict().items()}
+            self._load(found)
+            if not self.guard.went_back(found.step, step, counted):
+                raise UserError(f"step {step}: {found.folder} {TOO_OFTEN}")
+        return found.step if found else None
 
     def _evaluate(self) -> dict[str, float]:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
         self.model.eval()
         values: dict[str, float] = {}
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), self.averages.in_place():
             for evaluator in self.evaluators:
+                self.progress("evaluating")
                 values |= evaluator()
         self.model.train()
         wanted = {
@@ -223,9 +205,9 @@ class Trainer:
         return values
 
     def _record(self, step: int, values: dict[str, float], measured: dict[str, float]) -> None:
-        row = values | measured
+        row = values | measured | (self.speed.values() | self.saver.values() if values else {})
         if row:
-            self.tracker.log(step, row | (self.speed.values() if values else {}))
+            self.tracker.log(step, row)
             for warning in self.monitor.row(step, row):
                 self.tracker.say(f"warning at step {step} (health.{warning.rule}): {warning.text}")
 
@@ -244,10 +226,6 @@ class Trainer:
     def _is_due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
 
-    def _minutes_passed(self, since: float) -> bool:
-        minutes = self.checkpoint.every_minutes
-        return minutes is not None and agree(time.monotonic() - since >= 60 * minutes, self.layout)
-
     def _resume(self) -> int:
         """Fill the state from the checkpoint; the step to go on with."""
         found = self.resume_from
@@ -256,66 +234,18 @@ class Trainer:
             self.tracker.start(0)
             self.monitor.start()
             return 0
-        checkpoints.load(found, self._state(), self.layout)
+        self._load(found)
         self.tracker.start(found.step)
         self.monitor.start()
         self.tracker.say(f"resuming {self.folder} at step {found.step} of {self.steps}")
         self._stop_if(self._ill(), found.step)
         return found.step
 
-    def _save(self, step: int, measured: dict[str, float]) -> None:
-        root = self.folder / "checkpoints"
-        checkpoints.save(
-            root, step, self._state(), self.layout, metrics=measured,
-            write_extra=lambda folder: self.write_extra(folder, step),
-        )  # fmt: skip
-        if self.layout.is_main:
-            keep = self.checkpoint
-            checkpoints.prune(
-                root,
-                newest=step,
-                keep_last=keep.keep_last,
-                keep_best=max(keep.keep_best, int(keep.final == "best")),
-                best_metric=keep.best_metric,
-                best_mode=keep.best_mode,
-            )
-
-    def _take_best(self) -> int:
-        """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
-        metric, mode = self.checkpoint.best_metric, self.checkpoint.best_mode
-        assert metric is not None
-        root = self.folder / "checkpoints"
-        best = checkpoints.best_good(root, self.layout, self.tracker.say, metric=metric, mode=mode, newest=self.steps)
-        if best is None:
-            raise UserError(
-                f"checkpoint.final=best: no checkpoint in {root} was saved with {metric}. "
-                "Set checkpoint.final=last to finish with the last weights."
-            )
-        weights = {name: value for name, value in self._state().items() if name.startswith("model.")}
-        checkpoints.load(best, weights, self.layout)
-        self.tracker.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
-        return best.step
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        """Fill the state; of the guard's what the checkpoint has: older runs, or other limits, have other tensors."""
+        self.guard.reset()
+        self.saver.resume(found, may_lack=f"state.{PART}.")
 
     def _state(self) -> dict[str, Tensor]:
-        return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
-
-
-def _in_group(name: str) -> str:
-    """Metrics without a group of their own are the training's."""
-    return name if "/" in name else f"train/{name}"
-
-
-class Totals:
-    """Running sums of (sum, weight) pairs; nothing is read back from the device."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.sums: Metrics = {}
-        self.add(metrics)
-
-    def add(self, metrics: Metrics) -> None:
-        """Add another micro-batch's pairs."""
-        for name, (value, weight) in metrics.items():
-            before = self.sums.get(name)
-            value, weight = value.detach(), weight.detach()
-            combine = EXTREMES.get(name[-4:], torch.add)
-            self.sums[name] = (value, weight) if before is None else (combine(before[0], value), before[1] + weight)
+        parts = {**self.parts, PART: self.guard}
+        return checkpoints.training_state(self.model, self.optimizer, parts, self.averages.state())

@@ -48,6 +48,11 @@ class Batch:
         tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
         return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2)
 
+    def width(self) -> int:
+        """Positions of a row, padding included: the columns of the widest integer matrix; 0 where there is none."""
+        tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
+        return max((each.shape[1] for each in tensors if each.dtype == torch.int64 and each.dim() == 2), default=0)
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         """The batch in portions of at most `rows` rows (None: in one)."""
         rows = rows or max(len(self), 1)

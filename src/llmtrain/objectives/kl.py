@@ -54,7 +54,8 @@ class AdaptiveKL(nn.Module):
     def update(self, kl: Tensor, answers: int) -> None:
         """Adapt to a rollout of `answers` answers, over all processes, whose mean KL per answer was `kl` (0-dim)."""
         if self.target is not None:
-            error = (kl.to(self.coefficient) / self.target - 1).clamp(-0.2, 0.2)
+            # one rollout whose KL is no number must not make the coefficient one for ever
+            error = (kl.to(self.coefficient) / self.target - 1).clamp(-0.2, 0.2).nan_to_num(0.0)
             self.coefficient.mul_(1 + error * (answers / self.horizon))
 
 

@@ -196,8 +196,8 @@ class Routed:
             of_layer[number].add_(loads(routing, counted).sum(dim=0))
 
     @torch.no_grad()
-    def after_update(self) -> Metrics:
-        """Let the layers go by the load of the update that has been made.
+    def after_update(self, is_made: bool = True) -> Metrics:
+        """Let the layers go by the load of the update, if it has been made.
 
         Metrics: router/share_max and router/share_min, of the choices of a layer that went to one expert; where both
         stacks have experts, of each by itself: router/encoder/share_max.
@@ -205,7 +205,8 @@ class Routed:
         of_all = self.reduce(self.loads.clone()).split(self.sizes)
         self.loads.zero_()
         for layer, load in zip(self.layers, of_all, strict=True):
-            layer.adapt(load)
+            if is_made:
+                layer.adapt(load)
         metrics: Metrics = {}
         for stack in self.stacks:
             own = [load for layer, load in zip(self.layers, of_all, strict=True) if layer.stack == stack]

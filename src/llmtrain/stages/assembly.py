@@ -3,6 +3,7 @@
 A stage reads top to bottom as: build, build, build, fit. This module is the frame around it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import ConfigError, UserError
-from llmtrain.config.schema import CorpusConfig, LoraConfig, RowsConfig, StageConfig
+from llmtrain.config.schema import CorpusConfig, LoraConfig, PretrainConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
 from llmtrain.data.tokenizers import Tokenizer
@@ -28,10 +29,14 @@ from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.lock import RunLock
+from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
+from llmtrain.engine.steps import BatchSource, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
-from llmtrain.engine.trainer import BatchSource, Evaluator, Metrics, Objective, Trainer
+from llmtrain.engine.trainer import Evaluator, Trainer
+from llmtrain.engine.watchdog import Watchdog
 from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
@@ -40,7 +45,7 @@ from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.models.transformer import Transformer
 from llmtrain.objectives.routing import Routed
-from llmtrain.optim.optimizers import build_optimizer, optimizer_class
+from llmtrain.optim.optimizers import build_optimizer, optimizer_class, state_bytes_per_weight
 from llmtrain.optim.schedules import learning_rate
 from llmtrain.stages import handover
 from llmtrain.stages.planning import Plan, drawn, make_plan, num_lengths
@@ -59,17 +64,18 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
     optimizer_class(config.optimizer)
     check_trackers(config.tracker)
     folder, first = handover.run_folder(config), distributed.goes_first()
-    lineage = handover.open_run(config) if first else handover.read_lineage(folder)
-    if lineage.get("finished"):
-        if first:
-            print(
-                f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
-                file=sys.stderr,
-            )
-    elif config.engine.processes > 1 and not distributed.launched_by_others():
-        distributed.launch(stage, (config,), config.engine.processes)
-    else:
-        stage(config)
+    with RunLock(folder) if first else contextlib.nullcontext():
+        lineage = handover.open_run(config) if first else handover.read_lineage(folder)
+        if lineage.get("finished"):
+            if first:
+                print(
+                    f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
+                    file=sys.stderr,
+                )
+        elif config.engine.processes > 1 and not distributed.launched_by_others():
+            distributed.launch(stage, (config,), config.engine.processes)
+        else:
+            stage(config)
 
 
 @dataclasses.dataclass
@@ -186,10 +192,12 @@ class Run(Generic[Config]):
             if write_more:
                 write_more(folder)
 
-        after_update: Callable[[], Metrics] = dict
+        streamed = isinstance(config, PretrainConfig) and config.data.streaming
+        # the rows of a stream have no numbers
+        known: dict[str, Any] = {} if streamed else {"rows_of": plan.order(config.seed).rows}
         if layers := expert_layers(trained):
             routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
-            objective, after_update = routed, routed.after_update
+            objective, known["after_update"] = routed, routed.after_update
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(
@@ -201,14 +209,24 @@ class Run(Generic[Config]):
             steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config, score),
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
-            micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
-            compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
-            speed=Speed(device, flops, peak), health=config.health,
+            micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
+            max_grad_norm=config.train.max_grad_norm, ema_decay=config.train.ema_decay, compile=compile_it,
+            fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health, **known,
         )  # fmt: skip
         try:
-            self.step = trainer.fit()
+            with Watchdog(self.folder, self.layout, config.engine.hang_minutes) as watchdog:
+                trainer.progress = watchdog.beat
+                self.step = trainer.fit()
         finally:
             tracker.close()
+
+    def _micro_batch_rows(self, model: nn.Module, longest_row: int | None) -> int | FoundRows | None:
+        """The number that the config gives, or what finds it; the moments of a run that begins are still to come."""
+        if self.config.train.micro_batch_rows != "auto":
+            return self.config.train.micro_batch_rows
+        moments = 0.0 if self.checkpoint else state_bytes_per_weight(self.config.optimizer)
+        reserved = round(moments * distributed.num_trained_here(model))
+        return FoundRows(self.folder, self.layout, reserved=reserved, longest_row=longest_row)
 
     def main_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns; the main process goes first, so that the others find what it has put into the cache."""
@@ -345,9 +363,14 @@ def _checkpoint_state(folder: str) -> dict[str, Tensor] | None:
     fault = checkpoints.inspect(Path(folder))
     if fault:
         raise UserError(f"checkpoint {folder}: {fault}. Name another one.")
-    state = checkpoints.read_model(Path(folder))
+    return checkpoint_weights(Path(folder))
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint by name, whole: those of the policy where it holds an actor-critic."""
+    state = checkpoints.read_model(folder)
     policy = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-    start = handover.read_start(Path(folder))
+    start = handover.read_start(folder)
     return (policy or state) if start is None else _completed(policy or state, start)
 
 

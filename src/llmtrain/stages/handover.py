@@ -39,8 +39,8 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "engine.shard_processes", "engine.tensor_parallel",
     "engine.expert_parallel", "engine.context_parallel", "engine.pipeline_parallel", "engine.activation_checkpointing",
-    "engine.cpu_offload", "train.micro_batch_rows", "tracker.", "checkpoint.", "eval.", "health.",
-    "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
+    "engine.cpu_offload", "engine.hang_minutes", "train.micro_batch_rows", "tracker.", "checkpoint.", "eval.",
+    "health.", "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     """
     folder = run_folder(config)
     if _changes(config):
-        for name in ("samples.json", "tokenizer"):
+        for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
     lineage = read_lineage(folder) if _has_begun(folder) else {}
     now = parents(config)

@@ -24,7 +24,7 @@ def build_reward(config: AlignConfig, *, pad_id: int, device: torch.device) -> W
     rewards: dict[str, Reward] = {}
     if config.reward_model is not None:
         model = load_reward_model(config.reward_model).to(device).eval().requires_grad_(False)
-        rewards[LEARNED] = LearnedReward(model, pad_id=pad_id, micro_batch_rows=config.train.micro_batch_rows)
+        rewards[LEARNED] = LearnedReward(model, pad_id=pad_id, micro_batch_rows=config.train.given_micro_batch_rows)
     rewards |= build_functions(config.rewards)
     weights = {LEARNED: config.reward_model_weight} | {name: each.weight for name, each in config.rewards.items()}
     return WeightedSum(rewards, {name: weights[name] for name in rewards})

@@ -46,7 +46,7 @@ def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, token
     )  # fmt: skip
     baseline = Baseline(
         batches=answers, counts=answers.counts, model=model, reference=reference, layout=run.layout,
-        micro_batch_rows=config.train.micro_batch_rows, autocast=run.autocast,
+        micro_batch_rows=config.train.given_micro_batch_rows, autocast=run.autocast,
     )  # fmt: skip
     good = sum(row.desirable for each in rows.values() for row in each)
     number = sum(map(len, rows.values()))

@@ -27,7 +27,8 @@ from llmtrain.data.encoding import PromptRow, load_prompts
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import Layout, spread, total
-from llmtrain.engine.trainer import Evaluator, Objective
+from llmtrain.engine.steps import Objective
+from llmtrain.engine.trainer import Evaluator
 from llmtrain.generation.engines import Engine, OwnEngine, Replica
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts, SampledAnswers
@@ -175,7 +176,7 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
     estimator = PpoEstimator(
         model=model, reference=assembly.load_reference(run, model, values=False), settings=method, kl=kl,
-        kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.micro_batch_rows, layout=layout,
+        kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.given_micro_batch_rows, layout=layout,
         autocast=run.autocast,
     )  # fmt: skip
     objective = Ppo(
@@ -248,7 +249,7 @@ def several_updates(
     estimator = AnswerEstimator(
         model=model, reference=reference_if(method.kl_coefficient, run, model), advantages=advantages,
         temperature=method.temperature, epochs=method.epochs, minibatches=method.minibatches,
-        kl_stop=kl_stop(method.kl_limit, run.layout), micro_batch_rows=run.config.train.micro_batch_rows,
+        kl_stop=kl_stop(method.kl_limit, run.layout), micro_batch_rows=run.config.train.given_micro_batch_rows,
         autocast=run.autocast, **options,
     )  # fmt: skip
     return Learner(
@@ -266,7 +267,7 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
         model=model, reference=reference_if(method.kl_coefficient, run, model),
         advantages=whitened(baseline, run.layout) if method.whiten_advantages else baseline,
         temperature=method.temperature, kl_in_reward=method.kl_coefficient,
-        micro_batch_rows=run.config.train.micro_batch_rows, autocast=run.autocast,
+        micro_batch_rows=run.config.train.given_micro_batch_rows, autocast=run.autocast,
     )  # fmt: skip
     return Learner(
         trained=policy, model=model, learn_from=estimator, objective=Reinforce(temperature=method.temperature)

@@ -18,6 +18,7 @@ from llmtrain.config.schema.commands import (
     SftConfig,
     ShowConfig,
     StageConfig,
+    VerifyConfig,
 )
 from llmtrain.config.schema.data import (
     CleaningConfig,
@@ -186,6 +187,7 @@ __all__ = [
     "TrackerConfig",
     "TrainConfig",
     "UsualObjectiveConfig",
+    "VerifyConfig",
     "VllmRolloutConfig",
     "YarnScalingConfig",
 ]

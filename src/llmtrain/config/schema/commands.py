@@ -158,6 +158,17 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class VerifyConfig:
+    """`llmtrain verify`: check that a checkpoint or a model is whole: digests, shapes, finiteness."""
+
+    checkpoint: str | None = None
+    """Folder: a checkpoint, a run (its newest checkpoint) or a Transformers folder. Null: the newest checkpoint of all
+    runs."""
+    runs_dir: str = "runs"
+    """Where the newest checkpoint is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DoctorConfig:
     """`llmtrain doctor`: check on this machine that the numbers come out right."""
 

@@ -1,4 +1,4 @@
-"""When a run is warned about."""
+"""When a run is warned about, and what is done about steps that go wrong."""
 
 from typing import Literal
 
@@ -10,13 +10,16 @@ from llmtrain.config.schema.strict import STRICT
 # The rules, by the key that sets each one's limit.
 Rule = Literal[
     "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
-    "truncated", "flat_groups", "overoptimised",
+    "truncated", "flat_groups", "overoptimised", "failed_saves",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HealthConfig:
-    """Warnings in words when the metrics show a known illness; null switches one off. Read by `engine/health.py`."""
+    """Warnings in words when the metrics show a known illness; null switches one off. Read by `engine/health.py`.
+
+    What is done about single steps is read by `engine/faults.py`.
+    """
 
     loss_spike: float | None = Field(default=6.0, gt=0)
     """Warn of a loss on text that lies this many standard deviations above the rows before it (pretrain, sft)."""
@@ -41,7 +44,20 @@ class HealthConfig:
     overoptimised: float | None = Field(default=0.02, gt=0, lt=1)
     """Warn when `held_out_metric` loses this share of its best, and a quarter of its gain, while the reward rises.
     Of methods that learn from given answers, the reward is the margin between the better and the worse."""
+    failed_saves: int | None = Field(default=1, ge=1)
+    """Warn when this many checkpoints in a row have found no room on the disk."""
     held_out_metric: str | None = None
     """Held-out score, higher is better, beside the reward. Null: `checkpoint.best_metric`, else eval/exact_match."""
     stop_on: list[Rule] = Field(default_factory=list)
     """Warnings that end the run, after a checkpoint, with exit code 1."""
+    max_skipped_in_a_row: int = Field(default=10, ge=0)
+    """An update whose loss or gradient is not finite is not made, and its rows are named in `faults.jsonl`. More than
+    this many in a row end the run."""
+    on_spike: Literal["warn", "skip", "rollback", "stop"] | None = None
+    """What is done about a loss on text or a gradient norm far above the last ones (pretrain, sft). warn: say so. skip:
+    do not make the update. rollback: take the state of the last checkpoint and leave out all rows since. stop: end the
+    run before the update. Null: nothing."""
+    spike_deviations: float = Field(default=10.0, gt=0)
+    """How far above their median is a spike, in robust standard deviations (1.4826 times the median distance)."""
+    spike_window: int = Field(default=50, ge=8)
+    """Updates that the median is taken of; before there are as many, nothing is a spike."""

@@ -1,6 +1,6 @@
 """How any stage trains, saves and measures."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -38,10 +38,19 @@ class TrainConfig:
     """Tokens the model sees in one row (at most, where rows differ in length)."""
     length_warmup: LengthWarmupConfig | None = None
     """Begin with shorter rows (pretraining): each is cut into equal ones. Micro-batches keep their number of tokens."""
-    micro_batch_rows: int | None = Field(default=None, ge=1)
-    """Rows in one forward and backward pass of one process. Null: all rows of the process."""
+    micro_batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Rows in one forward and backward pass of one process. Null: all rows of the process. auto: as many as memory
+    suffices for, found at the first step and kept in the run's folder (where nothing but the update reads by it)."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Average the weights over the steps with this decay, such as 0.999; the averages are what is measured and handed
+    on, training goes on from the weights themselves. Null: no averages."""
+
+    @property
+    def given_micro_batch_rows(self) -> int | None:
+        """`micro_batch_rows` where it is a number; None where it is all rows, or to be found out."""
+        return None if self.micro_batch_rows == "auto" else self.micro_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -108,20 +117,29 @@ class EngineConfig:
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process. Null: the cores shared out evenly."""
+    hang_minutes: float | None = Field(default=60.0, gt=0)
+    """With several processes: end the run, with the stacks of all, when a process has got nowhere for this long. Longer
+    than the longest micro-batch, rollout or evaluation takes. Null: wait for ever."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """When to save, and what to keep. Read by `engine/checkpoints.py`."""
+    """When to save, and what to keep. Read by `engine/saving.py` and `engine/checkpoints.py`."""
 
     every_steps: int | None = Field(default=None, ge=1)
     """Save every n steps. The end of a run is always saved."""
     every_minutes: float | None = Field(default=None, gt=0)
     """Save when this much time has passed since the last save."""
+    asynchronous: bool = True
+    """Go on training while files are written; each process keeps a copy of its part of the state in main memory."""
     keep_last: int = Field(default=2, ge=1)
     """Keep this many of the newest checkpoints."""
     keep_best: int = Field(default=0, ge=0)
     """Keep this many of the best checkpoints by `best_metric`, besides the newest."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Keep for ever the checkpoints of every n-th step, a multiple of `every_steps`."""
+    keep_every_hours: float | None = Field(default=None, gt=0)
+    """Keep for ever the first checkpoint, and each that was saved this much time after the last one so kept."""
     best_metric: str | None = None
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
     best_mode: Literal["min", "max"] = "min"

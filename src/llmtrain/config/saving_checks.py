@@ -1,0 +1,20 @@
+"""What is kept of a run: combinations that do not fit, or have no effect."""
+
+from collections.abc import Callable, Iterator
+
+from llmtrain.config.plain import Finding
+from llmtrain.config.view import View, finding, no_effect
+
+
+def kept_for_ever(view: View) -> Iterator[Finding]:
+    """What is to be kept has to be saved."""
+    every, kept = view["checkpoint.every_steps"], view["checkpoint.keep_every_steps"]
+    if kept is not None and (every is None or kept % every):
+        problem = f"{kept} is no multiple of checkpoint.every_steps={every}: not all of these steps are saved"
+        yield finding(problem, "checkpoint.keep_every_steps", "checkpoint.every_steps")
+    if every is None and view["checkpoint.every_minutes"] is None:
+        why = "only the end of the run is saved; set checkpoint.every_steps or checkpoint.every_minutes"
+        yield from no_effect(view, "checkpoint.keep_every_hours", why)
+
+
+SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever,)

@@ -1,0 +1,244 @@
+"""When a run is saved, what is kept, and what it goes on from or ends with.
+
+The training loop calls a `Saver` in one place. Training goes on while files are written: the state is copied at its
+step, and a thread writes the copy. How a checkpoint is written and read is in `checkpoints.py`, what it consists of in
+`snapshots.py`.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.config.errors import Preempted, UserError
+from llmtrain.config.schema import CheckpointConfig
+from llmtrain.engine import checkpoints
+from llmtrain.engine.checkpoints import Checkpoint, NotSaved
+from llmtrain.engine.distributed import Layout, of_every
+from llmtrain.engine.signals import Signals
+from llmtrain.engine.snapshots import Snapshots, all_finite
+
+# How long a process that fails lets the others write their parts of a checkpoint to their end.
+LEAVE_SECONDS = 20.0
+# The writer is to use what training leaves of the processors.
+NICENESS = 10
+
+
+@dataclasses.dataclass(kw_only=True)
+class Saver:
+    """The checkpoints of one run; every process calls it at the same steps.
+
+    A context: signals are heeded within, and a checkpoint that is being written is complete at its end.
+    """
+
+    folder: Path
+    """The run's."""
+    layout: Layout
+    config: CheckpointConfig
+    steps: int
+    state: Callable[[], dict[str, Tensor]]
+    """The live tensors of the run's state, by name."""
+    write_extra: Callable[[Path, int], None]
+    """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.root = self.folder / "checkpoints"
+        self.failed_saves = 0
+        """How many in a row could not be written for want of room."""
+        self._snapshots = Snapshots(self.layout, aside=self.config.asynchronous)
+        self._signals = Signals()
+        self._writing: Writing | None = None
+        self._last = time.monotonic()
+        self._stall = 0.0
+        # of its own, on the CPU: what processes ask each other at each step makes no GPU wait
+        day = datetime.timedelta(days=1)
+        self._group = dist.new_group(backend="gloo", timeout=day) if self.layout.world > 1 else None
+
+    def __enter__(self) -> Self:
+        """Training begins now; minutes count from here."""
+        if self.layout.is_main:
+            checkpoints.remove_litter(self.root)
+        self._signals.__enter__()
+        self._last = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """However training ends, what is being written is written to its end."""
+        self._signals.__exit__()
+        if self._writing is not None:
+            self._writing.leave(0.0 if self._signals.stop else LEAVE_SECONDS)
+
+    def resume(self, found: Checkpoint, *, may_lack: str) -> None:
+        """Fill the state from a checkpoint: tensors whose name begins with `may_lack` as far as it has the like."""
+        saved, state = checkpoints.sizes(found), self.state()
+        there = {name: each for name, each in state.items() if saved.get(name) == each.shape}
+        others = {name: each for name, each in state.items() if not name.startswith(may_lack)}
+        checkpoints.load(found, there | others, self.layout)
+
+    def after_step(self, step: int, measured: dict[str, float], *, now: bool = False) -> None:
+        """Save the state after `step` steps where it is due; `measured` is what ranks checkpoints.
+
+        `now`: save in any case, and come back when the checkpoint is complete. Raises UserError where the checkpoint
+        before could not be written, unless there is no room: training goes on then, and the next one may be written.
+        Raises Preempted, when the checkpoint is complete, after SIGTERM.
+        """
+        began = time.monotonic()
+        stop, asked, minutes, failed = self._anywhere(
+            self._signals.stop, self._signals.save, self._minutes_passed(began), self._has_failed()
+        )
+        if failed:
+            self.wait()
+        if now or stop or asked or minutes or self._is_due(step):
+            self._signals.save = False
+            self._save(step, measured)
+            if now or stop or step == self.steps or not self.config.asynchronous:
+                self.wait(goes_on=step < self.steps and not now and not stop)
+            self._last = time.monotonic()
+            self._stall += self._last - began
+        if stop and step < self.steps:
+            raise Preempted(
+                f"stopped by SIGTERM after step {step} of {self.steps}; its checkpoint is complete. The same command "
+                "goes on from it."
+            )
+
+    def wait(self, *, goes_on: bool = True) -> None:
+        """Wait until no checkpoint is being written; all processes call this together.
+
+        Raises UserError where it could not be written. Where that is for want of room and training `goes_on`, it is
+        said and counted instead.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        is_main = self.layout.is_main
+        if not is_main:
+            writing.join()
+        # the main process waits for the parts of the others: it has to know that one will not come
+        if any(self._anywhere(not is_main and writing.error is not None)):
+            writing.give_up.set()
+        writing.join()
+        if writing.error is not None:
+            if is_main:
+                checkpoints.remove_litter(self.root)
+            if not isinstance(writing.error, NotSaved):
+                raise writing.error
+        errors = [error for error in of_every(writing.error, self.layout) if error]
+        if not errors:
+            self.failed_saves = 0
+            return
+        # a main process that has given up tells of another's failure
+        error = errors[-1]
+        self.failed_saves += 1
+        if not (error.no_room and goes_on):
+            raise error
+        self.say(
+            f"warning: {error.what}. Earlier checkpoints are untouched and training goes on: the next save that is due "
+            "tries again. Make room."
+        )
+
+    def values(self) -> dict[str, float]:
+        """For the next row of metrics: the seconds that training stood still for saving since the row before."""
+        values = {"perf/save_stall_seconds": self._stall, "perf/failed_saves": float(self.failed_saves)}
+        self._stall = 0.0
+        return {name: value for name, value in values.items() if value}
+
+    def take_best(self) -> int:
+        """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
+        metric, mode = self.config.best_metric, self.config.best_mode
+        assert metric is not None
+        best = checkpoints.best_good(self.root, self.layout, self.say, metric=metric, mode=mode, newest=self.steps)
+        if best is None:
+            raise UserError(
+                f"checkpoint.final=best: no checkpoint in {self.root} was saved with {metric}. "
+                "Set checkpoint.final=last to finish with the last weights."
+            )
+        weights = {name: value for name, value in self.state().items() if name.startswith(checkpoints.WEIGHTS)}
+        checkpoints.load(best, weights, self.layout)
+        self.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
+        return best.step
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.every_steps
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def _minutes_passed(self, now: float) -> bool:
+        minutes = self.config.every_minutes
+        return minutes is not None and now - self._last >= 60 * minutes
+
+    def _has_failed(self) -> bool:
+        return self._writing is not None and self._writing.error is not None
+
+    def _anywhere(self, *told: bool) -> list[bool]:
+        """What any process tells, on every one of them."""
+        if self._group is None:
+            return list(told)
+        flags = torch.tensor(told, dtype=torch.uint8)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _save(self, step: int, measured: dict[str, float]) -> None:
+        """Copy the state, and begin to write it."""
+        self.wait()
+        state = self.state()
+        weights = {name: value for name, value in state.items() if name.startswith(checkpoints.WEIGHTS)}
+        bad = [] if all_finite(list(weights.values())) else [n for n, each in weights.items() if not all_finite([each])]
+        if any(self._anywhere(bool(bad))):
+            raise UserError(f"step {step}: the weights are not finite any more ({', '.join(bad[:3])}); not saved.")
+        pieces = self._snapshots.take(state)
+        failure = self._extra(step) if self.layout.is_main else None
+
+        def write(give_up: threading.Event) -> None:
+            if failure is not None:
+                raise failure
+            checkpoints.save(self.root, step, pieces, self.layout, metrics=measured, give_up=give_up)
+            if self.layout.is_main:
+                checkpoints.prune(self.root, newest=step, keep=self.config)
+
+        self._writing = Writing(write)
+        self._writing.start()
+
+    def _extra(self, step: int) -> NotSaved | None:
+        """Write what belongs to the step besides the state, now: the thread would be too late."""
+        try:
+            with checkpoints.writing(self.root, step):
+                self.write_extra(checkpoints.aside(self.root, step), step)
+        except NotSaved as error:
+            return error
+        return None
+
+
+class Writing(threading.Thread):
+    """A checkpoint that is being written."""
+
+    def __init__(self, write: Callable[[threading.Event], None]) -> None:
+        super().__init__(name="checkpoint")
+        self.write = write
+        self.give_up = threading.Event()
+        """Set: do not wait for other processes any longer."""
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Called by `start`."""
+        with contextlib.suppress(OSError, AttributeError):  # Linux gives each thread a priority
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            self.write(self.give_up)
+        except Exception as error:
+            self.error = error
+
+    def leave(self, seconds: float) -> None:
+        """Let it come to its end; after `seconds` it does not wait for other processes any more."""
+        self.join(seconds)
+        self.give_up.set()
+        self.join()
