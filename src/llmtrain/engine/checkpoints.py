@@ -9,6 +9,7 @@
 nothing is pickled in or out. A folder without a manifest that matches is not a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llmtrain.config.errors import UserError
+from llmtrain.config.json_files import read_object
 from llmtrain.engine.distributed import Layout, agree, bare, barrier
 
 Say = Callable[[str], None]
@@ -125,51 +127,82 @@ def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by its manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Checkpoint(folder, int(manifest["step"]), dict(manifest["metrics"]))
+    manifest = read_object(folder / "manifest.json")
+    metrics = {name: float(value) for name, value in dict(manifest["metrics"]).items()}
+    return Checkpoint(folder, int(manifest["step"]), metrics)
 
 
 def inspect(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        digests, step = dict(manifest["sha256"]), int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, digests = read(folder).step, dict(read_object(folder / "manifest.json")["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     if folder.name != f"step-{step:08d}":
         return f"its manifest says step {step}"
+    unknown = [path.name for path in (folder / "state").glob("*.safetensors") if f"state/{path.name}" not in digests]
+    if unknown:
+        return f"state/{unknown[0]} is not in its manifest"
     for name, digest in digests.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its manifest names {name!r}, which is outside"
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:
             return f"{name} does not match its digest"
-    for name, value in _saved_tensors(folder / "state"):
-        if name.startswith("model.") and not _finite(value):
-            return f"{name} holds a value that is not finite"
+    try:
+        for name, value in _saved_tensors(folder / "state"):
+            if name.startswith("model.") and not _finite(value):
+                return f"{name} holds a value that is not finite"
+    except (SafetensorError, RuntimeError) as error:  # a header that is none, a type that is no number's
+        return f"its shards cannot be read: {error}"
     return None
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> None:
-    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from."""
-    with warnings.catch_warnings():
+    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from.
+
+    Raises UserError where they are not in it.
+    """
+    with warnings.catch_warnings(), _readable_shards(checkpoint.folder):
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The whole weights in a checkpoint by name, put together from all shards."""
+    """The whole weights in a checkpoint by name, put together from all shards.
+
+    Raises UserError for shards that do not make them up.
+    """
     reader = HuggingFaceStorageReader(str(folder / "state"))
-    state = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _readable_shards(folder):
         warnings.simplefilter("ignore")
+        found = {
+            name: item
+            for name, item in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+        }
+        needed = sum(math.prod(item.size) * item.properties.dtype.itemsize for item in found.values())
+        there = sum(path.stat().st_size for path in _files(folder / "state"))
+        if needed > there:
+            raise ValueError(f"they speak of {needed:,} bytes of weights and are of {there:,} bytes")
+        state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in found.items()}
         dcp.load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+@contextlib.contextmanager
+def _readable_shards(folder: Path) -> Iterator[None]:
+    """Within, what is wrong with a checkpoint's shards becomes a UserError; what they hold may be anybody's."""
+    faults = (
+        CheckpointException, SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError,
+    )  # fmt: skip
+    try:
+        yield
+    except faults as error:
+        raise UserError(f"checkpoint {folder}: its shards do not fit together: {_cause(error)}") from error
 
 
 def prune(root: Path, *, newest: int, keep_last: int, keep_best: int, best_metric: str | None, best_mode: str) -> None:
