@@ -121,16 +121,14 @@ def test_absurd_json(name: str, text: str, words: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
-def test_arrays_are_the_same_however_they_are_cut(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows: list[Any] = [{"text": "é]},{ \\\" \n" * number, "n": [number, {"a": None}]} for number in range(9)]
+def test_arrays_are_the_same_however_they_are_cut(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Any] = [{"text": 'é]},{ \\" \n' * number, "n": [number, {"a": None}]} for number in range(9)]
     rows += [12345, -1.5e300, "", [], {}, None, True]
     (tmp_path / "a.json").write_text("\ufeff \n" + json.dumps(rows, indent=1, ensure_ascii=False) + "\n \n")
     monkeypatch.setattr("llmtrain.data.json_arrays.READ_BYTES", size)
     with (tmp_path / "a.json").open("rb") as stream:
         assert list(array_items(stream, "a.json", 10_000)) == rows
-    with (tmp_path / "a.json").open("rb") as stream, refused("line 2", "an item is longer than 3 characters"):
+    with (tmp_path / "a.json").open("rb") as stream, refused("line 3", "an item is longer than 3 characters"):
         list(array_items(stream, "a.json", 3))
 
 

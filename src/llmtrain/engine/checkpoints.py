@@ -168,6 +168,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> No
     with warnings.catch_warnings(), _readable_shards(checkpoint.folder):
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
+        _whole_tensors(reader)
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
 
 
@@ -179,18 +180,27 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder / "state"))
     with warnings.catch_warnings(), _readable_shards(folder):
         warnings.simplefilter("ignore")
-        found = {
-            name: item
-            for name, item in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+        state = {
+            name: torch.empty(item.size, dtype=item.properties.dtype)
+            for name, item in _whole_tensors(reader).items()
+            if name.startswith("model.")
         }
-        needed = sum(math.prod(item.size) * item.properties.dtype.itemsize for item in found.values())
-        there = sum(path.stat().st_size for path in _files(folder / "state"))
-        if needed > there:
-            raise ValueError(f"they speak of {needed:,} bytes of weights and are of {there:,} bytes")
-        state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in found.items()}
         dcp.load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def _whole_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """The tensors in a checkpoint. Raises ValueError for one of whose elements some are in no shard, or in several."""
+    found = {
+        name: item
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+    for name, item in found.items():
+        in_shards = sum(math.prod(chunk.sizes) for chunk in item.chunks)
+        if in_shards != math.prod(item.size) or any(place < 0 for chunk in item.chunks for place in chunk.offsets):
+            raise ValueError(f"{name} is of shape {list(item.size)}, and of that {in_shards:,} elements are there")
+    return found
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -46,10 +47,11 @@ class Rows(Protocol):
     def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
     def metrics(self) -> Metrics: ...
     def num_tokens(self) -> int: ...
+    def num_predicted(self) -> int: ...
 
 
 class BatchSource(Protocol):
-    """Where batches come from; pure in (config, step)."""
+    """Where batches come from; pure in (config, step). `phase`, where it has one, is what its time is counted as."""
 
     def __call__(self, step: int) -> Any:
         """The rows this process trains on at `step` (from 0)."""
@@ -108,6 +110,8 @@ class Trainer:
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     speed: Speed
+    profile: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
+    """Around each step, from 1: what records some of them."""
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
@@ -134,7 +138,8 @@ class Trainer:
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-            metrics, tokens = self._step(step, loss_of)
+            with self.profile(step + 1):
+                metrics, tokens = self._step(step, loss_of)
             step += 1
             self.speed.end_step(tokens)
             values = {}
@@ -151,7 +156,8 @@ class Trainer:
 
     def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
         """One step: every update that the step's batch is good for, each over all its micro-batches."""
-        batch = self.batches(step).to(self.layout.device)
+        with self.speed.phase(getattr(self.batches, "phase", "data")):
+            batch = self.batches(step).to(self.layout.device)
         self._show(step + 1, batch.samples)
         metrics, tokens = Totals(batch.metrics()), 0
         for number, update in enumerate(batch.updates()):
@@ -160,17 +166,20 @@ class Trainer:
             micro_batches = list(update.micro_batches(self.micro_batch_rows))
             for index, micro in enumerate(micro_batches):
                 torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
-                with gradient_sync(self.model, now=index == len(micro_batches) - 1):
+                last = index == len(micro_batches) - 1
+                with self.speed.phase("forward_backward"), gradient_sync(self.model, now=last):
                     with self.autocast():
                         loss, parts = loss_of(self.model, micro)
                     # the processes' gradients are averaged, so each counts its share `world` times
                     (loss * (self.layout.world / weight)).sum().backward()
                 metrics.add(parts)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics.add(self.after_update())
+            with self.speed.phase("optimizer"):
+                metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                metrics.add(self.after_update())
             tokens += update.num_tokens()
+            self.speed.predictions += update.num_predicted() * self.layout.world
         return metrics.sums, tokens * self.layout.world
 
     def _show(self, step: int, samples: Samples | None) -> None:
@@ -213,7 +222,7 @@ class Trainer:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
         self.model.eval()
         values: dict[str, float] = {}
-        with torch.no_grad(), self.autocast():
+        with self.speed.phase("evaluation"), torch.no_grad(), self.autocast():
             for evaluator in self.evaluators:
                 values |= evaluator()
         self.model.train()
@@ -269,10 +278,11 @@ class Trainer:
 
     def _save(self, step: int, measured: dict[str, float]) -> None:
         root = self.folder / "checkpoints"
-        checkpoints.save(
-            root, step, self._state(), self.layout, metrics=measured,
-            write_extra=lambda folder: self.write_extra(folder, step),
-        )  # fmt: skip
+        with self.speed.phase("saving"):
+            checkpoints.save(
+                root, step, self._state(), self.layout, metrics=measured,
+                write_extra=lambda folder: self.write_extra(folder, step),
+            )  # fmt: skip
         if self.layout.is_main:
             keep = self.checkpoint
             checkpoints.prune(

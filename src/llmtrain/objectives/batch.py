@@ -48,6 +48,10 @@ class Batch:
         tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
         return sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2)
 
+    def num_predicted(self) -> int:
+        """Tokens whose predictions are made: all of them, unless a subclass leaves some out by its shape."""
+        return self.num_tokens()
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         """The batch in portions of at most `rows` rows (None: in one)."""
         rows = rows or max(len(self), 1)

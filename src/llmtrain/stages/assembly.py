@@ -27,6 +27,7 @@ from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
+from llmtrain.engine.profiling import Profiler
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
@@ -157,7 +158,8 @@ class Run(Generic[Config]):
             )
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
-        flops = trained.flops_per_token(length)
+        flops, without_head = trained.flops_per_token(length), trained.flops_per_token(length, 0.0)
+        head = trained.flops_per_token(length, 1.0) - without_head
         wanted = config.engine.compile
         compile_it = (
             wanted
@@ -198,8 +200,10 @@ class Run(Generic[Config]):
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=config.train.micro_batch_rows, max_grad_norm=config.train.max_grad_norm,
             compile=compile_it, fixed_shapes=fixed_shapes, after_update=after_update,
-            speed=Speed(device, flops, peak), health=config.health,
+            speed=Speed(device, without_head, peak, head), health=config.health,
         )  # fmt: skip
+        if config.engine.profile:
+            trainer.profile = Profiler(self.folder, config.engine.profile, self.layout, steps, tracker.say)
         try:
             self.step = trainer.fit()
         finally:

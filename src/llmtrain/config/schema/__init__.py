@@ -99,6 +99,7 @@ from llmtrain.config.schema.training import (
     TrackerConfig,
     TrainConfig,
 )
+from llmtrain.config.schema.watching import ProfileConfig
 
 __all__ = [
     "MUP_OPTIMIZERS",
@@ -154,6 +155,7 @@ __all__ = [
     "PrefixConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "ProfileConfig",
     "ReinforceConfig",
     "RejectionSamplingConfig",
     "RewardConfig",

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.strict import STRICT
+from llmtrain.config.schema.watching import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,6 +93,8 @@ class EngineConfig:
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process. Null: the cores shared out evenly."""
+    profile: ProfileConfig | None = None
+    """Record some steps. Null: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
