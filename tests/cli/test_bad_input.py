@@ -134,7 +134,7 @@ CONFIG = {
         ["align", "method=ppo", "model.init_from=runs/pretrain", "reward_model=runs/pretrain"],
         2, ["reward_model: runs/pretrain is a run of pretrain"],
     ),
-    "broken lineage": Case(["sft", "model.init_from=odd_lineage"], 1, ["odd_lineage/lineage.json: not valid JSON", "Restore it"]),
+    "broken lineage": Case(["sft", "model.init_from=odd_lineage"], 1, ["lineage.json: not valid JSON", "Restore it"]),
     "runs_dir is a file": Case(["pretrain", "runs_dir=texts.jsonl"], 2, ["runs_dir:", "is a file, not a folder"]),
     "no such class": Case(
         [*PRETRAIN, "optimizer._target_=no_such.Thing"], 2, ["optimizer._target_='no_such.Thing': cannot import"]

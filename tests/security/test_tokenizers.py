@@ -31,6 +31,14 @@ def change(folder: Path, how: Callable[[JsonObject], Any]) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def told(action: Callable[[], Any]) -> str:
+    """What it gives, as text, or the message by which it is refused."""
+    try:
+        return str(action() or "")
+    except DataError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.pkl", "tokenizer.bin", "vocab.pt", "tokenizer.json"])
 def test_pickles_are_not_opened(name: str, folder: Path, tmp_path: Path) -> None:
     canary = Canary(tmp_path / "canary")
@@ -68,10 +76,8 @@ def test_regular_expressions_that_go_astray(pattern: str, part: str, folder: Pat
     }
     change(folder, lambda content: content.update({part: kinds[part] | {"pattern": {"Regex": pattern}}}))
     tokenizer, before = load_tokenizer(folder), time.monotonic()
-    try:
-        tokenizer.encode(ASTRAY[pattern])
-    except DataError as error:
-        assert "the tokenizer cannot encode a text: Onig: Regex search error" in str(error)
+    said = told(lambda: tokenizer.encode(ASTRAY[pattern]))
+    assert said.startswith("[") or "the tokenizer cannot encode a text: Onig: Regex search error" in said
     assert time.monotonic() - before < 20
 
 
@@ -170,12 +176,8 @@ ENDLESS = [
 @pytest.mark.parametrize("source", ESCAPES)
 def test_no_way_out_of_the_sandbox(source: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    try:
-        text = ChatTemplate(source.replace("CANARY", str(canary)), {}).render(MESSAGES).text
-    except DataError as error:
-        assert "the chat template refuses these messages: " in str(error)
-    else:
-        assert text == ""
+    said = told(lambda: ChatTemplate(source.replace("CANARY", str(canary)), {}).render(MESSAGES).text)
+    assert said == "" or said.startswith("the chat template refuses these messages: ")
     assert not canary.exists()
 
 

@@ -130,7 +130,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             self._allow(len(left) + len(right))
         return self._made(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Called by Jinja for every call; the names are Jinja's, for templates may use any other."""
         __self.tick()
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped

@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.engine import rank_logs
 from llmtrain.engine.memory import keep_freed_memory
 
 
@@ -121,6 +122,7 @@ def _run_as(
         leave()
     except Exception as error:
         seen = f"in process {rank}:\n{traceback.format_exc()[-20_000:]}"
+        rank_logs.note(seen)
         if isinstance(error, OSError):
             error.add_note(seen)
         failures.put(error if isinstance(error, UserError | OSError) else RuntimeError(seen))

@@ -27,8 +27,9 @@ from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
-from llmtrain.engine.profiling import Profiler
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.profiling import Profiler
+from llmtrain.engine.rank_logs import keep_log
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.tracking import Tracker, check_trackers
@@ -88,6 +89,7 @@ class Run(Generic[Config]):
         """Join the other processes and seed what has no key of its own."""
         torch.manual_seed(config.seed)
         layout = distributed.join(config.engine.device, config.engine.threads)
+        keep_log(handover.run_folder(config), layout.rank, layout.world)
         show_log(layout.is_main)
         return cls(config, handover.run_folder(config), layout, time.monotonic())
 
