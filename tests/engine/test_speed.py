@@ -60,6 +60,45 @@ def test_time_is_told_by_phase_since_the_last_row() -> None:
     assert later.keys() - found.keys() == {"perf/seconds/rollouts"}
 
 
+@pytest.mark.usefixtures("clock")
+def test_phases_on_a_gpu_are_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Recorded on the device at once: half a second after the one before."""
+
+        now = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.now += 0.5
+            self.at = Event.now
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000.0 * (end.at - self.at)
+
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    watch = Speed(torch.device("cuda"), flops_per_token=1.0, peak_flops=1.0)
+    for _ in range(3):
+        watch.start_step()
+        for phase in ("data", "forward_backward", "forward_backward", "optimizer"):
+            with watch.phase(phase):
+                pass
+        watch.end_step(10)
+    assert waits == []  # a step waits for nothing
+    with watch.phase("saving"):
+        pass
+    found = watch.values()
+    assert waits == ["wait", "wait"]  # before the save, and to read the row
+    assert found["perf/seconds/forward_backward"] == pytest.approx(3.0)
+    assert found["perf/seconds/optimizer"] == pytest.approx(1.5)
+    assert found["perf/seconds/data"] == pytest.approx(3.0)  # by the program's clock
+    assert found["perf/peak_memory_gib"] == 1.5
+
+
 def test_memory_is_the_most_that_was_held() -> None:
     before = peak_memory(CPU)
     held = torch.ones(int(before * 1.2) // 4)
