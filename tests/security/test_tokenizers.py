@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from tests.security.hostile import Canary, JsonObject, refused
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.schema import RowSourceConfig, TemplateConfig
 from llmtrain.data import template_sandbox
 from llmtrain.data.templates import ChatTemplate
 from llmtrain.data.tokenizers import load_tokenizer, train_tokenizer
+from llmtrain.data.wordings import Wordings
 
 MESSAGES = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 ASTRAY = {"(a+)+$": "a" * 40 + "b", "(a|aa)+$": "a" * 60 + "b", "^(([a-z])+.)+[A-Z]([a-z])+$": "a" * 60 + "!"}
@@ -75,10 +78,10 @@ def test_regular_expressions_that_go_astray(pattern: str, part: str, folder: Pat
         "normalizer": {"type": "Replace", "content": ""},
     }
     change(folder, lambda content: content.update({part: kinds[part] | {"pattern": {"Regex": pattern}}}))
-    tokenizer, before = load_tokenizer(folder), time.monotonic()
+    tokenizer, before = load_tokenizer(folder), time.process_time()
     said = told(lambda: tokenizer.encode(ASTRAY[pattern]))
     assert said.startswith("[") or "the tokenizer cannot encode a text: Onig: Regex search error" in said
-    assert time.monotonic() - before < 20
+    assert time.process_time() - before < 20
 
 
 def test_a_normalizer_that_makes_much_of_little(folder: Path) -> None:
@@ -183,10 +186,10 @@ def test_no_way_out_of_the_sandbox(source: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", TOO_LONG)
 def test_what_would_fill_the_memory_is_refused_first(source: str) -> None:
-    before = time.monotonic()
+    before = time.process_time()
     with refused("the chat template refuses these messages: ", TOO_LONG[source]):
         ChatTemplate(source, {}).render(MESSAGES)
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("source", ENDLESS)
@@ -195,7 +198,21 @@ def test_endless_templates_are_stopped(source: str, monkeypatch: pytest.MonkeyPa
     template, before = ChatTemplate(source, {}), time.monotonic()
     with pytest.raises(DataError, match=r"it computes for more than 0 seconds|texts and lists of more than"):
         template.render(MESSAGES)
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < 20
+
+
+def test_each_rendering_has_its_own_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(template_sandbox, "MAX_BYTES", 10_000)
+    source = "{% for i in range(100) %}{{ 'a' ~ 'b' }}{% endfor %}"
+    template = ChatTemplate(source, {})
+    wordings = Wordings(RowSourceConfig(path="a", templates=[TemplateConfig(prompt=source, completion="{{ a }}")]))
+    for _ in range(3):
+        assert template.render(MESSAGES[:1]).text == "ab" * 100
+        assert wordings.word({"a": "b"}, 0) == {"prompt": "ab" * 100, "completion": "b"}
+        time.sleep(0.1)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(template.render, MESSAGES[:1]).result().text == "ab" * 100
 
 
 def test_what_templates_do_goes_on_as_before() -> None:

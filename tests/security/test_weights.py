@@ -139,10 +139,10 @@ SIZES: dict[str, tuple[JsonObject, str]] = {
 def test_absurd_sizes_are_refused_before_anything_is_made(name: str, folder: Path) -> None:
     keys, words = SIZES[name]
     change(folder / "config.json", **keys)
-    before = time.monotonic()
+    before = time.process_time()
     with refused("config.json", words):
         load_language_model(folder)
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama", "a": ' + DEEP + "}", "[]", "\ud800", "", "{" * 10**6])

@@ -8,6 +8,7 @@ not interrupted.
 """
 
 import functools
+import math
 import re
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -84,15 +86,33 @@ FILTERS: dict[str, Bound] = {
 }  # fmt: skip
 
 
+class _Spent(threading.local):
+    """What the rendering in this thread has used up."""
+
+    until = math.inf
+    bytes = 0
+
+
+class _Template(jinja2.Template):
+    """Each rendering has its own time and memory."""
+
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        """The text, from variables."""
+        sandbox = self.environment
+        assert isinstance(sandbox, TemplateSandbox)
+        sandbox.begin()
+        return super().render(*args, **kwargs)
+
+
 class TemplateSandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with bounds. Raises SecurityError, in words for the user, where a template goes beyond them."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    template_class = _Template
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._spent = threading.local()
-        self.begin()
+        self._spent = _Spent()
         self.globals.pop("lipsum")  # random texts of any length
         self.concat = self.joined_texts
         self.filters |= {name: self.bounded(name, self.filters[name]) for name in FILTERS}

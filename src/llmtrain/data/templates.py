@@ -106,7 +106,6 @@ class ChatTemplate:
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
-            environment().begin()
             return self._template.render(variables, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template computes with the messages: anything may go wrong
             said = str(error) or type(error).__name__
