@@ -16,6 +16,8 @@ from tests.security.hostile import Canary, JsonObject, change, refused, safetens
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig
+from llmtrain.data.ledger import Ledger
+from llmtrain.data.streaming import read_positions
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
 from llmtrain.models.formats import load_language_model, save_model
@@ -242,6 +244,20 @@ def test_shards_that_do_not_fit_together(name: str, checkpoint: Path) -> None:
     with refused("its shards do not fit together"):
         state = {"model.weight": torch.ones(8, 2)}
         checkpoints.load(checkpoints.read(checkpoint), state, ALONE)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"phases": 5}', '{"phases": [[0, {}]], "__class__": 1}', DEEP])
+def test_what_was_drawn_is_not_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mixture.json").write_text(text)
+    with refused("mixture.json"):
+        Ledger.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 5}', '{"a": {"portion": 1, "evil": 2}}', DEEP])
+def test_where_streams_stood_is_not_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "streams.json").write_text(text)
+    with refused("streams.json"):
+        read_positions(tmp_path)
 
 
 # Adapters ---------------------------------------------------------------------------------------------------------
