@@ -26,6 +26,7 @@ MAX_SECONDS = 10.0  # of one rendering, which usually takes less than a millisec
 MAX_LENGTH = 2**24  # characters of a text, or entries of a list, that one operation makes
 MAX_BYTES = 2**29  # of all that one rendering makes
 MAX_BITS = 4096  # of whole numbers
+JOINED = "~"  # the filter that stands for the operator; no template can name it
 ENTRY_BYTES = 64  # about what an entry of a list takes, besides its place
 
 
@@ -115,20 +116,18 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         self._spent = _Spent()
         self.globals.pop("lipsum")  # random texts of any length
         self.concat = self.joined_texts
+        self.filters[JOINED] = lambda parts: self.joined_texts(map(str, parts))
         self.filters |= {name: self.bounded(name, self.filters[name]) for name in FILTERS}
 
     def begin(self) -> None:
         """A rendering begins in this thread: nothing is spent."""
         self._spent.until, self._spent.bytes = time.monotonic() + MAX_SECONDS, 0
 
+    @property
     def tick(self) -> None:
-        """Look at the clock; compiled into each turn of a loop."""
+        """A look at the clock: compiled into each turn of a loop, as a value, for calls cost Jinja's own checks."""
         if time.monotonic() > self._spent.until:
             raise SecurityError(f"it computes for more than {MAX_SECONDS:.0f} seconds, as no chat template needs to")
-
-    def joined(self, *parts: Any) -> str:
-        """`a ~ b`."""
-        return self.joined_texts([str(part) for part in parts])
 
     def joined_texts(self, texts: Any) -> str:
         """The output of a template, a block or a macro from its parts."""
@@ -138,6 +137,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Called by Jinja for `intercepted_binops`."""
+        if operator == "+" and type(left) is str and type(right) is str:  # most of what templates do
+            text = left + right
+            self._allow(len(text))
+            return self._made(text)
         if operator == "%" and isinstance(left, str):
             self._allow(_formatted(left, right))
         elif isinstance(left, int) and isinstance(right, int):
@@ -152,11 +155,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Called by Jinja for every call; the names are Jinja's, for templates may use any other."""
-        __self.tick()
-        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
-        owner, bound = getattr(method, "__self__", None), METHODS.get(getattr(method, "__name__", ""))
-        if bound is not None and isinstance(owner, str):
-            __self._allow(bound(owner, *args, **kwargs))
+        __self.tick  # noqa: B018
+        bound = METHODS.get(getattr(__obj, "__name__", ""))
+        if bound is not None:
+            owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # str.format comes wrapped
+            if isinstance(owner, str):
+                __self._allow(bound(owner, *args, **kwargs))
         return __self._made(super().call(__context, __obj, *args, **kwargs))
 
     def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,18 +191,13 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 class _Watched(NodeTransformer):
-    """Puts a look at the clock into loops, and `joined` into the place of `~`, which Jinja does not hand to anybody."""
+    """Puts a look at the clock into loops, and a filter into the place of `~`, which Jinja hands to nobody."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", [], node.lineno)).set_lineno(node.lineno))
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("tick")).set_lineno(node.lineno))
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        return _call("joined", node.nodes, node.lineno)
-
-
-def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
-    call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
-    return call.set_lineno(line, override=True)
+        return nodes.Filter(nodes.List(node.nodes), JOINED, [], [], None, None).set_lineno(node.lineno, override=True)

@@ -52,7 +52,7 @@ def keep_log(folder: Path, rank: int, world: int) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     log = (folder / FOLDER / f"rank-{rank}.log").open("a", encoding="utf-8", errors="replace")
     faulthandler.enable(log)
-    sys.stdout, sys.stderr = Copied(sys.stdout, log), Copied(sys.stderr, log)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Copied(sys.stdout, log), Copied(sys.stderr, log)
 
 
 def note(text: str) -> None:
