@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -115,8 +115,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self._spent = _Spent()
         self.globals.pop("lipsum")  # random texts of any length
-        self.concat = self.joined_texts
-        self.filters[JOINED] = lambda parts: self.joined_texts(map(str, parts))
+        self.filters[JOINED] = lambda parts: self.concat(map(str, parts))
         self.filters |= {name: self.bounded(name, self.filters[name]) for name in FILTERS}
 
     def begin(self) -> None:
@@ -129,11 +128,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         if time.monotonic() > self._spent.until:
             raise SecurityError(f"it computes for more than {MAX_SECONDS:.0f} seconds, as no chat template needs to")
 
-    def joined_texts(self, texts: Any) -> str:
-        """The output of a template, a block or a macro from its parts."""
-        texts = list(texts)
-        self._allow(sum(map(len, texts)))
-        return self._made("".join(texts))
+    def concat(self, texts: Iterable[str]) -> str:
+        """Called by Jinja: the output of a template, a block or a macro from its parts."""
+        parts = list(texts)
+        self._allow(sum(map(len, parts)))
+        return str(self._made("".join(parts)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Called by Jinja for `intercepted_binops`."""
@@ -153,7 +152,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             self._allow(len(left) + len(right))
         return self._made(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Called by Jinja for every call; the names are Jinja's, for templates may use any other."""
         __self.tick  # noqa: B018
         bound = METHODS.get(getattr(__obj, "__name__", ""))
@@ -200,4 +199,6 @@ class _Watched(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        return nodes.Filter(nodes.List(node.nodes), JOINED, [], [], None, None).set_lineno(node.lineno, override=True)
+        joined = nodes.Filter(nodes.List(node.nodes), JOINED, [], [], None, None)
+        joined.set_lineno(node.lineno, override=True)
+        return joined
