@@ -145,6 +145,7 @@ def test_rows_of_a_table_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
 
 BOMBS = {
     "line.jsonl.gz": "line 1: longer than 67,108,864 bytes",
+    "line.jsonl.zst": "line 1: longer than 67,108,864 bytes",
     "array.json.gz": "line 1: not valid JSON: an item is longer than 67,108,864 characters",
     "line.csv.gz": "unpacks to 10,000 rows, or a single one, of more than 1,073,741,824 bytes",
     "quote.csv.gz": "unpacks to 10,000 rows, or a single one, of more than 1,073,741,824 bytes",
@@ -162,6 +163,10 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder: Path = tmp_path_factory.mktemp("bombs")
     bomb(folder / "line.jsonl.gz", b'{"text": "', b"a", SIZE // 8)
+    with pa.output_stream(str(folder / "line.jsonl.zst"), compression="zstd") as file:
+        file.write(b'{"text": "')
+        for _ in range(SIZE // 2**20):
+            file.write(b"a" * 2**20)
     bomb(folder / "array.json.gz", b'[{"text": "', b"a", SIZE // 8)
     bomb(folder / "line.csv.gz", b"text\n", b"a", SIZE)
     bomb(folder / "quote.csv.gz", b'text\n"', b"a line\n", SIZE)
