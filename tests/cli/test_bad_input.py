@@ -1,5 +1,6 @@
 """What is wrong with a command, its data or its folders is told in a short message, and nothing is left half done."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,7 @@ def make_data(root: Path) -> None:
     write(root / "null.jsonl", TEXTS, line_17='{"text": null}')
     write(root / "list.jsonl", TEXTS, line_17='["text"]')
     write(root / "pairs_17.jsonl", PAIRS, line_17='{"prompt": "?", "rejected": "no"}')
+    write(root / "chats.jsonl", CHATS)
     write(root / "chats_17.jsonl", CHATS, line_17='{"messages": [{"role": "user", "content": "?"}]}')
     (root / "latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
     (root / "table.parquet").write_bytes(b"no table")
@@ -87,6 +89,20 @@ def damage(root: Path) -> None:
     (copy("odd_lineage", "runs/pretrain") / "lineage.json").write_text("{")
     config = copy("other_family") / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba"}))
+    config = copy("absurd") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
+    (copy("endless") / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|end|>", "chat_template": "{{ 'a' * 10**10 }}"})
+    )
+    outside = copy("outside")
+    (outside / "model.safetensors").unlink()
+    (outside / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../../etc/passwd"}}')
+    manifest = copy("traversal", "runs/pretrain/checkpoints/step-00000001") / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {"../../../etc/passwd": "0"}}))
+    (root / "named").mkdir()
+    manifest.parent.rename(root / "named" / "step-00000001")
+    with gzip.open(root / "bomb.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"text": "' + bytes(70_000_000))
     copy("flipped", "runs/pretrain/checkpoints/step-00000001").rename(root / "step-00000001")
     shard = next((root / "step-00000001" / "state").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
@@ -134,7 +150,7 @@ CONFIG = {
         ["align", "method=ppo", "model.init_from=runs/pretrain", "reward_model=runs/pretrain"],
         2, ["reward_model: runs/pretrain is a run of pretrain"],
     ),
-    "broken lineage": Case(["sft", "model.init_from=odd_lineage"], 1, ["odd_lineage/lineage.json cannot be read"]),
+    "broken lineage": Case(["sft", "model.init_from=odd_lineage"], 1, ["lineage.json: not valid JSON", "Restore it"]),
     "runs_dir is a file": Case(["pretrain", "runs_dir=texts.jsonl"], 2, ["runs_dir:", "is a file, not a folder"]),
     "no such class": Case(
         [*PRETRAIN, "optimizer._target_=no_such.Thing"], 2, ["optimizer._target_='no_such.Thing': cannot import"]
@@ -182,6 +198,13 @@ CONTENT = {
     "chat template": Case(
         [*SFT, f"{FILE}=pairs.jsonl", "tokenizer.chat_template=template.jinja"], 2, ["no valid Jinja: line 1"]
     ),
+    "absurd sizes": Case(["sft", "model.init_from=absurd"], 1, ["absurd/config.json", "num_layers: Input should be"]),
+    "index that leads out": Case(["sft", "model.init_from=outside"], 1, ["only .safetensors files beside it are read"]),
+    "manifest that leads out": Case(["sft", "model.init_from=named/step-00000001"], 1, ["not in its manifest"]),
+    "template without end": Case(
+        [*SFT[:-1], "model.init_from=endless", f"{FILE}=chats.jsonl"], 2, ["it makes a text or list longer than"]
+    ),
+    "a line without end": Case([*FILES, f"{FILE}=bomb.jsonl.gz"], 2, ["line 1: longer than 67,108,864 bytes"]),
     "no GPU": Case([*PRETRAIN, "engine.device=cuda"], 2, ["engine.device=cuda", "engine.device=cpu"]),
 }
 

@@ -54,7 +54,8 @@ def fill(
     rows += [
         {
             "step": step, "train/loss": 7 / step, "train/grad_norm": 1.0, "train/learning_rate": 1e-3,
-            "perf/tokens_per_second": 12345.0, "perf/mfu": 0.25,
+            "perf/tokens_per_second": 12345.0, "perf/mfu": 0.25, "perf/seconds/total": 0.5, "perf/seconds/data": 0.1,
+            "perf/seconds/forward_backward": 0.3, "perf/peak_memory_gib": 1.5,
             "data/prose/tokens": 75.0 * step, "data/code/tokens": 25.0 * step,
         }
         for step in range(1, 1001)
@@ -120,10 +121,22 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     assert page.tags.count("i") == page.source.count('<i style="')
 
 
+def test_the_time_is_told_by_phase(tmp_path: Path) -> None:
+    page = Page(write_report(fill(tmp_path / "x")))
+    cells = re.findall(
+        r"<tr><td>([a-z ]+)</td><td class=\"n\">([\d.]+)</td><td class=\"n\">([\d.]+) %</td></tr>", page.source
+    )
+    assert cells == [("forward backward", "300.0", "60.0"), ("data", "100.0", "20.0"), ("other", "100.0", "20.0")]
+    assert "1.5 GiB" in page.text
+
+
 def test_curves_of_one_quantity_share_a_chart(tmp_path: Path) -> None:
     page = Page(write_report(fill(tmp_path / "x")))
     titles = re.findall(r"<figcaption><b>(.*?)</b>", page.source)
-    assert titles == ["loss", "grad_norm", "learning_rate", "accuracy", "perf/mfu", "perf/tokens_per_second"]
+    assert titles == [
+        "loss", "grad_norm", "learning_rate", "accuracy", "perf/mfu",
+        "perf/peak_memory_gib", "perf/seconds", "perf/tokens_per_second",
+    ]  # fmt: skip
     legend = page.source.split("<figcaption><b>loss</b>")[1].split("</figcaption>")[0]
     assert "train <b>0.007</b>" in legend
     assert "eval prose <b>2.125</b>" in legend

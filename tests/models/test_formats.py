@@ -352,5 +352,5 @@ def test_folders_that_are_none(name: str, words: str, tmp_path: Path) -> None:
 
 def test_invalid_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
         read_config(tmp_path)

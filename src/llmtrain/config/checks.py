@@ -160,6 +160,17 @@ def found_rows(view: View) -> Iterator[Finding]:
         yield finding("auto is for updates alone, and method.reference=precomputed reads besides; give a number", key)
 
 
+def profile(view: View) -> Iterator[Finding]:
+    """The steps that are recorded are steps of the run."""
+    key, steps = "engine.profile", view["train.steps"]
+    if view[key] is None or steps is None:
+        return
+    first, number = view[f"{key}.first_step"], view[f"{key}.steps"]
+    if first + number - 1 > steps:
+        last = f"step {first} to {first + number - 1}" if number > 1 else f"step {first}"
+        yield finding(f"{last} of a run of train.steps={steps}", f"{key}.first_step", f"{key}.steps", "train.steps")
+
+
 def schedule(view: View) -> Iterator[Finding]:
     """Each schedule has its own options."""
     name = view["schedule.name"]
@@ -327,6 +338,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *LAYOUT_CHECKS,
     hanging,
     found_rows,
+    profile,
     schedule,
     warmup,
     length_warmup,

@@ -126,10 +126,10 @@ def accepted(annotation: Any, field: FieldInfo | None = None) -> str:
     """What a value of this type may be, in words: "a whole number >= 1, or null"."""
     words = [_accepted(member) for member in alternatives(annotation)]
     limits = [
-        f"{sign} {getattr(item, name):g}"
+        f"{sign} {limit if isinstance(limit, int) else format(limit, 'g')}"
         for item in (field.metadata if field else [])
         for name, sign in BOUNDS.items()
-        if getattr(item, name, None) is not None
+        if (limit := getattr(item, name, None)) is not None
     ]
     text = " or ".join(dict.fromkeys(words)) + (" " + " and ".join(limits) if limits else "")
     return text + (", or null" if type(None) in get_args(annotation) else "")

@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.json_files import read_object
 from llmtrain.data.mixture import Mixture, Phase, PhasedMixture
 
 FILE = "mixture.json"
@@ -47,10 +47,13 @@ class Ledger:
 
     @classmethod
     def read(cls, folder: Path) -> "Ledger":
-        """The ledger in a checkpoint's folder."""
-        said: dict[str, Any] = json.loads((folder / FILE).read_text())
-        phases = tuple(Phase(start, weights) for start, weights in said.pop("phases"))
-        return cls(phases=phases, **said)
+        """The ledger in a checkpoint's folder. Raises DataError for another file."""
+        said = read_object(folder / FILE, DataError)
+        try:
+            phases = tuple(Phase(start, weights) for start, weights in said.pop("phases"))
+            return cls(phases=phases, **said)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{folder / FILE} does not say what has been drawn: {error!r}") from None
 
     def check(self, contents: Mapping[str, str]) -> None:
         """Raises DataError for a source whose content is not what it was: its rows would not be those not yet seen."""

@@ -15,15 +15,16 @@ from typing import IO, Any, Literal, TypeVar
 
 from llmtrain.config.errors import DataError
 from llmtrain.data.files import LOADERS, READ_ERRORS, is_compressed, open_bytes, suffix_of
+from llmtrain.data.json_arrays import array_items
 from llmtrain.data.pieces import Piece, Place, find_pieces
-from llmtrain.data.tables import cause, datasets_library, hub_dataset, open_parquet, saved_dataset
+from llmtrain.data.tables import cause, check_rows, datasets_library, hub_dataset, open_parquet, saved_dataset
 
 Item = TypeVar("Item")
 Split = Literal["train", "validation"]
 OnError = Literal["stop", "skip"]
 Record = dict[str, Any]
 
-LINE_BYTES = 256 * 1024 * 1024  # no line may be longer
+LINE_BYTES = 64 * 1024 * 1024  # no line may be longer: parsed, a line of brackets takes 20 times its bytes
 TEXT_BYTES = 1024 * 1024  # a longer text file is read as several texts, each of whole lines
 
 HINT = "data.on_error=skip leaves such rows out, and says how many and why"
@@ -188,18 +189,9 @@ def _not_utf8(place: Place, error: UnicodeDecodeError) -> RowError:
 def _read_json(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     """A .json file that is an array of objects; one with an object a line is read as lines."""
     with open_bytes(piece.file) as stream:
-        data = stream.read()
-    try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(Place(piece, 0), error) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{piece.file}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{piece.file}: not valid JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        place = Place(piece, number)
-        yield place, _checked(row, place, may_hold_surrogates=True)
+        for number, row in enumerate(array_items(stream, piece.file, LINE_BYTES), 1):
+            place = Place(piece, number)
+            yield place, _checked(row, place, may_hold_surrogates=True)
 
 
 def _parsed(line: bytes | None, place: Place) -> Record | RowError:
@@ -250,6 +242,9 @@ def _read_parquet(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
 def _read_table(piece: Piece, cache_dir: Path) -> Iterator[Placed]:
     """A file that the `datasets` library reads: CSV, TSV, Arrow."""
     loader = LOADERS[suffix_of(piece.file)]
+    if is_compressed(piece.file) and loader == "csv":
+        with open_bytes(piece.file) as stream:
+            check_rows(stream, piece.file)
     options: dict[str, Any] = {"sep": "\t"} if suffix_of(piece.file) == ".tsv" else {}
     options |= {"data_files": piece.file, "cache_dir": str(cache_dir / "datasets")}
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import CorpusConfig, SourceConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.batches import collate_text, share
@@ -198,9 +199,12 @@ class StreamedBatches:
 
 
 def read_positions(folder: Path) -> dict[str, Position]:
-    """Where the streams stood at a checkpoint."""
-    said: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
-    return {name: Position(**position) for name, position in said.items()}
+    """Where the streams stood at a checkpoint. Raises DataError for a file that does not say it."""
+    said = read_object(folder / FILE, DataError)
+    try:
+        return {name: Position(**position) for name, position in said.items()}
+    except TypeError as error:
+        raise DataError(f"{folder / FILE} does not say where streams stood: {error}") from None
 
 
 class HeldOutTokens:

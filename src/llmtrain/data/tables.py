@@ -10,16 +10,40 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.config.errors import DataError
-from llmtrain.data.files import is_compressed
+from llmtrain.data.files import READ_ERRORS, is_compressed
+
+UNPACKED_BYTES = 2**30  # of a compressed table, that are in memory at a time
+CSV_ROWS = 10_000  # that `datasets` reads at a time
 
 
 def open_parquet(stream: IO[bytes], file: str) -> Any:
     try:
         # the whole file of a compressed stream: its end is needed first
-        seekable = io.BytesIO(stream.read()) if is_compressed(file) else stream
+        seekable = io.BytesIO(stream.read(UNPACKED_BYTES + 1)) if is_compressed(file) else stream
+    except READ_ERRORS as error:
+        raise DataError(f"{file}: broken or cut off compressed file: {error}") from None
+    if isinstance(seekable, io.BytesIO) and seekable.getbuffer().nbytes > UNPACKED_BYTES:
+        raise DataError(f"{file}: unpacks to more than {UNPACKED_BYTES:,} bytes, and is read whole: unpack it first")
+    try:
         return importlib.import_module("pyarrow.parquet").ParquetFile(seekable)
-    except Exception as error:  # the library's own, and those of the stream
+    except Exception as error:  # the library's own
         raise DataError(f"{file}: cannot be read as parquet: {cause(error)}") from None
+
+
+def check_rows(stream: IO[bytes], file: str) -> None:
+    """Raises DataError where rows of CSV that are read at a time do not fit into memory: quotes that are never closed,
+    lines without an end."""
+    size = rows = quotes = 0
+    while part := stream.readline(2**20):
+        size, quotes = size + len(part), quotes + part.count(b'"')
+        if size > UNPACKED_BYTES:
+            raise DataError(
+                f"{file}: unpacks to {CSV_ROWS:,} rows, or a single one, of more than {UNPACKED_BYTES:,} bytes; is a "
+                "quote never closed? Such data can be read as .jsonl."
+            )
+        rows += part.endswith(b"\n") and quotes % 2 == 0
+        if rows == CSV_ROWS:
+            size = rows = 0
 
 
 def hub_dataset(path: str, name: str | None, split: str, cache_dir: Path, streaming: bool = False) -> Any:
@@ -33,8 +57,11 @@ def hub_dataset(path: str, name: str | None, split: str, cache_dir: Path, stream
 
 
 def saved_dataset(folder: Path, split: str) -> Any:
-    """A folder written by `save_to_disk`."""
-    found = datasets_library().load_from_disk(str(folder))
+    """A folder written by `save_to_disk`. Raises DataError for one that cannot be read."""
+    try:
+        found = datasets_library().load_from_disk(str(folder))
+    except Exception as error:  # the library's, pyarrow's, those of JSON
+        raise DataError(f"{folder}: cannot be read as a saved data set: {cause(error)}") from None
     if not isinstance(found, dict):
         return found
     if split not in found:

@@ -1,7 +1,7 @@
 """Chat templates: messages → text, and where in that text the assistant speaks.
 
-Templates are Jinja, rendered in the sandbox and with the settings and helpers that Transformers uses, so that a
-template gives the same text here and there.
+Templates are Jinja, rendered in a sandbox and with the settings and helpers that Transformers uses, so that a template
+gives the same text here and there.
 """
 
 import dataclasses
@@ -17,14 +17,16 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtrain.config.errors import DataError
+from llmtrain.data.template_sandbox import TemplateSandbox
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 # Unicode noncharacters: reserved for use inside a program, so text from outside should not hold them.
 OPENED, CLOSED = "\ufdd0", "\ufdd1"
+
+MAX_SOURCE = 2**20  # characters; long ones have some 20,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source, self.special_tokens = source, dict(special_tokens)
+        if not isinstance(source, str) or len(source) > MAX_SOURCE:
+            raise DataError(f"the chat template is no text of up to {MAX_SOURCE:,} characters")
         try:
             self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # what it is compiled to is no Python
+            raise DataError(f"the chat template cannot be compiled: {error}") from None
         self._has_marks = re.search(r"\{%-?\s*generation\b", source) is not None
 
     def render(
@@ -102,7 +108,8 @@ class ChatTemplate:
             variables = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
             return self._template.render(variables, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template computes with the messages: anything may go wrong
-            raise DataError(f"the chat template refuses these messages: {error}\n{_shown(messages)}") from None
+            said = str(error) or type(error).__name__
+            raise DataError(f"the chat template refuses these messages: {said}\n{_shown(messages)}") from None
 
     def _answer(self, text: str, messages: Sequence[Message], index: int) -> tuple[int, int] | None:
         before = self._text(messages[:index], True)
@@ -117,12 +124,12 @@ def default_chat_template() -> str:
 
 
 @functools.cache
-def environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as Transformers sets it up for chat templates, in its sandbox."""
-    sandbox = ImmutableSandboxedEnvironment(
+def environment() -> TemplateSandbox:
+    """Jinja as Transformers sets it up for chat templates."""
+    sandbox = TemplateSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, "jinja2.ext.loopcontrols"]
     )
-    sandbox.filters["tojson"] = _to_json
+    sandbox.filters["tojson"] = sandbox.bounded("tojson", _to_json)
     sandbox.globals["raise_exception"] = _raise_exception
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox

@@ -118,7 +118,7 @@ def open_token_file(path: str, dtype: str | None, end_token: int) -> TokenFile:
 def _read_npy(path: str) -> NDArray[Any]:
     try:
         array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:  # no array, an array of objects, an array cut short
+    except (ValueError, EOFError, OverflowError) as error:  # no array, one of objects, one cut short, no such size
         raise DataError(f"{path}: not a .npy file of numbers: {error}") from None
     if isinstance(array, np.ndarray) and not array.size:
         raise DataError(f"{path}: no tokens in there")

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import logging
+import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +16,13 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.json_files import read_object
 from llmtrain.data.special_tokens import KNOWN, trained_names, trained_roles
-from llmtrain.data.templates import ChatTemplate, default_chat_template
+from llmtrain.data.templates import MAX_SOURCE, ChatTemplate, default_chat_template
 
 log = logging.getLogger(__name__)
+
+MAX_EXPANSION = 1000  # characters that a normalizer may put in the place of one
 
 # The special tokens of tokenizers trained here; the end token ends documents and the assistant's turns.
 END, PAD = "<|end|>", "<|pad|>"
@@ -119,14 +124,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts, in parallel."""
-        # encode_batch_fast leaves out the offsets, which nobody reads here: twice as fast.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in _encode(self._backend, texts)]
 
     def encode_rendered(self, segments: Sequence[str]) -> list[list[int]]:
         """Ids of consecutive segments of text made by the chat template: names of special tokens mean these tokens."""
         lead = self._lead
         texts = [segment if i == 0 or not segment else lead + segment for i, segment in enumerate(segments)]
-        ids = [encoding.ids for encoding in self._template_backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = [encoding.ids for encoding in _encode(self._template_backend, texts)]
         return [each[1:] if lead and i and each else each for i, each in enumerate(ids)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -215,38 +219,71 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{file}: not a tokenizer of the tokenizers library: {error}") from None
     folder = file.parent
-    names = _special_tokens(folder, backend)
-    template = chat_template or _stored_template(folder)
-    stops = _as_list(_read(folder / "generation_config.json").get("eos_token_id"))
     try:
+        _check_normalizer(backend)
+        names = _special_tokens(folder, backend)
+        template = chat_template or _stored_template(folder)
+        stops = _ids(_read(folder / "generation_config.json"), "eos_token_id")
         return Tokenizer(backend, names, template, stop_ids=stops)
     except DataError as error:
         raise DataError(f"{path}{' with another chat template' if chat_template else ''}: {error}") from None
+    except Exception as error:  # the library's own again, of what it reads and cannot use
+        raise DataError(f"{file}: not a tokenizer of the tokenizers library: {error}") from None
+
+
+def _encode(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    """The fast way leaves out the offsets, which nobody reads here: twice as fast."""
+    try:
+        encodings: list[tokenizers.Encoding] = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except BaseException as error:
+        # a regular expression that goes astray on a text ends so, after 10 million steps back; it is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer cannot encode a text: {error}") from None
+    return encodings
+
+
+def _check_normalizer(backend: tokenizers.Tokenizer) -> None:
+    """Raises DataError where normalisation would make very much of little."""
+    if backend.normalizer is None:
+        return
+    said = json.dumps(json.loads(backend.normalizer.__getstate__()))
+    longest = math.prod(
+        max(1, len(json.loads(text))) for text in re.findall(r'"(?:content|prepend)": ("(?:[^"\\]|\\.)*")', said)
+    )
+    if longest > MAX_EXPANSION:
+        raise DataError(f"its normalizer may put {longest:,} characters in the place of one, which is not supported")
 
 
 def _stored_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template: str | list[dict[str, str]] | None = _read(folder / "tokenizer_config.json").get("chat_template")
+        with file.open(encoding="utf-8") as text:
+            return text.read(MAX_SOURCE + 1)
+    template = _read(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name; "default" is the one for plain chat
-        named = {each["name"]: each["template"] for each in template}
-        return named.get("default", template[0]["template"])
+        named = {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
+        template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"{folder / 'tokenizer_config.json'}: its chat_template is no text")
     return template
 
 
 def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
     """Special tokens by role; what the first of the files says holds."""
+    config = _read(folder / "config.json")
     model = {
-        name.removesuffix("_id"): backend.id_to_token(_as_list(i)[0])
-        for name, i in _read(folder / "config.json").items()
-        if name in ("bos_token_id", "eos_token_id", "pad_token_id") and _as_list(i)
+        name.removesuffix("_id"): backend.id_to_token(ids[0])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (ids := _ids(config, name))
     }
     found: dict[str, str] = {}
     for names in (_read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json"), model):
         for name in ("bos_token", "eos_token", "pad_token", "unk_token", *KNOWN):
             token = names.get(name)
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise DataError(f"its {name} is {token!r:.80}, which is no text")
             if token is not None:
                 found.setdefault(name, token)
     if "eos_token" not in found:
@@ -256,17 +293,16 @@ def _special_tokens(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, st
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected a JSON object, found a {type(content).__name__}")
-    return content
+    return read_object(file, DataError) if file.is_file() else {}
 
 
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _ids(said: dict[str, Any], name: str) -> list[int]:
+    """The ids of tokens, none or several, that a config.json names."""
+    value = said.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+        raise DataError(f"its {name} is {value!r:.80}, which is no id of a token")
+    return ids
 
 
 def _num_bytes(token: str, is_bytes: bool) -> int:

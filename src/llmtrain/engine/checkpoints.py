@@ -27,11 +27,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llmtrain.config.errors import UserError
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import snapshots
 from llmtrain.engine.distributed import Layout, agree, bare
@@ -193,31 +195,39 @@ def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by its manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Checkpoint(folder, int(manifest["step"]), dict(manifest["metrics"]), float(manifest.get("time", 0.0)))
+    manifest = read_object(folder / "manifest.json")
+    metrics = {name: float(value) for name, value in dict(manifest["metrics"]).items()}
+    return Checkpoint(folder, int(manifest["step"]), metrics, float(manifest.get("time", 0.0)))
 
 
 def inspect(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words, or None."""
     if fault := damaged_file(folder):
         return fault
-    for name, value in saved_tensors(folder / "state"):
-        if name.startswith(WEIGHTS) and not all_finite([value]):
-            return f"{name} holds a value that is not finite"
+    try:
+        for name, value in saved_tensors(folder / "state"):
+            if name.startswith(WEIGHTS) and not all_finite([value]):
+                return f"{name} holds a value that is not finite"
+    except (SafetensorError, RuntimeError) as error:  # a header that is none, a type that is no number's
+        return f"its shards cannot be read: {error}"
     return None
 
 
 def damaged_file(folder: Path) -> str | None:
     """Which file of a checkpoint is missing or does not match its digest, in words, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        digests, step = dict(manifest["sha256"]), int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, digests = read(folder).step, dict(read_object(folder / "manifest.json")["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     if folder.name != name_of(step):
         return f"its manifest says step {step}"
+    unknown = [path.name for path in (folder / "state").glob("*.safetensors") if f"state/{path.name}" not in digests]
+    if unknown:
+        return f"state/{unknown[0]} is not in its manifest"
     for name, digest in digests.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its manifest names {name!r}, which is outside"
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:
@@ -226,10 +236,14 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> None:
-    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from."""
-    with warnings.catch_warnings():
+    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from.
+
+    Raises UserError where they are not in it.
+    """
+    with warnings.catch_warnings(), _readable_shards(checkpoint.folder):
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
+        _whole_tensors(reader)
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
     put_back(state)
 
@@ -241,21 +255,50 @@ def sizes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The whole weights in a checkpoint by name, put together from all shards; averaged, where there are averages."""
+    """The whole weights in a checkpoint by name, put together from all shards; averaged, where there are averages.
+
+    Raises UserError for shards that do not make them up.
+    """
     reader = HuggingFaceStorageReader(str(folder / "state"))
-    state = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(item, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _readable_shards(folder):
         warnings.simplefilter("ignore")
+        state = {
+            name: torch.empty(item.size, dtype=item.properties.dtype)
+            for name, item in _whole_tensors(reader).items()
+            if name.startswith(WEIGHTS)
+        }
         dcp.load(state, storage_reader=reader, no_dist=True)
     of_last_step, averaged = (
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         for prefix in WEIGHTS
     )
     return of_last_step | averaged
+
+
+def _whole_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """The tensors in a checkpoint. Raises ValueError for one of whose elements some are in no shard, or in several."""
+    found = {
+        name: item
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+    for name, item in found.items():
+        in_shards = sum(math.prod(chunk.sizes) for chunk in item.chunks)
+        if in_shards != math.prod(item.size) or any(place < 0 for chunk in item.chunks for place in chunk.offsets):
+            raise ValueError(f"{name} is of shape {list(item.size)}, and of that {in_shards:,} elements are there")
+    return found
+
+
+@contextlib.contextmanager
+def _readable_shards(folder: Path) -> Iterator[None]:
+    """Within, what is wrong with a checkpoint's shards becomes a UserError; what they hold may be anybody's."""
+    faults = (
+        CheckpointException, SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError,
+    )  # fmt: skip
+    try:
+        yield
+    except faults as error:
+        raise UserError(f"checkpoint {folder}: its shards do not fit together: {_cause(error)}") from error
 
 
 def remove_litter(root: Path) -> None:
@@ -352,3 +395,10 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _cause(error: BaseException) -> str:
+    """The plain reason inside what torch wraps around it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return str(next(iter(error.failures.values()))[0])
+    return str(error) or type(error).__name__

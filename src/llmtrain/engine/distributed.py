@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.config.errors import ConfigError, Preempted, UserError
 from llmtrain.config.process_mesh import MeshShape, mesh_shape
 from llmtrain.config.schema import EngineConfig
+from llmtrain.engine import rank_logs
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.row_orders import row_orders, whole
 
@@ -216,6 +217,7 @@ def _run_as(
         leave()
     except Exception as error:
         seen = f"in process {rank}:\n{traceback.format_exc()[-20_000:]}"
+        rank_logs.note(seen)
         if isinstance(error, OSError):
             error.add_note(seen)
         failures.put(error if isinstance(error, UserError | OSError) else RuntimeError(seen))

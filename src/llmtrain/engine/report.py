@@ -53,6 +53,14 @@ class Measured(NamedTuple):
     after: float
 
 
+class Phase(NamedTuple):
+    """What one part of the steps, or between them, took of the run's time."""
+
+    name: str
+    seconds: float
+    share: float
+
+
 class Share(NamedTuple):
     """One source of the mixture: what was asked for and what was trained on."""
 
@@ -97,6 +105,7 @@ class RunView:
     subtitle: str
     headline: list[Measured]
     facts: list[tuple[str, str]]
+    phases: list[Phase]
     warnings: list[HealthWarning]
     faults: list[ShownFault]
     charts: list[Markup]
@@ -124,6 +133,7 @@ def _view(folder: Path, name: str) -> RunView:
         subtitle=" · ".join(_subtitle(folder, lineage, rows)),
         headline=_headline(until_step(rows, lineage.get("step"))),
         facts=list(_facts(rows, lineage)),
+        phases=_phases(rows),
         warnings=read_warnings(folder),
         faults=list(map(_fault, read_faults(folder))),
         charts=list(_charts(rows)),
@@ -183,17 +193,39 @@ def _facts(rows: Rows, lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tokens per second (median)", compact(statistics.median(rates))
     if mfus:
         yield "MFU (median)", f"{100 * statistics.median(mfus):.1f} %"
+    memory = [value for _, value in _series(rows, "perf/peak_memory_gib")]
+    if memory:
+        yield "peak memory of a process", f"{max(memory):.3g} GiB"
     if lineage.get("seconds") is not None:
         yield "time", clock(lineage["seconds"])
 
 
+def _phases(rows: Rows) -> list[Phase]:
+    """Where the time of the steps and between them went, the most first; what is in no phase is `other`."""
+    sums = {
+        name.removeprefix("perf/seconds/"): sum(value for _, value in _series(rows, name))
+        for name in _names(rows, "perf/seconds/")
+    }
+    total = sums.pop("total", 0.0)
+    if not total:
+        return []
+    sums["other"] = max(0.0, total - sum(sums.values()))
+    return [
+        Phase(name.replace("_", " "), seconds, seconds / total)
+        for name, seconds in sorted(sums.items(), key=lambda item: -item[1])
+    ]
+
+
 def _charts(rows: Rows) -> Iterator[Markup]:
-    """One chart for every quantity: `train/loss`, `eval/loss` and `eval/SET/loss` are curves of one."""
+    """One chart for every quantity: `train/loss`, `eval/loss` and `eval/SET/loss` are curves of one; so are the seconds
+    of phases."""
     charts: dict[str, dict[str, Points]] = {}
     for name in _names(rows, "train/", "eval/", "align/", "perf/"):
         group, *between, quantity = name.split("/")
         title = quantity if group in ("train", "eval") else name
         curve = " ".join([group, *between]) if group in ("train", "eval") else ""
+        if name.startswith("perf/seconds/"):
+            title, curve = "perf/seconds", quantity
         charts.setdefault(title, {})[curve] = _series(rows, name)
     # the loss first, what describes the machine last
     for title in sorted(charts, key=lambda title: (title != "loss", title.startswith("perf/"))):

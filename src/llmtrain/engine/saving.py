@@ -51,6 +51,8 @@ class Saver:
     write_extra: Callable[[Path, int], None]
     """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
     say: Callable[[str], None]
+    phase: Callable[[str], contextlib.AbstractContextManager[None]]
+    """Within, time is that of a phase."""
 
     def __post_init__(self) -> None:
         self.root = self.folder / "checkpoints"
@@ -60,7 +62,6 @@ class Saver:
         self._signals = Signals()
         self._writing: Writing | None = None
         self._last = time.monotonic()
-        self._stall = 0.0
         # of its own, on the CPU: what processes ask each other at each step makes no GPU wait
         day = datetime.timedelta(days=1)
         self._group = dist.new_group(backend="gloo", timeout=day) if self.layout.world > 1 else None
@@ -93,19 +94,18 @@ class Saver:
         before could not be written, unless there is no room: training goes on then, and the next one may be written.
         Raises Preempted, when the checkpoint is complete, after SIGTERM.
         """
-        began = time.monotonic()
         stop, asked, minutes, failed = self._anywhere(
-            self._signals.stop, self._signals.save, self._minutes_passed(began), self._has_failed()
+            self._signals.stop, self._signals.save, self._minutes_passed(time.monotonic()), self._has_failed()
         )
         if failed:
             self.wait()
         if now or stop or asked or minutes or self._is_due(step):
             self._signals.save = False
-            self._save(step, measured)
-            if now or stop or step == self.steps or not self.config.asynchronous:
-                self.wait(goes_on=step < self.steps and not now and not stop)
+            with self.phase("saving"):
+                self._save(step, measured)
+                if now or stop or step == self.steps or not self.config.asynchronous:
+                    self.wait(goes_on=step < self.steps and not now and not stop)
             self._last = time.monotonic()
-            self._stall += self._last - began
         if stop and step < self.steps:
             raise Preempted(
                 f"stopped by SIGTERM after step {step} of {self.steps}; its checkpoint is complete. The same command "
@@ -148,10 +148,8 @@ class Saver:
         )
 
     def values(self) -> dict[str, float]:
-        """For the next row of metrics: the seconds that training stood still for saving since the row before."""
-        values = {"perf/save_stall_seconds": self._stall, "perf/failed_saves": float(self.failed_saves)}
-        self._stall = 0.0
-        return {name: value for name, value in values.items() if value}
+        """For the next row of metrics: how many saves in a row have failed, if any."""
+        return {"perf/failed_saves": float(self.failed_saves)} if self.failed_saves else {}
 
     def take_best(self) -> int:
         """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""

@@ -18,6 +18,7 @@ from llmtrain.engine import gradients
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
 from llmtrain.engine.faults import Fault, Guard
 from llmtrain.engine.micro_batches import FoundRows, is_out_of_memory
+from llmtrain.engine.speed import Speed
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 Samples = Sequence[Mapping[str, Any]]
@@ -37,12 +38,13 @@ class Rows(Protocol):
     def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
     def metrics(self) -> Metrics: ...
     def num_tokens(self) -> int: ...
+    def num_predicted(self) -> int: ...
     def width(self) -> int: ...
     def __len__(self) -> int: ...
 
 
 class BatchSource(Protocol):
-    """Where batches come from; pure in (config, step)."""
+    """Where batches come from; pure in (config, step). `phase`, where it has one, is what its time is counted as."""
 
     def __call__(self, step: int) -> Any:
         """The rows this process trains on at `step` (from 0)."""
@@ -86,6 +88,7 @@ class Updates:
     after_update: Callable[[bool], Metrics]
     guard: Guard
     progress: Callable[[str], None]
+    speed: Speed
 
     def __call__(self, step: int, batch: Rows) -> tuple[Metrics, int, list[Fault]]:
         """Every update that the step's batch is good for, unless it is left out.
@@ -94,19 +97,22 @@ class Updates:
         """
         metrics, tokens, faults = Totals(batch.metrics()), 0, []
         for number, update in enumerate(batch.updates()):
-            loss, measured = self._gradient_that_fits(step, number, update)
+            with self.speed.phase("forward_backward"):
+                loss, measured = self._gradient_that_fits(step, number, update)
             metrics.add(measured)
-            gradients.complete(self.model)
-            norm = gradients.clip(self.model, self.max_grad_norm)
-            metrics.add({"train/grad_norm": (norm, torch.ones(()))})
-            fault = self.guard.judge(*self._agreed(loss, norm))
-            faults += [fault] if fault else []
-            is_made = fault is None or fault.remedy == "warn"
-            if is_made:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics.add(self.after_update(is_made))
+            with self.speed.phase("optimizer"):
+                gradients.complete(self.model)
+                norm = gradients.clip(self.model, self.max_grad_norm)
+                metrics.add({"train/grad_norm": (norm, torch.ones(()))})
+                fault = self.guard.judge(*self._agreed(loss, norm))
+                faults += [fault] if fault else []
+                is_made = fault is None or fault.remedy == "warn"
+                if is_made:
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                metrics.add(self.after_update(is_made))
             tokens += update.num_tokens()
+            self.speed.predictions += update.num_predicted() * self.layout.data_world
         return metrics.sums, tokens * self.layout.data_world, faults
 
     def _gradient_that_fits(self, step: int, number: int, update: Rows) -> tuple[Tensor, Metrics]:

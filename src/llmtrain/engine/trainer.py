@@ -9,6 +9,7 @@ What happens inside a step is in `steps.py`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -85,6 +86,8 @@ class Trainer:
     progress: Callable[[str], None] = nothing_watches
     """Told what is begun, so that somebody notices when nothing is any more."""
     speed: Speed
+    profile: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
+    """Around each step, from 1: what records some of them."""
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class Trainer:
         self.averages = WeightAverages(self.model, self.ema_decay)
         self.saver = Saver(
             folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
-            write_extra=self.write_extra, say=self.tracker.say,
+            write_extra=self.write_extra, say=self.tracker.say, phase=self.speed.phase,
         )  # fmt: skip
 
     def fit(self) -> int:
@@ -123,9 +126,11 @@ class Trainer:
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-            batch = self.batches(step).to(self.layout.device)
-            self._show(step + 1, batch.samples)
-            metrics, tokens, faults = make_updates(step, batch)
+            with self.profile(step + 1):
+                with self.speed.phase(getattr(self.batches, "phase", "data")):
+                    batch = self.batches(step).to(self.layout.device)
+                self._show(step + 1, batch.samples)
+                metrics, tokens, faults = make_updates(step, batch)
             step += 1
             self.averages.update()
             self.speed.end_step(tokens)
@@ -148,7 +153,7 @@ class Trainer:
             layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
             seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
             max_grad_norm=self.max_grad_norm, after_update=self.after_update, guard=self.guard,
-            progress=self.progress,
+            progress=self.progress, speed=self.speed,
         )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
@@ -190,7 +195,7 @@ class Trainer:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
         self.model.eval()
         values: dict[str, float] = {}
-        with torch.no_grad(), self.autocast(), self.averages.in_place():
+        with self.speed.phase("evaluation"), torch.no_grad(), self.autocast(), self.averages.in_place():
             for evaluator in self.evaluators:
                 self.progress("evaluating")
                 values |= evaluator()

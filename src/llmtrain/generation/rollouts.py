@@ -11,7 +11,7 @@ Shapes: B rows of this process, S tokens of the longest row, G answers to each p
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -129,6 +129,8 @@ class Rollouts:
     seed: int
     layout: Layout
     autocast: Callable[[], torch.autocast]
+    phase: ClassVar[str] = "rollouts"
+    """What its time is counted as."""
 
     def __post_init__(self) -> None:
         rank, world, prompts = self.layout.data_rank, self.layout.data_world, self.batch_rows // self.group_rows

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel, make_model
 from llmtrain.models.layouts import LAYOUTS, OWN, Fields, Layout, layout_for, their_shapes, to_ours, to_theirs
@@ -26,6 +27,8 @@ from llmtrain.models.meta import on_meta
 MAX_FILE_BYTES = 5_000_000_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SCORE_STATISTICS = {"score_mean": 0.0, "score_std": 1.0}
+MAX_VOCAB = 2**31
+FEW_LAYERS = 256  # cheap to make, so that the names of tensors that are missing can be listed
 # So many names are listed of each fault; a wrong architecture has thousands.
 LISTED = 8
 
@@ -54,6 +57,7 @@ def load_language_model(
     if "score.weight" in tensors:
         raise UserError(f"{folder} holds a reward model ({layout.scalar_class}); a language model is needed here")
     config, vocab_size = _architecture(fields, folder)
+    _check_layers(config, tensors, folder)
     with on_meta():
         model = make_model(_with_dropout(config, dropout), vocab_size)
     _fill(model, layout if state is None else OWN, tensors, folder)
@@ -72,6 +76,7 @@ def load_scalar_model(
     config, vocab_size = _architecture(fields, folder)
     if config.architecture != "decoder":
         raise UserError(f"{folder} holds an {config.architecture.replace('_', '-')}; reward models are decoders here")
+    _check_layers(config, tensors, folder)
     with on_meta():
         model = ScalarModel(_with_dropout(config, dropout), vocab_size)
     statistics = {**SCORE_STATISTICS, **fields.get("llmtrain", {}), **(state or {})}
@@ -195,8 +200,8 @@ def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
     if fields.get("quantization_config"):
         faults.append("quantization_config (supported: float weights)")
     vocab_size = fields.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
-        faults.append(f"vocab_size={vocab_size!r} (a positive number is needed)")
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB:
+        faults.append(f"vocab_size={vocab_size!r} (a whole number from 1 to {MAX_VOCAB:,} is needed)")
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise UserError(f"{folder / 'config.json'} asks for what is not supported:{listed}")
@@ -205,6 +210,15 @@ def _architecture(fields: Fields, folder: Path) -> tuple[ModelConfig, int]:
     except ValidationError as error:
         listed = "".join(f"\n  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise UserError(f"{folder / 'config.json'} describes no valid architecture:{listed}") from error
+
+
+def _check_layers(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises UserError before layers are made, in time and memory, that the weights cannot be for."""
+    if config.num_layers > max(len(tensors), FEW_LAYERS):
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json: it speaks of {config.num_layers:,} layers, and there "
+            f"are {len(tensors):,} tensors"
+        )
 
 
 def _read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
@@ -228,7 +242,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        files = [folder / name for name in _named_files(index)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
@@ -239,6 +253,17 @@ def _weight_files(folder: Path) -> list[Path]:
             " opened here: convert them with Transformers' save_pretrained, which writes safetensors"
         )
     raise UserError(f"{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json")
+
+
+def _named_files(index: Path) -> list[str]:
+    """The files that an index names, which have to lie beside it."""
+    named = _read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index}: its weight_map does not say which file each tensor is in")
+    outside = [name for name in named.values() if not re.fullmatch(r"[^/\\]+\.safetensors", name)]
+    if outside:
+        raise UserError(f"{index} names {outside[0]!r}; only .safetensors files beside it are read")
+    return sorted(set(named.values()))
 
 
 def _fill(model: LanguageModel | ScalarModel, layout: Layout, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -276,13 +301,7 @@ def _listed(names: list[str]) -> str:
 def _read_json(path: Path) -> Fields:
     if not path.is_file():
         raise UserError(f"{path.parent} is no model folder: it has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
+    return read_object(path)
 
 
 def _write_json(path: Path, content: Fields) -> None:

@@ -91,12 +91,12 @@ class LanguageModel(nn.Module):
         """The output matrix [V, H]; the token embedding itself where they are tied."""
         return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """`Transformer.flops_per_token`, and those of the head."""
+    def flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
+        """`Transformer.flops_per_token`, and those of the head for the share of the tokens that are predicted."""
         head = flops_per_weight(self.head_weight) * self.config.hidden_size * self.vocab_size
         if self.config.mlm_head:
             head += flops_per_weight(self.mlm_head.dense.weight) * self.config.hidden_size**2
-        return self.trunk.flops_per_token(sequence_length) + head
+        return self.trunk.flops_per_token(sequence_length) + predicted * head
 
     def forward(
         self,
@@ -163,10 +163,10 @@ class EncoderDecoder(LanguageModel):
         """The repeated parts of both, in order: the units of sharding."""
         return [*self.encoder.blocks, *self.trunk.blocks]
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """The mean over the tokens of a source and of a text, both of this length."""
-        both = super().flops_per_token(sequence_length) + self.encoder.flops_per_token(sequence_length)
-        return both / 2.0
+    def flops_per_token(self, sequence_length: int, predicted: float = 0.5) -> float:
+        """The mean over the tokens of a source and of a text, both of this length; only the text's are predicted."""
+        text = super().flops_per_token(sequence_length, 2.0 * predicted)
+        return (text + self.encoder.flops_per_token(sequence_length)) / 2.0
 
     def forward(  # type: ignore[override]
         self,
@@ -243,7 +243,7 @@ class ScalarModel(nn.Module):
         """The repeated parts, in order: the units of sharding."""
         return list(self.trunk.blocks)
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, predicted: float = 0.0) -> float:
         """`Transformer.flops_per_token`; the score head is nothing beside it."""
         return self.trunk.flops_per_token(sequence_length)
 
@@ -298,9 +298,9 @@ class ActorCritic(nn.Module):
         """The repeated parts of both: the units of sharding."""
         return self.policy.blocks + self.value.blocks
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
         """Floating-point operations per token of both."""
-        return self.policy.flops_per_token(sequence_length) + self.value.flops_per_token(sequence_length)
+        return self.policy.flops_per_token(sequence_length, predicted) + self.value.flops_per_token(sequence_length)
 
     def forward(
         self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None
@@ -331,9 +331,9 @@ class SharedActorCritic(nn.Module):
         """The repeated parts of the policy: the units of sharding."""
         return self.policy.blocks
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
         """Those of the policy; the value head is nothing beside it."""
-        return self.policy.flops_per_token(sequence_length)
+        return self.policy.flops_per_token(sequence_length, predicted)
 
     def forward(
         self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None

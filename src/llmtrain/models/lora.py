@@ -167,9 +167,10 @@ class AdaptedActorCritic(SharedActorCritic):
         for _, layer in adapted_layers(policy):
             layer.adapters[VALUE_SET] = LowRank(layer, layer.low_rank().parts, settings)
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
         """Those of the policy, and of its trunk once more."""
-        return self.policy.flops_per_token(sequence_length) + self.policy.trunk.flops_per_token(sequence_length)
+        again = self.policy.trunk.flops_per_token(sequence_length)
+        return self.policy.flops_per_token(sequence_length, predicted) + again
 
     def forward(
         self, tokens: Tensor, *, read: Read | None = None, values: bool = True, same_as: Tensor | None = None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmtrain.config.errors import UserError
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import LoraConfig
 from llmtrain.models.heads import LanguageModel, ScalarModel
 from llmtrain.models.layouts import Layout, in_their_order, layout_for, to_ours, to_theirs
@@ -95,7 +96,11 @@ def add_adapter(model: LanguageModel, folder: Path) -> None:
         if _is_tied_head(name, value, model, layout, tensors):
             continue
         if is_a:
-            b = tensors.get(f"{module}.lora_B.weight", value.new_empty(0, value.shape[0]))
+            b = tensors.get(f"{module}.lora_B.weight", value.new_empty(0, 0))
+            matrices, numel = b.ndim == value.ndim == 2, weights[target].numel() if target in weights else 0
+            if not matrices or b.shape[1] != value.shape[0] or b.shape[0] * value.shape[1] != numel:
+                faults.append(name)  # said before the product is made, which may be of any size
+                continue
             value = scale * (b.float() @ value.float())
             value = value.T if said.get("fan_in_fan_out") else value
         if target not in weights or weights[target].shape != value.shape:
@@ -125,7 +130,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of a folder, these without peft's prefix."""
     path = folder / CONFIG
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = read_object(path)
         faults = [f"{key}={said[key]!r}" for key, values in SUPPORTED.items() if said.get(key, values[0]) not in values]
         rank, alpha = said["r"], said["lora_alpha"]
         tensors = load_file(folder / WEIGHTS)

@@ -53,6 +53,10 @@ class Batch:
         tensors = (value for value in self._fields().values() if isinstance(value, Tensor))
         return max((each.shape[1] for each in tensors if each.dtype == torch.int64 and each.dim() == 2), default=0)
 
+    def num_predicted(self) -> int:
+        """Tokens whose predictions are made: all of them, unless a subclass leaves some out by its shape."""
+        return self.num_tokens()
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         """The batch in portions of at most `rows` rows (None: in one)."""
         rows = rows or max(len(self), 1)

@@ -55,6 +55,10 @@ class MaskedBatch(Batch):
         """Tokens of all rows."""
         return self.tokens.numel()
 
+    def num_predicted(self) -> int:
+        """The places for predictions; those that a row has not filled are counted too."""
+        return self.places.numel()
+
 
 class MaskedTokens:
     """Cross-entropy of the hidden tokens, averaged over them, and of the second segment's label, averaged over rows.

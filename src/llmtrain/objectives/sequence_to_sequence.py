@@ -45,6 +45,10 @@ class SequencePairBatch(Batch):
         """Tokens of inputs and targets, padding included."""
         return self.inputs.numel() + self.targets.numel()
 
+    def num_predicted(self) -> int:
+        """Tokens of the targets, padding included."""
+        return self.targets.numel()
+
 
 class SequenceToSequence:
     """Cross-entropy of the targets given the inputs, averaged over the tokens to be predicted.

@@ -31,6 +31,8 @@ from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.lock import RunLock
 from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.profiling import Profiler
+from llmtrain.engine.rank_logs import keep_log
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
@@ -94,6 +96,7 @@ class Run(Generic[Config]):
         """Join the other processes and seed what has no key of its own."""
         torch.manual_seed(config.seed)
         layout = distributed.join(config.engine.device, config.engine.threads)
+        keep_log(handover.run_folder(config), layout.rank, layout.world)
         show_log(layout.is_main)
         layout = distributed.arrange(layout, config.engine)
         return cls(config, handover.run_folder(config), layout, time.monotonic())
@@ -168,7 +171,8 @@ class Run(Generic[Config]):
                 module.recompute = config.engine.activation_checkpointing
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
-        flops = trained.flops_per_token(length)
+        flops, without_head = trained.flops_per_token(length), trained.flops_per_token(length, 0.0)
+        head = trained.flops_per_token(length, 1.0) - without_head
         wanted = config.engine.compile
         compile_it = (
             wanted
@@ -211,8 +215,10 @@ class Run(Generic[Config]):
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
             max_grad_norm=config.train.max_grad_norm, ema_decay=config.train.ema_decay, compile=compile_it,
-            fixed_shapes=fixed_shapes, speed=Speed(device, flops, peak), health=config.health, **known,
+            fixed_shapes=fixed_shapes, speed=Speed(device, without_head, peak, head), health=config.health, **known,
         )  # fmt: skip
+        if config.engine.profile:
+            trainer.profile = Profiler(self.folder, config.engine.profile, self.layout, steps, tracker.say)
         try:
             with Watchdog(self.folder, self.layout, config.engine.hang_minutes) as watchdog:
                 trainer.progress = watchdog.beat

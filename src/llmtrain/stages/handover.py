@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from llmtrain import __version__
 from llmtrain.config.compose import differences, read_yaml, to_dict, to_yaml
 from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import (
     AlignConfig,
     CheckpointConfig,
@@ -39,8 +40,8 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "engine.shard_processes", "engine.tensor_parallel",
     "engine.expert_parallel", "engine.context_parallel", "engine.pipeline_parallel", "engine.activation_checkpointing",
-    "engine.cpu_offload", "engine.hang_minutes", "train.micro_batch_rows", "tracker.", "checkpoint.", "eval.",
-    "health.", "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
+    "engine.cpu_offload", "engine.hang_minutes", "engine.profile", "train.micro_batch_rows", "tracker.", "checkpoint.",
+    "eval.", "health.", "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 
 
@@ -195,16 +196,20 @@ def read_start(folder: Path) -> Start | None:
     path = folder / "start.json"
     if not path.is_file():
         return None
-    said = json.loads(path.read_text())
-    known = {role: said["parents"].get(role) for role in ("model", "adapter")}
+    try:
+        said = read_object(path)
+        known = {role: said["parents"].get(role) for role in ("model", "adapter")}
+        adapter = known["adapter"] and str(known["adapter"]["folder"])
+        start = Start(str(known["model"]["folder"]), adapter, LoraConfig(**said["adapter"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} does not say what the adapters belong to: {error}") from None
     for parent in filter(None, known.values()):
-        if not Path(parent["folder"]).is_dir() or weights_digest(parent["folder"]) != parent["sha256"]:
+        if not Path(parent["folder"]).is_dir() or weights_digest(parent["folder"]) != parent.get("sha256"):
             raise UserError(
                 f"{folder} holds adapters alone, and the weights in {parent['folder']} that they belong to "
                 "are not there, or have changed since."
             )
-    adapter = known["adapter"] and known["adapter"]["folder"]
-    return Start(known["model"]["folder"], adapter, LoraConfig(**said["adapter"]))
+    return start
 
 
 def open_run(config: StageConfig) -> dict[str, Any]:
@@ -272,9 +277,9 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     """What `lineage.json` says; empty when there is none. Raises UserError where it cannot be read."""
     path = folder / "lineage.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Restore it, or name another folder.") from None
+        return read_object(path) if path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}. Restore it, or name another folder.") from None
 
 
 def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ from llmtrain.config.schema.training import (
     TrackerConfig,
     TrainConfig,
 )
+from llmtrain.config.schema.watching import ProfileConfig
 
 __all__ = [
     "MUP_OPTIMIZERS",
@@ -156,6 +157,7 @@ __all__ = [
     "PrefixConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "ProfileConfig",
     "ReinforceConfig",
     "RejectionSamplingConfig",
     "RewardConfig",

@@ -7,6 +7,9 @@ from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.strict import STRICT
 
+# Far beyond any model; up to here the numbers of elements of all tensors can be counted.
+MAX_EXPERTS, MAX_INNER_WIDTH = 2**14, 2**24
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExpertsConfig:
@@ -15,13 +18,13 @@ class ExpertsConfig:
     Read by `models/experts.py`; the losses and the balance by `objectives/routing.py`.
     """
 
-    num_experts: int = Field(default=8, ge=2)
+    num_experts: int = Field(default=8, ge=2, le=MAX_EXPERTS)
     """Routed experts of a layer."""
     experts_per_token: int = Field(default=2, ge=1)
     """Experts that each token is sent to (Switch: 1, Mixtral: 2)."""
-    shared_experts: int = Field(default=0, ge=0)
+    shared_experts: int = Field(default=0, ge=0, le=MAX_EXPERTS)
     """Experts beside them that every token goes through (DeepSeek)."""
-    ffn_hidden_size: int | None = Field(default=None, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1, le=MAX_INNER_WIDTH)
     """Inner width of one expert. Null: that of a dense layer, `model.ffn_hidden_size` or its default."""
     first_layer: int = Field(default=0, ge=0)
     """The first layer with experts, counted from 0; those before it are dense."""

@@ -6,12 +6,15 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from llmtrain.config.schema.experts import ExpertsConfig
+from llmtrain.config.schema.experts import MAX_INNER_WIDTH, ExpertsConfig
 from llmtrain.config.schema.initialisation import Gpt2InitConfig, InitConfig, MupInitConfig
 from llmtrain.config.schema.rope import RopeScaling
 from llmtrain.config.schema.strict import STRICT
 
 BiasedPart = Literal["qkv", "attention_output", "mlp", "norm"]
+
+# Far beyond any model; up to here the numbers of elements of all tensors can be counted.
+MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_LENGTH = 2**14, 2**20, 2**16, 2**31
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,28 +28,28 @@ class ModelConfig:
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """What a position sees: what is before it (GPT), all of its document (BERT), or what is before it and all of a
     source that an encoder has read (T5)."""
-    num_layers: int = Field(default=4, ge=1)
+    num_layers: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Number of blocks; those of the decoder where there is an encoder beside it."""
-    encoder_layers: int | None = Field(default=None, ge=1)
+    encoder_layers: int | None = Field(default=None, ge=1, le=MAX_LAYERS)
     """Number of blocks of the encoder beside a decoder. Null: as many as `num_layers`."""
-    hidden_size: int = Field(default=128, ge=1)
+    hidden_size: int = Field(default=128, ge=1, le=MAX_WIDTH)
     """Width of the residual stream."""
-    num_heads: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=4, ge=1, le=MAX_HEADS)
     """Query heads; must divide `hidden_size`, unless `head_dim` is given."""
-    num_kv_heads: int | None = Field(default=None, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1, le=MAX_HEADS)
     """Key-value heads (grouped-query attention); must divide `num_heads`. Null: as many as `num_heads`."""
-    head_dim: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width of a head. Null: `hidden_size` / `num_heads`."""
-    ffn_hidden_size: int | None = Field(default=None, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1, le=MAX_INNER_WIDTH)
     """Inner width of the feed-forward part. Null: 4 x hidden, with a gate 8/3 x hidden up to a multiple of 64."""
-    max_sequence_length: int = Field(default=512, ge=2)
+    max_sequence_length: int = Field(default=512, ge=2, le=MAX_LENGTH)
     """Longest sequence in tokens that the model is built for."""
     positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
     """How positions enter: rotary embedding (Llama), a table learned (GPT-2) or of sines added to the embeddings,
     distances taken off the scores (ALiBi: MPT), a number learned for each bucket of distances (T5), or not at all."""
-    position_offset: int = Field(default=0, ge=0)
+    position_offset: int = Field(default=0, ge=0, le=MAX_LENGTH)
     """Rows of the table of learned positions that stand before the first one's and are never read (RoBERTa: 2)."""
-    relative_buckets: int = Field(default=32, ge=4)
+    relative_buckets: int = Field(default=32, ge=4, le=MAX_WIDTH)
     """Buckets of distances with relative positions; where both directions are seen, half of them for each."""
     relative_max_distance: int = Field(default=128, ge=2)
     """Distances from here on share the last bucket."""
@@ -92,7 +95,7 @@ class ModelConfig:
     """Biases of the feed-forward part. Null: as `bias`."""
     norm_bias: bool | None = None
     """Biases of LayerNorm (Falcon: true). Null: as `bias`."""
-    num_segments: int = Field(default=0, ge=0)
+    num_segments: int = Field(default=0, ge=0, le=MAX_WIDTH)
     """Kinds of segments, each with an embedding that is added to its tokens' (BERT: 2)."""
     pooler: bool = False
     """A dense layer and tanh over the first position, which says whether the second segment follows (BERT)."""

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.strict import STRICT
+from llmtrain.config.schema.watching import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -120,6 +121,8 @@ class EngineConfig:
     hang_minutes: float | None = Field(default=60.0, gt=0)
     """With several processes: end the run, with the stacks of all, when a process has got nowhere for this long. Longer
     than the longest micro-batch, rollout or evaluation takes. Null: wait for ever."""
+    profile: ProfileConfig | None = None
+    """Record some steps. Null: none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
