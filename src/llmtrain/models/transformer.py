@@ -135,6 +135,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
         documents: Tensor | None = None, same_as: Tensor | None = None, segments: Tensor | None = None,
         prefix: Tensor | None = None, source: Source | None = None, table: Tensor | None = None,
+        layers: range | None = None, hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -146,7 +147,8 @@ class Transformer(nn.Module):
         with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
         `segments` [B, T] int64: the kind of each token's segment, all 0 where they are not given. `prefix` [B, T]
         bool: tokens that those before them see too. `source`: what cross-attention looks at. `table` [V, H]: in the
-        place of an own token embedding.
+        place of an own token embedding. `layers`: go through these alone, from `hidden` [B, T, H], what the ones before
+        have made (None: these are the first); the last norm belongs to the last of all.
         """
         assert self.config.is_causal or (cache is None and same_as is None), "an encoder computes whole rows"
         assert prefix is None or (cache is None and same_as is None), "a prefix is one of whole rows"
@@ -168,14 +170,17 @@ class Transformer(nn.Module):
         lengths: Tensor | int = length
         if cache is not None:
             lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
-        hidden = self._embed(tokens, positions, segments, table)
+        if hidden is None:
+            hidden = self._embed(tokens, positions, segments, table)
+        layers = range(len(self.blocks)) if layers is None else layers
         contexts = {
             window: self._context(window, positions, length, lengths, within, rows, prefix, source)
-            for window in {*self.windows}
+            for window in {*self.windows[layers.start : layers.stop]}
         }
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            hidden = block(hidden, contexts[window], cache)
-        hidden = self.final_norm(hidden)
+        for layer in layers:
+            hidden = self.blocks[layer](hidden, contexts[self.windows[layer]], cache)
+        if layers.stop == len(self.blocks):
+            hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
 
     @property
