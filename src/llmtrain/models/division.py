@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.transformer import Transformer
 
@@ -37,7 +38,12 @@ class Divisible(nn.Module):
         return []
 
     def keep(self, layers: Sequence[range]) -> None:
-        """Drops all that a process which computes these layers alone does not read."""
+        """Drops all that a process which computes these layers alone does not read.
+
+        Raises ConfigError for a model whose layers share more than hidden states.
+        """
+        if fault := _indivisible(self.config):
+            raise ConfigError(f"engine.pipeline_parallel: the layers of this model are not divided: {fault}")
         trunk, count = self.trunk, len(self.trunk.blocks)
         has_first, has_last = any(each.start == 0 for each in layers), any(each.stop == count for each in layers)
         for layer in range(count):
@@ -52,3 +58,14 @@ class Divisible(nn.Module):
         for name, part in list(self.named_children()):
             if part is not trunk and not has_last:
                 setattr(self, name, None)
+
+
+def _indivisible(config: ModelConfig) -> str | None:
+    """Why layers cannot be computed by different processes; None where they can."""
+    if config.architecture == "encoder_decoder":
+        return "it is an encoder-decoder, all layers of whose decoder read the encoder's states"
+    if config.experts is not None:
+        return "it has experts, whose auxiliary losses are made of all layers"
+    if config.positions == "relative":
+        return "it has positions=relative, whose biases all layers share"
+    return None
