@@ -182,6 +182,35 @@ BAD = [
     ("align method=online_dpo engine.processes=16", "8 prompts cannot be shared evenly by 16 processes"),
     ("align method=grpo method.minibatches=2 engine.processes=2", "minibatches of 1 prompts evenly by 2 processes"),
     ("pretrain engine.sharding=fsdp", "engine.sharding: has no effect: fsdp shards over processes and there is one"),
+    # processes
+    (
+        "pretrain engine.processes=4 engine.tensor_parallel=3 model.num_heads=6",
+        "engine.tensor_parallel=3 does not divide the number of processes, 4",
+    ),
+    (
+        "pretrain model=llama_tiny engine.processes=8 engine.tensor_parallel=8 model.num_heads=4",
+        "engine.tensor_parallel: 8 does not divide model.num_heads=4",
+    ),
+    (
+        "pretrain engine.processes=4 engine.tensor_parallel=2",
+        "with processes that take different rows it goes with engine.sharding=fsdp or hsdp",
+    ),
+    ("pretrain engine.processes=2 engine.tensor_parallel=2 model.dropout=0.1", "does not go with model.dropout=0.1"),
+    ("pretrain engine.processes=2 engine.tensor_parallel=2 model.positions=alibi", "with model.positions=alibi"),
+    ("pretrain model=mixtral_tiny engine.processes=2 engine.tensor_parallel=2", "experts go with"),
+    ("sft adapter=lora engine.processes=2 engine.tensor_parallel=2", "engine.tensor_parallel: adapters are not shared"),
+    ("pretrain engine.processes=2 engine.tensor_parallel=2 engine.sharding=fsdp", "engine.sharding: has no effect"),
+    ("pretrain engine.processes=4 engine.sharding=hsdp", "engine.shard_processes: needs a value"),
+    ("pretrain engine.processes=4 engine.sharding=hsdp engine.shard_processes=3", "engine.shard_processes=3 does not"),
+    ("pretrain engine.processes=4 engine.sharding=hsdp engine.shard_processes=4", "use engine.sharding=fsdp"),
+    ("pretrain engine.processes=4 engine.shard_processes=2", "ddp has no replicas of what is sharded"),
+    ("pretrain engine.processes=2 engine.expert_parallel=2", "has no effect: the model has no experts"),
+    (
+        "pretrain model=mixtral_tiny engine.processes=4 engine.expert_parallel=4 model.experts.num_experts=6",
+        "4 does not divide model.experts.num_experts=6",
+    ),
+    ("pretrain engine.processes=2 engine.pipeline_parallel=2", "engine.pipeline_parallel: is not supported"),
+    ("pretrain engine.processes=2 engine.context_parallel=2", "engine.context_parallel: is not supported"),
     # options without effect
     ("pretrain schedule.decay_steps=5", "schedule.decay_steps: has no effect: cosine has no final decay"),
     ("pretrain schedule=constant schedule.min_lr_ratio=0.5", "schedule.min_lr_ratio: has no effect"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints, distributed
 from llmtrain.engine.distributed import Layout, launch
 
@@ -31,7 +32,7 @@ class Net(nn.Module):
 
 def train(layout: Layout, sharding: str, steps: int, folder: Path | None = None) -> dict[str, torch.Tensor]:
     """The state after some steps on rows that the processes share."""
-    model = distributed.spread(Net(), layout, sharding)  # type: ignore[arg-type]
+    model = distributed.spread(Net(), arranged(layout, sharding))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     state = checkpoints.training_state(model, optimizer, {})
     step = 0
@@ -52,6 +53,10 @@ def train(layout: Layout, sharding: str, steps: int, folder: Path | None = None)
     }
 
 
+def arranged(layout: Layout, sharding: str) -> Layout:
+    return distributed.arrange(layout, EngineConfig(sharding=sharding))  # type: ignore[arg-type]
+
+
 def everything(folder: Path) -> None:
     """What each of two processes checks."""
     layout = distributed.join("cpu", threads=1)
@@ -64,12 +69,13 @@ def everything(folder: Path) -> None:
     expected, begun = train(alone, "ddp", 6), train(alone, "ddp", 3)
     assert any(name.startswith("optimizer.blocks.0.weight.exp_avg") for name in expected)
     for sharding in ("ddp", "fsdp"):
-        assert distributed.is_sharded(distributed.spread(Net(), layout, sharding)) == (sharding == "fsdp")  # type: ignore[arg-type]
+        model = distributed.spread(Net(), arranged(layout, sharding))
+        assert distributed.is_sharded(model) == (sharding == "fsdp")
+        assert distributed.full_state(model)["head.weight"].shape == (3, 5)
         close(train(layout, sharding, 3, folder / sharding), begun)
         close(train(layout, sharding, 6, folder / sharding), expected)  # goes on from step 3
         # what two processes have saved, one reads, and the other layout
         close(train(layout, "fsdp" if sharding == "ddp" else "ddp", 6, folder / sharding), expected)
-        assert distributed.full_state(distributed.spread(Net(), layout, sharding))["head.weight"].shape == (3, 5)  # type: ignore[arg-type]
     (folder / f"done-{layout.rank}").touch()
 
 

@@ -17,6 +17,7 @@ from llmtrain.config.schema import (
     CheckpointConfig,
     CpoConfig,
     DpoConfig,
+    EngineConfig,
     EvalConfig,
     ExpertsConfig,
     HingeConfig,
@@ -30,8 +31,9 @@ from llmtrain.config.schema import (
     SimpoConfig,
     TrackerConfig,
 )
+from llmtrain.data.batches import share
 from llmtrain.data.encoding import PromptRow
-from llmtrain.engine.distributed import Layout, bare, join, launch, leave, spread, total
+from llmtrain.engine.distributed import Layout, arrange, bare, join, launch, leave, spread, total
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
@@ -136,23 +138,23 @@ def measure(path: Path) -> None:
     gradients, rollout, first = {}, {}, {}
     for name in OBJECTIVES:
         expected = plain_gradients(name)
-        for place, sharding, where in places(layout):
+        for place, where in places(layout):
             for micro in MICRO_BATCHES:
-                found = trained_gradients(name, place, sharding, micro)
+                found = trained_gradients(name, place, micro)
                 gradients[f"{name}/{where}/{micro}"] = max(map(relative_error, found, expected))
     for name in METHODS:
-        for place, sharding, where in places(layout):
-            rollout[f"{name}/{where}"] = rollout_differences(name, place, sharding)
+        for place, where in places(layout):
+            rollout[f"{name}/{where}"] = rollout_differences(name, place)
             for micro in MICRO_BATCHES if "_" not in name else ():
-                first[f"{name}/{where}/{micro}"] = first_update(name, place, sharding, micro)
+                first[f"{name}/{where}/{micro}"] = first_update(name, place, micro)
     if layout.is_main:
         path.write_text(json.dumps({"gradients": gradients, "rollout": rollout, "first update": first}))
     leave()
 
 
-def places(layout: Layout) -> list[tuple[Layout, Any, str]]:
+def places(layout: Layout) -> list[tuple[Layout, str]]:
     """Alone (both processes do the same), replicated, sharded."""
-    return [(ALONE, "ddp", "1"), (layout, "ddp", "2 ddp"), (layout, "fsdp", "2 fsdp")]
+    return [(ALONE, "1"), *((arrange(layout, EngineConfig(sharding=each)), f"2 {each}") for each in ("ddp", "fsdp"))]
 
 
 def language_model(seed: int, config: ModelConfig = CONFIG) -> LanguageModel:
@@ -301,10 +303,10 @@ def ranking_batch(answers: list[Tensor], masks: list[Tensor], counts: list[int],
 def own_rows(batch: Batch, layout: Layout) -> Batch:
     """A process's part of the global batch, as the batch sources cut it."""
     if isinstance(batch, Rollout):
-        mine = batch[rows_of_process(layout.rank, layout.world, ROWS, batch.minibatches, batch.group_rows)]
+        mine = batch[rows_of_process(layout.data_rank, layout.data_world, ROWS, batch.minibatches, batch.group_rows)]
         slots = ROWS // batch.group_rows // batch.minibatches
-        return dataclasses.replace(mine, first_slot=layout.rank * slots // layout.world)
-    return batch[layout.rank * ROWS // layout.world : (layout.rank + 1) * ROWS // layout.world]
+        return dataclasses.replace(mine, first_slot=layout.data_rank * slots // layout.data_world)
+    return batch[share(ROWS, layout.data_rank, layout.data_world)]
 
 
 def plain_gradients(name: str) -> list[dict[str, Tensor]]:
@@ -395,10 +397,10 @@ def no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-def trained_gradients(name: str, layout: Layout, sharding: Any, micro: int | None) -> list[dict[str, Tensor]]:
+def trained_gradients(name: str, layout: Layout, micro: int | None) -> list[dict[str, Tensor]]:
     """The gradients that the trainer hands to the optimizer."""
     trained, objective = build(name)
-    model = spread(trained, layout, sharding)
+    model = spread(trained, layout)
     batches: Any = Fixed(own_rows(global_batch(name), layout))
     if name.endswith("kto"):
         batches = Baseline(
@@ -427,10 +429,10 @@ def prompts(step: int, replacement: int = 0) -> list[PromptRow]:
 prompts.counts = lambda step: {}  # type: ignore[attr-defined]
 
 
-def rollouts(name: str, layout: Layout, sharding: Any, micro: int | None) -> tuple[nn.Module, Rollouts]:
+def rollouts(name: str, layout: Layout, micro: int | None) -> tuple[nn.Module, Rollouts]:
     """A method's batch source, and what it trains."""
     trained, reduce = build(name)[0], partial(total, layout=layout)
-    model = spread(trained, layout, sharding)
+    model = spread(trained, layout)
     model.train()
     read = {"model": model, "reference": language_model(9).eval(), "micro_batch_rows": micro, "autocast": no_autocast}
     with_values = partial(PpoEstimator, settings=PPO, kl=AdaptiveKL(0.1, 1.0, 100), kl_stop=None, layout=layout, **read)
@@ -460,15 +462,15 @@ def short(answers: Any) -> list[float]:
     return [float(len(answer.tokens) < 6) for answer in answers]
 
 
-def rollout_differences(name: str, layout: Layout, sharding: Any) -> dict[str, Any]:
+def rollout_differences(name: str, layout: Layout) -> dict[str, Any]:
     """A rollout against that of a single process: whether it has the same rows, how far apart the numbers are."""
-    whole = rollouts(name, ALONE, "ddp", None)[1](4)
-    source = rollouts(name, layout, sharding, 2)[1]
+    whole = rollouts(name, ALONE, None)[1](4)
+    source = rollouts(name, layout, 2)[1]
     mine = source(4)
     if isinstance(whole, Rollout):
-        rows = rows_of_process(layout.rank, layout.world, ROWS, source.minibatches, source.group_rows)
+        rows = rows_of_process(layout.data_rank, layout.data_world, ROWS, source.minibatches, source.group_rows)
     else:
-        rows = torch.arange(len(whole)).chunk(layout.world)[layout.rank]
+        rows = torch.arange(len(whole)).chunk(layout.data_world)[layout.data_rank]
     expected, same, largest = whole[rows], len(mine) == len(rows), 0.0
     for field in dataclasses.fields(mine):
         one, other = getattr(mine, field.name), getattr(expected, field.name)
@@ -482,9 +484,9 @@ def rollout_differences(name: str, layout: Layout, sharding: Any) -> dict[str, A
     return {"same rows": same, "largest difference": largest}
 
 
-def first_update(name: str, layout: Layout, sharding: Any, micro: int | None) -> dict[str, float]:
+def first_update(name: str, layout: Layout, micro: int | None) -> dict[str, float]:
     """What the first update of a rollout sees, in training mode with gradients."""
-    model, make = rollouts(name, layout, sharding, micro)
+    model, make = rollouts(name, layout, micro)
     objective, update = build(name)[1], next(make(4).updates())
     metrics: dict[str, list[float]] = {
         "ratio": [], "ratio_max": [], "ratio_min": [], "approx_kl": [], "clip_fraction": []

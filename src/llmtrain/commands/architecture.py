@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.config.compose import load_config
+from llmtrain.config.process_mesh import mesh_shape
 from llmtrain.config.schema import ModelConfig, PretrainConfig, TokenizerConfig
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.display import compact
@@ -97,7 +98,8 @@ def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig
     """Of a process that holds the whole model."""
     parameters, optimizer = num_parameters(model), config.optimizer
     rows, length = config.train.micro_batch_rows, config.train.sequence_length
-    rows = rows or math.ceil(rows_per_step(config.train) / config.engine.processes)
+    data_processes = mesh_shape(config.engine, config.engine.processes).data
+    rows = rows or math.ceil(rows_per_step(config.train) / data_processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
     in_bfloat16 = config.engine.precision == "bfloat16"
     kept = activation_bytes(model.config, rows * length, length, 2 if in_bfloat16 else 4)

@@ -3,7 +3,6 @@
 A check is a generator of findings. It reads keys from a `View` and ends by itself where a key is faulty already.
 """
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterator
 
@@ -12,6 +11,7 @@ from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
 from llmtrain.config.health_checks import HEALTH_CHECKS
+from llmtrain.config.layout_checks import LAYOUT_CHECKS, data_processes
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
@@ -128,7 +128,7 @@ def whole_rows(view: View) -> Iterator[Finding]:
 
 def rows_per_process(view: View) -> Iterator[Finding]:
     """Each process gets the same number of rows."""
-    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
+    processes = data_processes(view)
     if view.command == "pretrain":
         tokens, length = view["train.batch_tokens"], view["train.sequence_length"]
         if tokens is not None and tokens % length == 0 and (tokens // length) % processes:
@@ -139,17 +139,6 @@ def rows_per_process(view: View) -> Iterator[Finding]:
     if rows is not None and rows % processes:
         problem = f"{rows} rows cannot be shared evenly by {processes} processes"
         yield finding(problem, "train.batch_rows", "engine.processes")
-
-
-def launched(view: View) -> Iterator[Finding]:
-    """Sharding needs several processes; a launcher counts them itself."""
-    processes = view["engine.processes"]
-    if "WORLD_SIZE" in os.environ and processes != 1:
-        problem = "leave at 1 here: a launcher (WORLD_SIZE is set) has started the processes already"
-        yield finding(problem, "engine.processes")
-    if view["engine.sharding"] == "fsdp" and processes == 1 and "WORLD_SIZE" not in os.environ:
-        problem = "has no effect: fsdp shards over processes and there is one; set engine.processes or use torchrun"
-        yield finding(problem, "engine.sharding", "engine.processes")
 
 
 def schedule(view: View) -> Iterator[Finding]:
@@ -316,7 +305,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     batch_size,
     whole_rows,
     rows_per_process,
-    launched,
+    *LAYOUT_CHECKS,
     schedule,
     warmup,
     length_warmup,

@@ -1,9 +1,9 @@
 """Combinations of keys of the methods of `align` that sample answers, which do not fit together; see `checks.py`."""
 
-import os
 from collections.abc import Callable, Iterator
 
 from llmtrain.config.fields import alternatives, tag_of
+from llmtrain.config.layout_checks import data_processes
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import SamplingMethod
 from llmtrain.config.view import View, finding, no_effect
@@ -16,7 +16,7 @@ def groups(view: View) -> Iterator[Finding]:
     """Answers come in groups for one prompt, and minibatches of whole groups are equal, also over processes."""
     rows, method = view["train.batch_rows"], view["method"]
     samples, count = method.get("samples_per_prompt", 1), method.get("minibatches", 1)
-    processes = int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
+    processes = data_processes(view)
     if rows is None or view["method.name"] not in SAMPLING:
         return
     if rows % samples:

@@ -23,28 +23,61 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.errors import ConfigError, UserError
+from llmtrain.config.process_mesh import MeshShape, mesh_shape
+from llmtrain.config.schema import EngineConfig
 from llmtrain.engine.memory import keep_freed_memory
+
+DATA = "data"  # the dimension of a mesh that holds both replicas and shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where this process stands among all processes of the run."""
+    """Where this process stands among all processes of the run.
+
+    Of those along the mesh's dimensions `replicate` and `shard` each takes different rows: these are the data
+    processes. Those along the other ones work on the same rows, and draw and count the same.
+    """
 
     rank: int
     world: int
     device: torch.device
+    mesh: DeviceMesh | None = None
+    """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the different rows this process takes, from 0."""
+        if self.mesh is None:
+            return self.rank
+        return self.mesh["replicate"].get_local_rank() * self.size("shard") + self.mesh["shard"].get_local_rank()
+
+    @property
+    def data_world(self) -> int:
+        """How many different shares of rows there are."""
+        return self.world if self.mesh is None else self.size("replicate") * self.size("shard")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The data processes that this one is among; None where those are all."""
+        if self.mesh is None or self.data_world == self.world:
+            return None
+        return self.mesh[DATA].get_group()
+
+    def size(self, dimension: str) -> int:
+        """How many processes there are along a dimension of the mesh."""
+        return 1 if self.mesh is None else self.mesh[dimension].size()
 
 
 def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None) -> Layout:
@@ -71,6 +104,17 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
     if threads or state.num_processes > 1:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
     return Layout(state.process_index, state.num_processes, torch.device("cpu") if on_cpu else state.device)
+
+
+def arrange(layout: Layout, engine: EngineConfig) -> Layout:
+    """The same process in the mesh that `engine` asks for; raises ConfigError where so many processes make none."""
+    shape = mesh_shape(engine, layout.world)
+    if layout.world == 1:
+        return layout
+    mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
+    if shape.data < layout.world:
+        mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
+    return dataclasses.replace(layout, mesh=mesh)
 
 
 def launched_by_others() -> bool:
@@ -148,19 +192,21 @@ def as_launched() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def spread(model: nn.Module, layout: Layout, sharding: Literal["ddp", "fsdp"]) -> nn.Module:
-    """Replicate (DDP) or shard (FSDP2) a model over all processes; alone, it stays as it is.
+def spread(model: nn.Module, layout: Layout) -> nn.Module:
+    """Replicate (DDP) or shard (FSDP2) a model over the data processes; alone, it stays as it is.
 
     The units of sharding are the elements of every `nn.ModuleList` (the blocks), each submodule that holds such a
-    list, and the whole.
+    list, and the whole. With both replicas and shards, gradients are summed over replicas after they are in shards.
     """
     model.to(layout.device)
-    if layout.world == 1:
+    if layout.data_world == 1:
         return model
-    if sharding == "ddp":
+    if layout.mesh is None or layout.size("shard") == 1:
         # buffers are the same everywhere by construction: sending them at each pass would be for nothing
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    mesh = init_device_mesh(layout.device.type, (layout.world,))
+        return DistributedDataParallel(
+            model, process_group=layout.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    mesh = layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"]
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
@@ -185,18 +231,18 @@ def gradient_sync(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def total(value: Tensor, layout: Layout) -> Tensor:
-    """The sum of `value` over all processes."""
-    if layout.world > 1:
+    """The sum of `value` over the data processes."""
+    if layout.data_world > 1:
         value = value.clone()
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=layout.data_group)
     return value
 
 
 def largest(value: Tensor, layout: Layout) -> Tensor:
-    """The largest of `value` over all processes, element by element."""
-    if layout.world > 1:
+    """The largest of `value` over the data processes, element by element."""
+    if layout.data_world > 1:
         value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.data_group)
     return value
 
 
@@ -210,11 +256,11 @@ def agree(value: Any, layout: Layout) -> Any:
 
 
 def gathered(values: Sequence[Any], layout: Layout) -> list[Any]:
-    """The values of all processes, in the order of processes, on every one of them."""
-    if layout.world == 1:
+    """The values of all data processes, in their order, on every one of them."""
+    if layout.data_world == 1:
         return list(values)
-    boxes: list[Any] = [None] * layout.world
-    dist.all_gather_object(boxes, list(values))
+    boxes: list[Any] = [None] * layout.data_world
+    dist.all_gather_object(boxes, list(values), group=layout.data_group)
     return [value for box in boxes for value in box]
 
 

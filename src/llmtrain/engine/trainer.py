@@ -159,19 +159,19 @@ class Trainer:
             weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
             micro_batches = list(update.micro_batches(self.micro_batch_rows))
             for index, micro in enumerate(micro_batches):
-                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.rank, index))
+                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.data_rank, index))
                 with gradient_sync(self.model, now=index == len(micro_batches) - 1):
                     with self.autocast():
                         loss, parts = loss_of(self.model, micro)
-                    # the processes' gradients are averaged, so each counts its share `world` times
-                    (loss * (self.layout.world / weight)).sum().backward()
+                    # the data processes' gradients are averaged, so each counts its share that many times
+                    (loss * (self.layout.data_world / weight)).sum().backward()
                 metrics.add(parts)
             metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             metrics.add(self.after_update())
             tokens += update.num_tokens()
-        return metrics.sums, tokens * self.layout.world
+        return metrics.sums, tokens * self.layout.data_world
 
     def _show(self, step: int, samples: Samples | None) -> None:
         """Keep what people are shown of the step's batch, at some steps, in the order of its rows."""

@@ -131,7 +131,7 @@ class Rollouts:
     autocast: Callable[[], torch.autocast]
 
     def __post_init__(self) -> None:
-        rank, world, prompts = self.layout.rank, self.layout.world, self.batch_rows // self.group_rows
+        rank, world, prompts = self.layout.data_rank, self.layout.data_world, self.batch_rows // self.group_rows
         rows = rows_of_process(rank, world, self.batch_rows, self.minibatches, self.group_rows)
         shown = shown_rows(self.batch_rows, self.shown_rows)
         self.shown = {row: place for place, row in enumerate(rows.tolist()) if row in shown}

@@ -88,6 +88,7 @@ class Run(Generic[Config]):
         torch.manual_seed(config.seed)
         layout = distributed.join(config.engine.device, config.engine.threads)
         show_log(layout.is_main)
+        layout = distributed.arrange(layout, config.engine)
         return cls(config, handover.run_folder(config), layout, time.monotonic())
 
     @property

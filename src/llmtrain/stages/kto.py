@@ -35,14 +35,14 @@ def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, token
     if method.reference == "precomputed":
         known = Precomputed(run, policy, collate_answers, tokenizer.pad_id)
         rows, held_out = known(rows), known(held_out)
-    model = spread(run.adapt(policy), run.layout, config.engine.sharding)
+    model = spread(run.adapt(policy), run.layout)
     if method.reference == "on_the_fly":
         reference = assembly.load_reference(run, model)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     answers = AnswerBatches(
         rows, plan.order(config.seed), max_length=length,
-        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
+        pad_id=tokenizer.pad_id, rank=run.layout.data_rank, world=run.layout.data_world,
     )  # fmt: skip
     baseline = Baseline(
         batches=answers, counts=answers.counts, model=model, reference=reference, layout=run.layout,

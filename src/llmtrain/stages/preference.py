@@ -26,7 +26,7 @@ def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, toke
     if method.reference == "precomputed":
         known = Precomputed(run, policy, collate_pairs, tokenizer.pad_id)
         rows, held_out, reference = known(rows), known(held_out), precomputed
-    model = spread(run.adapt(policy), run.layout, config.engine.sharding)
+    model = spread(run.adapt(policy), run.layout)
     if method.reference == "on_the_fly":
         reference = OnTheFly(assembly.load_reference(run, model))
     objective = build_objective(method, reference)
@@ -34,7 +34,7 @@ def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, toke
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = PairBatches(
         rows, plan.order(config.seed), max_length=length,
-        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
+        pad_id=tokenizer.pad_id, rank=run.layout.data_rank, world=run.layout.data_world,
     )  # fmt: skip
     run.say(f"{method.name}: {plan.steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
     measure = evaluate_objective(

@@ -52,7 +52,7 @@ def stage(config: PretrainConfig) -> None:
     task = build_task(config, tokenizer)
     trained = build_model(config, tokenizer)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
+    model = spread(run.adapt(trained), run.layout)
     text = (streamed_text if config.data.streaming else prepared_text)(config, run, tokenizer, task, parameters)
     run.say(f"{parameters:,} parameters, {text.plan.steps} steps, {text.summary}")
 
@@ -95,7 +95,7 @@ def prepared_text(
     plan = run.plan(config.data, sizes, said, parameters=parameters, tokens_per_row=length)
     layout = run.layout
     batches = TokenBatches(
-        rows, plan.order(config.seed), sequence_length=length, rank=layout.rank, world=layout.world
+        rows, plan.order(config.seed), sequence_length=length, rank=layout.data_rank, world=layout.data_world
     )  # fmt: skip
     by_number = {number: rows[name] for number, name in enumerate(plan.mixture.names) if name in rows}
     domains = {}
@@ -133,7 +133,7 @@ def streamed_text(
                 streams[name].begin(position)
     batches = StreamedBatches(
         streams, plan.mixture, batch_rows=plan.batch_rows, first_step=run.checkpoint.step if run.checkpoint else 0,
-        rank=layout.rank, world=layout.world,
+        rank=layout.data_rank, world=layout.data_world,
     )  # fmt: skip
     domains = {}
     for number, (name, stream) in enumerate(streams.items()):

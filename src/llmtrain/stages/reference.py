@@ -80,10 +80,10 @@ class Precomputed(Generic[TwoSided]):
         model = self.model.to(layout.device).eval()
         widths = [max(len(side.tokens) for side in row.sides) for row in rows]
         longest_first = sorted(range(len(rows)), key=lambda number: -widths[number])
-        size = train.micro_batch_rows or max(rows_per_step(train) // layout.world, 1)
+        size = train.micro_batch_rows or max(rows_per_step(train) // layout.data_world, 1)
         portions = [longest_first[start : start + size] for start in range(0, len(rows), size)]
         found = torch.zeros(len(rows), 2, device=layout.device)
-        for numbers in portions[layout.rank :: layout.world]:
+        for numbers in portions[layout.data_rank :: layout.data_world]:
             portion = [rows[number] for number in numbers]
             batch = self.collate(portion, [0] * len(portion), self.pad_id, widths[numbers[0]]).to(layout.device)
             with self.run.autocast():

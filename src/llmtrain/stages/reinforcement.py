@@ -171,7 +171,7 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
     """Proximal policy optimisation, with a value model."""
     config, layout = run.config, run.layout
     trained = with_values(run, policy, method.value_model)
-    model = spread(trained, layout, config.engine.sharding)
+    model = spread(trained, layout)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
     estimator = PpoEstimator(
         model=model, reference=assembly.load_reference(run, model, values=False), settings=method, kl=kl,
@@ -244,7 +244,7 @@ def several_updates(
     advantages: Callable[[Tensor], Tensor], objective: Objective, **options: Any,
 ) -> Learner:  # fmt: skip
     """What GRPO and RLOO share: groups, and several updates for each rollout."""
-    model = spread(policy, run.layout, run.config.engine.sharding)
+    model = spread(policy, run.layout)
     estimator = AnswerEstimator(
         model=model, reference=reference_if(method.kl_coefficient, run, model), advantages=advantages,
         temperature=method.temperature, epochs=method.epochs, minibatches=method.minibatches,
@@ -261,7 +261,7 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
     """REINFORCE with the mean of the batch as baseline, or none: the KL is in the reward."""
     mean_of_all = functools.partial(batch_advantages, reduce=functools.partial(total, layout=run.layout))
     baseline: Callable[[Tensor], Tensor] = mean_of_all if method.baseline == "batch" else torch.clone
-    model = spread(policy, run.layout, run.config.engine.sharding)
+    model = spread(policy, run.layout)
     estimator = AnswerEstimator(
         model=model, reference=reference_if(method.kl_coefficient, run, model),
         advantages=whitened(baseline, run.layout) if method.whiten_advantages else baseline,
@@ -297,7 +297,7 @@ def kl_stop(limit: float | None, layout: Layout) -> KLStop | None:
 def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageModel) -> Learner:
     """Direct preference optimisation on pairs of the policy's own answers."""
     loss = functools.partial(dpo_loss, beta=method.beta, label_smoothing=method.label_smoothing)
-    model = spread(policy, run.layout, run.config.engine.sharding)
+    model = spread(policy, run.layout)
     return Learner(
         trained=policy, model=model, learn_from=best_and_worst,
         objective=Preference(loss, OnTheFly(assembly.load_reference(run, model)), beta=method.beta),
@@ -308,7 +308,7 @@ def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageM
 def rejection_sampling(run: Run[AlignConfig], method: RejectionSamplingConfig, policy: LanguageModel) -> Learner:
     """Next-token training on the best of the policy's own answers."""
     return Learner(
-        trained=policy, model=spread(policy, run.layout, run.config.engine.sharding),
+        trained=policy, model=spread(policy, run.layout),
         learn_from=functools.partial(best_answers, minimum_reward=method.minimum_reward), objective=NextToken(),
         group_rows=method.samples_per_prompt,
     )  # fmt: skip

@@ -45,13 +45,13 @@ def stage(config: RewardConfig) -> None:
     length = assembly.fitting_length(config, policy)
     rows, held_out = build_rankings(run, policy, tokenizer, length)
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
-    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
+    model = spread(run.adapt(trained), run.layout)
 
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     batches = RankingBatches(
         rows, plan.order(config.seed), max_length=length,
-        pad_id=tokenizer.pad_id, rank=run.layout.rank, world=run.layout.world,
+        pad_id=tokenizer.pad_id, rank=run.layout.data_rank, world=run.layout.data_world,
     )  # fmt: skip
     run.say(f"{plan.steps} steps over {described(rows)} in {len(rows)} sources")
     objective = BradleyTerry(config.objective.margin_weight, config.objective.centring_weight)

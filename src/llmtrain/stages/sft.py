@@ -49,7 +49,7 @@ def stage(config: SftConfig) -> None:
         )
 
     rows, held_out = load("train", None), load("validation", config.eval.max_rows)
-    model = spread(run.adapt(trained), run.layout, config.engine.sharding)
+    model = spread(run.adapt(trained), run.layout)
 
     said = row_digests(config.data, rows)
     batches, plan = build_batches(config, run, rows, said, length, tokenizer.pad_id, writes_from_source)
@@ -81,7 +81,7 @@ def build_batches(
     pad_id: int, writes_from_source: bool,
 ) -> tuple[ConversationBatches | PackedBatches | SequencePairBatches, Plan]:  # fmt: skip
     """The batches of the run, of single conversations, packed rows or answers with their sources; what it draws."""
-    options: dict[str, Any] = {"pad_id": pad_id, "rank": run.layout.rank, "world": run.layout.world}
+    options: dict[str, Any] = {"pad_id": pad_id, "rank": run.layout.data_rank, "world": run.layout.data_world}
     if writes_from_source:
         answers = answers_by_source(rows)
         plan = run.plan(config.data, {name: len(each) for name, each in answers.items()}, said)

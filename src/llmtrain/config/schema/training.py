@@ -86,8 +86,19 @@ class EngineConfig:
     """Where tensors live. auto: cuda if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of matrix products (autocast); weights and optimizer moments stay float32."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: replicate the model (ddp) or shard weights, gradients and moments (fsdp: FSDP2)."""
+    sharding: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """What processes that take different rows do with the model: replicate it (ddp), shard weights, gradients and
+    moments over all of them (fsdp: FSDP2), or over `shard_processes` of them and replicate that (hsdp)."""
+    shard_processes: int | None = Field(default=None, ge=2)
+    """How many processes share one copy of the model (hsdp)."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """How many processes compute the same rows, each with a part of the heads and of the feed-forward parts."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """How many of the processes that take different rows share one set of experts; tokens go to theirs."""
+    context_parallel: int = Field(default=1, ge=1)
+    """How many processes share the positions of the same rows."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """How many processes share the layers, one after another."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
