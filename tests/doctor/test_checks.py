@@ -1,6 +1,7 @@
 """The checks of `llmtrain doctor`: they pass here, and each notices the fault that it is there for."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -118,8 +119,8 @@ def test_micro_batches_that_are_averaged_are_noticed(monkeypatch: pytest.MonkeyP
 
     objective = training.NextToken()
     right = objective.__call__
-    step = trainer.Trainer._step
-    monkeypatch.setattr(trainer.Trainer, "_step", lambda self, number, loss_of: step(self, number, mean))
+    updates = trainer.Trainer.updates
+    monkeypatch.setattr(trainer.Trainer, "updates", lambda self: dataclasses.replace(updates(self), loss_of=mean))
     found = off(training.accumulation(CPU))
     assert "micro-batches of 1" in found
     assert "micro-batches of 3" in found

@@ -151,7 +151,7 @@ def test_loss_is_divided_by_what_counts_in_the_whole_batch(build: Callable[..., 
             gradients.append(trainer.model.weight.grad.clone()),
             step(),
         )
-        trainer._step(0, trainer.objective)
+        trainer.updates()(0, trainer.batches(0))
     assert len(gradients) == 4
     for gradient in gradients:
         torch.testing.assert_close(gradient, gradients[-1], rtol=1e-6, atol=1e-7)

@@ -409,7 +409,7 @@ def trained_gradients(name: str, layout: Layout, micro: int | None) -> list[dict
         )  # fmt: skip
     objective = routed(trained, objective, layout)
     made, optimizer = trainer(model, batches, objective, layout, micro)
-    made._step(0, objective)
+    made.updates()(0, made.batches(0))
     optimizer.seen[-1] |= biases(trained)
     return optimizer.seen
 

@@ -16,6 +16,7 @@ from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
+from llmtrain.config.pipeline_checks import PIPELINE_CHECKS
 from llmtrain.config.plain import Finding
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
@@ -306,6 +307,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     whole_rows,
     rows_per_process,
     *LAYOUT_CHECKS,
+    *PIPELINE_CHECKS,
     schedule,
     warmup,
     length_warmup,

@@ -46,9 +46,8 @@ def mesh(view: View) -> Iterator[Finding]:
 
 def built(view: View) -> Iterator[Finding]:
     """What is reserved in the mesh and not built."""
-    for name in ("context_parallel", "pipeline_parallel"):
-        if view[f"engine.{name}"] > 1:
-            yield finding("is not supported: leave it at 1", f"engine.{name}")
+    if view["engine.context_parallel"] > 1:
+        yield finding("is not supported: leave it at 1", "engine.context_parallel")
 
 
 def sharding(view: View) -> Iterator[Finding]:

@@ -14,8 +14,9 @@ from llmtrain.doctor.subject import VOCAB_SIZE, gradients, language_model, ragge
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.speed import Speed, has_compiler
+from llmtrain.engine.steps import LossFunction
 from llmtrain.engine.tracking import Tracker
-from llmtrain.engine.trainer import LossFunction, Trainer
+from llmtrain.engine.trainer import Trainer
 from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 

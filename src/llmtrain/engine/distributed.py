@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.process_mesh import MeshShape, mesh_shape
-from llmtrain.config.schema import EngineConfig
+from llmtrain.config.schema import EngineConfig, PipelineSchedule
 from llmtrain.engine.memory import keep_freed_memory
+from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
 
 DATA = "data"  # the dimension of a mesh that holds both replicas and shards
 
@@ -50,6 +51,8 @@ class Layout:
     device: torch.device
     mesh: DeviceMesh | None = None
     """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """The order in which the stages of a pipeline take micro-batches."""
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +117,7 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
     if shape.data < layout.world:
         mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
-    return dataclasses.replace(layout, mesh=mesh)
+    return dataclasses.replace(layout, mesh=mesh, pipeline_schedule=engine.pipeline_schedule)
 
 
 def launched_by_others() -> bool:
@@ -197,8 +200,14 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
 
     The units of sharding are the elements of every `nn.ModuleList` (the blocks), each submodule that holds such a
     list, and the whole. With both replicas and shards, gradients are summed over replicas after they are in shards.
+    In a pipeline, the model keeps this process's layers, which are replicated.
     """
     model.to(layout.device)
+    if layout.mesh is not None and layout.size("pipeline") > 1:
+        replicas = layout.data_group if layout.data_world > 1 else None
+        group = layout.mesh["pipeline"].get_group()
+        Pipeline(cast(Divisible, model), layout.pipeline_schedule, group, layout.device, replicas)
+        return model
     if layout.data_world == 1:
         return model
     if layout.mesh is None or layout.size("shard") == 1:
@@ -272,15 +281,19 @@ def barrier(layout: Layout) -> None:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's whole state, gathered from its shards, detached, on every process."""
-    state = bare(module).state_dict()
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach() for name, value in state.items()
+    state = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        for name, value in bare(module).state_dict().items()
     }
+    pipeline = pipeline_of(module)
+    return pipeline.whole(state) if pipeline else state
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are spread over processes."""
-    return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if isinstance(module, FSDPModule) or pipeline_of(module):
+        return True
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def leave() -> None:

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_map_only
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.schema.pipeline import PipelineSchedule
+from llmtrain.config.schema import PipelineSchedule
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 Objective = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
@@ -110,18 +110,21 @@ class Pipeline:
                 dist.send(made.to(self._dtype), group=self.group, group_dst=(number + 1) % self.size)
         return self._from_last(made)
 
-    def train(self, portions: Portions) -> list[Metrics]:
-        """Adds the gradients of all micro-batches to this process's parameters; the metrics of each."""
+    def train(self, portions: Portions) -> list[tuple[Tensor, Metrics]]:
+        """Adds the gradients of all micro-batches to this process's parameters.
+
+        What the objective makes of each, on all processes of the group: the summed loss and the metrics, detached.
+        """
         numbers = torch.arange(len(portions.micro_batches))
         positions = max(_positions(portions.objective, each) for each in portions.micro_batches)
         traffic = (len(numbers), positions * self.hidden_size)
         if traffic != self.traffic:
             self.traffic, self.runner = traffic, self._make_runner(*traffic)
-        self.portions, self.metrics = portions, list[Metrics]()
+        self.portions, self.made = portions, list[tuple[Tensor, Metrics]]()
         self.runner.step(numbers, number=numbers, target=numbers, return_outputs=False)
         self._sum_shared()
         self._average()
-        found: list[Metrics] = self._from_last(self.metrics)
+        found: list[tuple[Tensor, Metrics]] = self._from_last(self.made)
         return found
 
     def compute_stage(self, number: int, micro_batch: int, received: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class Pipeline:
                 loss, metrics = part.objective(StageModel(self, number, received), part.micro_batches[micro_batch])
         except HandedOnError as done:
             return F.pad(done.made.flatten().to(self._dtype), (0, self.traffic[1] - done.made.numel()))
-        self.metrics.append({name: (value.detach(), weight.detach()) for name, (value, weight) in metrics.items()})
+        self.made.append(tree_map_only(Tensor, Tensor.detach, (loss, metrics)))
         return (loss * part.scale).sum()
 
     def counted(self) -> list[nn.Parameter]:
@@ -141,11 +144,14 @@ class Pipeline:
         again = {id(each) for each in self.model.shared_by_ends} if self.is_last else set()
         return [each for each in self.model.parameters() if id(each) not in again]
 
-    def total(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all processes of the group."""
-        value = value.clone()
-        dist.all_reduce(value, group=self.group)
-        return value
+    def clip(self, limit: float) -> Tensor:
+        """Scales the gradients so that the norm of the whole model's is `limit` at most; returns the norm it was."""
+        gradients = [each.grad for each in self.counted() if each.grad is not None]
+        square = nn.utils.get_total_norm(gradients).square()
+        dist.all_reduce(square, group=self.group)
+        norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        return norm
 
     def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all processes of the group by name, on each of them; of those of one name, the first's."""

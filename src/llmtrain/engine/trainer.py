@@ -3,72 +3,30 @@
 The state of a run is its weights, its optimizer moments and its step number; everything else is a pure function of the
 config and the step: the batch, the learning rate and the random draws. So resuming is: load a checkpoint, go on.
 
-The loop knows no model, data set or objective by name. It asks a `BatchSource` for the batch of a step, an `Objective`
-for the summed loss of each micro-batch, and divides by what the loss is averaged over, counted over all processes
-*before* the backward pass; hence neither micro-batches nor processes change the gradient.
+What happens inside a step is in `steps.py`.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
-from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, agree, gathered, gradient_sync, largest, total
+from llmtrain.engine.distributed import Layout, agree, gathered
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.speed import Speed
+from llmtrain.engine.steps import BatchSource, LossFunction, Metrics, Objective, Samples, Updates, as_numbers
 from llmtrain.engine.tracking import Tracker
 
-Metrics = dict[str, tuple[Tensor, Tensor]]
-Samples = Sequence[Mapping[str, Any]]
-# Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
-EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
-NO_WEIGHT = 1e-30
 # How often in a run people are shown samples, the first step not counted, where the config does not say.
 SHOWN_TIMES = 10
 
-
-class Rows(Protocol):
-    """A batch, as the loop sees it."""
-
-    @property
-    def samples(self) -> Samples | None: ...
-    def to(self, device: torch.device) -> Self: ...
-    def updates(self) -> Iterator[Self]: ...
-    def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
-    def metrics(self) -> Metrics: ...
-    def num_tokens(self) -> int: ...
-
-
-class BatchSource(Protocol):
-    """Where batches come from; pure in (config, step)."""
-
-    def __call__(self, step: int) -> Any:
-        """The rows this process trains on at `step` (from 0)."""
-
-    def counts(self, step: int) -> dict[str, float]:
-        """What the first `step` steps have consumed, by source."""
-
-
-class Objective(Protocol):
-    """What is minimised."""
-
-    def weight(self, batch: Any) -> Tensor:
-        """What the loss is averaged over: tokens, pairs. A loss of several terms has one for each."""
-
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Summed loss, or one for each term; metrics as (sum, weight) pairs."""
-
-
-LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Metrics]]
 Evaluator = Callable[[], dict[str, float]]
 
 
@@ -123,9 +81,7 @@ class Trainer:
         Raises UserError when the loss is no number any more, and for a warning that `health.stop_on` names.
         """
         step = self._resume()
-        loss_of: LossFunction = self.objective
-        if self.compile:
-            loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
+        make_updates = self.updates()
         if step == 0:
             self._record(0, {}, self._evaluate())
         last_saved = time.monotonic()
@@ -134,7 +90,9 @@ class Trainer:
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-            metrics, tokens = self._step(step, loss_of)
+            batch = self.batches(step).to(self.layout.device)
+            self._show(step + 1, batch.samples)
+            metrics, tokens = make_updates(step, batch)
             step += 1
             self.speed.end_step(tokens)
             values = {}
@@ -149,29 +107,16 @@ class Trainer:
             self._stop_if(ill, step)
         return self._take_best() if self.checkpoint.final == "best" else step
 
-    def _step(self, step: int, loss_of: LossFunction) -> tuple[Metrics, int]:
-        """One step: every update that the step's batch is good for, each over all its micro-batches."""
-        batch = self.batches(step).to(self.layout.device)
-        self._show(step + 1, batch.samples)
-        metrics, tokens = Totals(batch.metrics()), 0
-        for number, update in enumerate(batch.updates()):
-            # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
-            weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
-            micro_batches = list(update.micro_batches(self.micro_batch_rows))
-            for index, micro in enumerate(micro_batches):
-                torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.data_rank, index))
-                with gradient_sync(self.model, now=index == len(micro_batches) - 1):
-                    with self.autocast():
-                        loss, parts = loss_of(self.model, micro)
-                    # the data processes' gradients are averaged, so each counts its share that many times
-                    (loss * (self.layout.data_world / weight)).sum().backward()
-                metrics.add(parts)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics.add(self.after_update())
-            tokens += update.num_tokens()
-        return metrics.sums, tokens * self.layout.data_world
+    def updates(self) -> Updates:
+        """What makes the updates of a step."""
+        loss_of: LossFunction = self.objective
+        if self.compile:
+            loss_of = torch.compile(self.objective, dynamic=False if self.fixed_shapes else None)
+        return Updates(
+            layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
+            seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
+            max_grad_norm=self.max_grad_norm, after_update=self.after_update,
+        )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
         """Keep what people are shown of the step's batch, at some steps, in the order of its rows."""
@@ -180,18 +125,9 @@ class Trainer:
             of_all = gathered(samples, self.layout)
             self.tracker.log_samples(step, sorted(of_all, key=lambda sample: sample["row"]))
 
-    def _clip(self) -> Tensor:
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
     def _values(self, metrics: Metrics, step: int) -> dict[str, float]:
         """The step's metrics as numbers, over all processes; a loss that is no number ends the run here."""
-        names = sorted(name for name in metrics if name[-4:] not in EXTREMES)
-        pairs = torch.tensor([[float(part) for part in metrics[name]] for name in names], dtype=torch.float64)
-        sums = total(pairs.to(self.layout.device), self.layout).tolist()
-        values = {_in_group(name): value / weight for name, (value, weight) in zip(names, sums, strict=True) if weight}
-        values |= self._extremes(metrics)
+        values = as_numbers(metrics, self.layout)
         wrong = [name for name in ("train/loss", "train/grad_norm") if not math.isfinite(values.get(name, 0.0))]
         if wrong:
             raise UserError(
@@ -199,15 +135,6 @@ class Trainer:
                 "Lower optimizer.lr or train.max_grad_norm, or lengthen schedule.warmup_steps."
             )
         return values | self.batches.counts(step)
-
-    def _extremes(self, metrics: Metrics) -> dict[str, float]:
-        """The step's largest and smallest values, over all processes."""
-        signs = {name: 1.0 if name.endswith("_max") else -1.0 for name in sorted(metrics) if name[-4:] in EXTREMES}
-        if not signs:
-            return {}
-        own = torch.tensor([sign * float(metrics[name][0]) for name, sign in signs.items()], dtype=torch.float64)
-        found = largest(own.to(self.layout.device), self.layout).tolist()
-        return {_in_group(name): sign * value for (name, sign), value in zip(signs.items(), found, strict=True)}
 
     def _evaluate(self) -> dict[str, float]:
         """Every evaluator's numbers; the model is in evaluation mode meanwhile."""
@@ -302,24 +229,3 @@ class Trainer:
 
     def _state(self) -> dict[str, Tensor]:
         return checkpoints.training_state(self.model, self.optimizer, dict(self.parts))
-
-
-def _in_group(name: str) -> str:
-    """Metrics without a group of their own are the training's."""
-    return name if "/" in name else f"train/{name}"
-
-
-class Totals:
-    """Running sums of (sum, weight) pairs; nothing is read back from the device."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.sums: Metrics = {}
-        self.add(metrics)
-
-    def add(self, metrics: Metrics) -> None:
-        """Add another micro-batch's pairs."""
-        for name, (value, weight) in metrics.items():
-            before = self.sums.get(name)
-            value, weight = value.detach(), weight.detach()
-            combine = EXTREMES.get(name[-4:], torch.add)
-            self.sums[name] = (value, weight) if before is None else (combine(before[0], value), before[1] + weight)

@@ -30,12 +30,14 @@ from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
+from llmtrain.engine.steps import BatchSource, Metrics, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
-from llmtrain.engine.trainer import BatchSource, Evaluator, Metrics, Objective, Trainer
+from llmtrain.engine.trainer import Evaluator, Trainer
 from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
 from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
+from llmtrain.models.meta import on_meta
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.objectives.routing import Routed
@@ -158,12 +160,15 @@ class Run(Generic[Config]):
             )
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
-        flops = trained.flops_per_token(length)
+        in_pipeline = self.layout.size("pipeline") > 1
+        flops = (outline(trained) if in_pipeline else trained).flops_per_token(length)
         wanted = config.engine.compile
         compile_it = (
             wanted
             if isinstance(wanted, bool)
-            else fixed_shapes and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
+            else fixed_shapes
+            and not in_pipeline
+            and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
         )
         tracker = Tracker(
             self.folder,
@@ -270,6 +275,13 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": tokenizer.pad_id,
     }
+
+
+def outline(model: LanguageModel | ScalarModel | AnyActorCritic) -> LanguageModel | ScalarModel:
+    """The whole architecture of a model of which this process has some layers, without numbers."""
+    assert not isinstance(model, AnyActorCritic), "a pipeline holds one model"
+    with on_meta():
+        return type(model)(model.config, model.vocab_size)
 
 
 def saved_part(model: LanguageModel | ScalarModel | AnyActorCritic) -> LanguageModel | ScalarModel:

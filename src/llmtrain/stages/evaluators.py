@@ -18,7 +18,7 @@ from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
-from llmtrain.engine.trainer import Objective
+from llmtrain.engine.steps import Objective
 from llmtrain.generation.engines import sampling_from
 from llmtrain.generation.rollouts import answer, final_rewards
 from llmtrain.generation.sampler import generate

@@ -27,7 +27,8 @@ from llmtrain.data.encoding import PromptRow, load_prompts
 from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, load_tokenizer
 from llmtrain.engine.distributed import Layout, spread, total
-from llmtrain.engine.trainer import Evaluator, Objective
+from llmtrain.engine.steps import Objective
+from llmtrain.engine.trainer import Evaluator
 from llmtrain.generation.engines import Engine, OwnEngine, Replica
 from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts, SampledAnswers

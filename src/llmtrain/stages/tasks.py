@@ -23,7 +23,7 @@ from llmtrain.data.sequences import TextRows
 from llmtrain.data.spans import SpanCorruption
 from llmtrain.data.special_tokens import infilling_tokens, mask_tokens, sentinels
 from llmtrain.data.tokenizers import Tokenizer
-from llmtrain.engine.trainer import Objective
+from llmtrain.engine.steps import Objective
 from llmtrain.models.formats import read_config
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.masked import MaskedTokens

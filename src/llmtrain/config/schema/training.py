@@ -7,6 +7,8 @@ from pydantic.dataclasses import dataclass
 
 from llmtrain.config.schema.strict import STRICT
 
+PipelineSchedule = Literal["1f1b", "gpipe", "interleaved"]
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LengthWarmupConfig:
@@ -99,6 +101,9 @@ class EngineConfig:
     """How many processes share the positions of the same rows."""
     pipeline_parallel: int = Field(default=1, ge=1)
     """How many processes share the layers, one after another."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """The order in which these take micro-batches. gpipe: all forward, then all back, which keeps the most in memory;
+    1f1b: one forward, one back; interleaved: 1f1b with two shares of the layers on each process, which waits least."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
