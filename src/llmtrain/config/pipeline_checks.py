@@ -29,8 +29,8 @@ def pipeline(view: View) -> Iterator[Finding]:
         yield finding(problem, KEY, "engine.sharding")
     if view["engine.compile"] is True:
         yield finding("the stages of a pipeline are not compiled: set it to auto or false", "engine.compile", KEY)
-    if view["adapter"] is not None:
-        yield finding("adapters are not divided by layers: leave one of them away", KEY, "adapter")
+    if view["adapter.name"] != "none":
+        yield finding("adapters are not divided by layers: leave one of them away", KEY, "adapter.name")
 
 
 def sampled(view: View) -> Iterator[Finding]:
