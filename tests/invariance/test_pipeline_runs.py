@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from tests.invariance.test_processes import (
     assert_same_run,
     parents,  # noqa: F401 (a fixture)
@@ -13,7 +12,6 @@ from tests.invariance.test_processes import (
     rewind,
 )
 from tests.tiny import COMMANDS, finish, starting_from
-from torch import equal
 
 PIPELINE = ["engine.processes=2", "engine.pipeline_parallel=2", "train.micro_batch_rows=2"]
 LLAMA = ["model=llama_tiny", "model.num_layers=4", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2"]
@@ -47,13 +45,6 @@ def test_a_run_goes_on_in_one_process_and_in_a_pipeline(tmp_path: Path) -> None:
         rewind(run, step=4)
         assert "at step 4" in pretrain(tmp_path, run.name, then)
         assert_same_run(run, tmp_path / "alone")
-    again = (
-        tmp_path / "to-one"
-    )  # finished by one process, from the other's half: the weights that it hands on are its own
-    weights = load_file(again / "model" / "model.safetensors")
-    expected = load_file(tmp_path / "alone" / "model" / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    assert not any(equal(weights[name], 0 * weights[name]) for name in weights)
 
 
 @pytest.mark.slow

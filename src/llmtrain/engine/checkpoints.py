@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llmtrain.config.errors import UserError
 from llmtrain.engine.distributed import Layout, agree, bare, barrier
+from llmtrain.engine.row_orders import in_whole_order, put_back, row_orders
 
 Say = Callable[[str], None]
 
@@ -63,7 +64,8 @@ def training_state(
     for part, module in parts.items():
         state |= {f"state.{part}.{name}": value for name, value in module.state_dict().items()}
     # the storage wants at least one dimension; a view keeps the memory shared
-    return {name: value.detach().view(1) if value.dim() == 0 else value.detach() for name, value in state.items()}
+    state = {name: value.detach().view(1) if value.dim() == 0 else value.detach() for name, value in state.items()}
+    return state | in_whole_order(state, row_orders(bare(model)))
 
 
 def save(
@@ -156,6 +158,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> No
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
         dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    put_back(state)
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from llmtrain.config.process_mesh import MeshShape, mesh_shape
 from llmtrain.config.schema import EngineConfig, PipelineSchedule
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
+from llmtrain.engine.row_orders import row_orders, whole
 
 DATA = "data"  # the dimension of a mesh that holds both replicas and shards
 
@@ -53,6 +54,8 @@ class Layout:
     """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
     pipeline_schedule: PipelineSchedule = "1f1b"
     """The order in which the stages of a pipeline take micro-batches."""
+    experts: DeviceMesh | None = None
+    """The data processes in two dimensions: those with the same experts, those that share all. None: all have all."""
 
     @property
     def is_main(self) -> bool:
@@ -117,7 +120,13 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
     if shape.data < layout.world:
         mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
-    return dataclasses.replace(layout, mesh=mesh, pipeline_schedule=engine.pipeline_schedule)
+    experts = None
+    if engine.expert_parallel > 1:
+        sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
+        experts = init_device_mesh(layout.device.type, sizes, mesh_dim_names=("same_experts", "experts"))
+    return dataclasses.replace(
+        layout, mesh=mesh, experts=experts, pipeline_schedule=engine.pipeline_schedule
+    )  # fmt: skip
 
 
 def launched_by_others() -> bool:
@@ -196,11 +205,14 @@ def as_launched() -> Iterator[None]:
 
 
 def spread(model: nn.Module, layout: Layout) -> nn.Module:
-    """Replicate (DDP) or shard (FSDP2) a model over the data processes; alone, it stays as it is.
+    """The model with this process's share of what several have together; alone, it stays as it is.
 
-    The units of sharding are the elements of every `nn.ModuleList` (the blocks), each submodule that holds such a
-    list, and the whole. With both replicas and shards, gradients are summed over replicas after they are in shards.
-    In a pipeline, the model keeps this process's layers, which are replicated.
+    First modules with `split_tensors` or `split_experts` keep their part. Then what is left is replicated (DDP) or
+    sharded (FSDP2) over the data processes. The units of sharding are the elements of every `nn.ModuleList` (the
+    blocks), each submodule that holds such a list, and the whole. With both replicas and shards, gradients are summed
+    over replicas after they are in shards. In a pipeline, the model keeps this process's layers.
+
+    Raises ConfigError for a model that cannot be shared out so.
     """
     model.to(layout.device)
     if layout.mesh is not None and layout.size("pipeline") > 1:
@@ -208,9 +220,18 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         group = layout.mesh["pipeline"].get_group()
         Pipeline(cast(Divisible, model), layout.pipeline_schedule, group, layout.device, replicas)
         return model
+    if layout.mesh is not None and layout.size("tensor") > 1:
+        _split(model, "split_tensors", layout.mesh["tensor"])
+    if layout.experts is not None:
+        _split(model, "split_experts", layout.experts)
     if layout.data_world == 1:
         return model
+    shared = {
+        name: each for name, each in model.named_parameters()
+        if isinstance(each, DTensor) and each.device_mesh == layout.experts
+    }  # fmt: skip
     if layout.mesh is None or layout.size("shard") == 1:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(shared))
         # buffers are the same everywhere by construction: sending them at each pass would be for nothing
         return DistributedDataParallel(
             model, process_group=layout.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -219,9 +240,17 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
-                fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+                fully_shard(block, mesh=mesh, ignored_params=set(shared.values()))
+    fully_shard(model, mesh=mesh, ignored_params=set(shared.values()))
     return model
+
+
+def _split(model: nn.Module, method: str, mesh: DeviceMesh) -> None:
+    parts = [module for module in model.modules() if hasattr(module, method)]
+    if not parts:
+        raise ConfigError(f"engine: this model has no part that can be shared out by {method.replace('_', 'ting ')}.")
+    for part in parts:
+        getattr(part, method)(mesh)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -281,8 +310,9 @@ def barrier(layout: Layout) -> None:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's whole state, gathered from its shards, detached, on every process."""
+    orders = row_orders(bare(module))
     state = {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        name: (whole(value, orders.get(name)) if isinstance(value, DTensor) else value).detach()
         for name, value in bare(module).state_dict().items()
     }
     pipeline = pipeline_of(module)

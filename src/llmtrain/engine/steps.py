@@ -7,7 +7,6 @@ for the summed loss of each micro-batch, and divides by what the loss is average
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.seeds import derive_seed
+from llmtrain.engine import gradients
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
 from llmtrain.engine.pipeline import Portions, pipeline_of
 
@@ -81,7 +81,8 @@ class Updates:
         metrics, tokens = Totals(batch.metrics()), 0
         for number, update in enumerate(batch.updates()):
             self._add_gradient(step, number, update, metrics)
-            metrics.add({"train/grad_norm": (self._clip(), torch.ones(()))})
+            gradients.complete(self.model)
+            metrics.add({"train/grad_norm": (gradients.clip(self.model, self.max_grad_norm), torch.ones(()))})
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             metrics.add(self.after_update())
@@ -111,13 +112,6 @@ class Updates:
     def _seed(self, step: int, update: int, micro_batch: int, *stage: int) -> int:
         """Of dropout in a micro-batch, and of those in a stage of a pipeline."""
         return derive_seed(self.seed, "dropout", step, update, self.layout.data_rank, micro_batch, *stage)
-
-    def _clip(self) -> Tensor:
-        limit = self.max_grad_norm if self.max_grad_norm is not None else math.inf
-        if pipeline := pipeline_of(self.model):
-            return pipeline.clip(limit)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class Totals:

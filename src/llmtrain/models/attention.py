@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
@@ -20,6 +21,7 @@ from llmtrain.models.masks import added, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotate
 from llmtrain.models.shared_rows import SharedRows, taken
+from llmtrain.models.tensor_parallel import even, split_by_inputs, split_by_outputs, sum_gradients
 
 # Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same
 # bits whatever stands behind its own columns.
@@ -240,6 +242,21 @@ class Attention(nn.Module):
             whole = config.qk_norm == "full"
             self.query_norm = make_norm(config, self.head_size * (self.num_heads if whole else 1))
             self.key_norm = make_norm(config, self.head_size * (self.num_kv_heads if whole else 1))
+
+    def split(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the heads; raises ConfigError where that is not even."""
+        queries = even("the number of heads", self.num_heads, mesh) * self.head_size
+        keys = even("the number of key-value heads", self.num_kv_heads, mesh) * self.head_size
+        if self.crosses:
+            split_by_outputs(self.query, mesh, [queries])
+            split_by_outputs(self.key_value, mesh, [keys, keys])
+        else:
+            split_by_outputs(self.qkv, mesh, [queries, keys, keys])
+        split_by_inputs(self.output, mesh)
+        if self.qk_norm == "head":  # of whose weight a process sees its own heads
+            sum_gradients(self.query_norm, mesh.get_group())
+            sum_gradients(self.key_norm, mesh.get_group())
+        self.num_heads, self.num_kv_heads = self.num_heads // mesh.size(), self.num_kv_heads // mesh.size()
 
     def forward(self, hidden: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         attend = self._attend_source if self.crosses else self._attend_row

@@ -17,12 +17,17 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.kernels.grouped_product import grouped_product
+from llmtrain.models.expert_parallel import compute_elsewhere, own_experts, reordered
 from llmtrain.models.feed_forward import ACTIVATIONS, GATES, inner_size, make_dense
 from llmtrain.models.shared_rows import SharedRows
+from llmtrain.models.tensor_parallel import local, sum_gradients
 from llmtrain.objectives.routing import Routing, balanced
 
 
@@ -46,11 +51,12 @@ class ExpertLinear(nn.Module):
 
     def forward(self, rows: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
         """`experts` [N] are the rows' experts, E for rows of none, which become zero; `ends` [E] their last rows."""
-        dtype = working_dtype(self.weight)
-        products: Tensor = grouped_product(rows.to(dtype), self.weight.to(dtype), ends)
-        if self.bias is None:
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
+        dtype = working_dtype(weight)
+        products: Tensor = grouped_product(rows.to(dtype), weight.to(dtype), ends)
+        if bias is None:
             return products
-        return products + torch.cat((self.bias, self.bias.new_zeros(1, self.bias.shape[1]))).to(dtype)[experts]
+        return products + torch.cat((bias, bias.new_zeros(1, bias.shape[1]))).to(dtype)[experts]
 
 
 class Router(nn.Module):
@@ -111,6 +117,7 @@ class Experts(nn.Module):
         self.shared = make_dense(config, inner * settings.shared_experts) if settings.shared_experts else None
         self.num_experts, self.balance_loss, self.z_loss = number, settings.balance_loss, settings.z_loss
         self.routings: list[Routing] | None = None
+        self.group: dist.ProcessGroup | None = None  # of the processes that share the experts
 
     def forward(self, hidden: Tensor, rows: SharedRows | None = None) -> Tensor:
         """`rows`: how rows are put together from the positions in `hidden`, [1, N, H], where they share some."""
@@ -146,15 +153,39 @@ class Experts(nn.Module):
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=order.device), right=True)
         rows = _Spread.apply(hidden.to(working_dtype(self.expert_up.weight)), order, places, chosen.shape[1])
-        inner = self._activate(self.expert_up(rows, experts, ends))
-        outputs = _Reordered.apply(self.expert_down(inner, experts, ends), places, order)
+        if self.group is None:
+            outputs = self._compute(rows, experts, ends)
+        else:
+            outputs = compute_elsewhere(rows, ends, self.group, self._compute)
+        outputs = reordered(outputs, places, order)
         return (outputs.unflatten(0, chosen.shape) * weights[..., None]).sum(dim=1).to(hidden.dtype)
+
+    def _compute(self, rows: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        """Rows [N, H] sorted by expert through the experts that this process has → [N, H]."""
+        return self.expert_down(self._activate(self.expert_up(rows, experts, ends)), experts, ends)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if not self.gated:
             return self.activation(hidden)
         gate, up = hidden.chunk(2, dim=-1)
         return self.activation(gate) * up
+
+    def split_experts(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the experts, on a mesh [with the same experts, with others].
+
+        Raises ConfigError where the experts cannot be shared out evenly.
+        """
+        if self.num_experts % mesh.size(1):
+            raise ConfigError(
+                f"engine.expert_parallel={mesh.size(1)} does not divide the number of experts, {self.num_experts}"
+            )
+        same = None if mesh.size(0) == 1 else mesh.get_group(0)
+        for layer in (self.expert_up, self.expert_down):
+            for name, parameter in list(layer.named_parameters()):
+                setattr(layer, name, own_experts(parameter, mesh))
+            # the others' gradients are means over the processes that take different rows, these are sums
+            sum_gradients(layer, same, 1 / mesh.size())
+        self.group = mesh.get_group(1)
 
     @torch.no_grad()
     def adapt(self, load: Tensor) -> None:
@@ -214,17 +245,3 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return grad[places].unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
-
-
-class _Reordered(torch.autograd.Function):
-    """values[order]; `places` is the permutation that undoes it."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return values[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (places,) = ctx.saved_tensors
-        return grad[places], None, None

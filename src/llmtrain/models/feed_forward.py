@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.linear import Linear
+from llmtrain.models.tensor_parallel import even, split_by_inputs, split_by_outputs
 
 # The gate makes a third matrix; 8/3 x hidden keeps the parameter count of 4 x hidden without one.
 GATED_MULTIPLE = 64
@@ -65,6 +67,11 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(self.activation(self.up(hidden)))
 
+    def split(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the inner size; raises ConfigError where that is not even."""
+        split_by_outputs(self.up, mesh, [even("the inner size", self.up.out_features, mesh)])
+        split_by_inputs(self.down, mesh)
+
 
 class GatedFeedForward(nn.Module):
     """down(f(gate(x)) · up(x)), [B, T, H] → [B, T, H] (f = SiLU is SwiGLU: Shazeer 2020, arXiv 2002.05202, eq. 6).
@@ -81,6 +88,12 @@ class GatedFeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [B, T, F] each
         return self.down(self.activation(gate) * up)
+
+    def split(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the inner size; raises ConfigError where that is not even."""
+        inner = even("the inner size", self.down.in_features, mesh)
+        split_by_outputs(self.gate_up, mesh, [inner, inner])
+        split_by_inputs(self.down, mesh)
 
 
 def make_dense(config: ModelConfig, inner: int) -> nn.Module:

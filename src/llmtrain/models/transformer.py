@@ -13,12 +13,14 @@ Shapes: B rows, T positions, S positions of a source, H hidden size, V vocabular
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.models.attention import Attention, Context, KVCache, Source
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.experts import Experts, make_feed_forward
+from llmtrain.models.feed_forward import FeedForward, GatedFeedForward
 from llmtrain.models.initialisation import draw
 from llmtrain.models.masks import needs_mask, score_mask
 from llmtrain.models.norms import make_norm
@@ -182,6 +184,25 @@ class Transformer(nn.Module):
         if layers.stop == len(self.blocks):
             hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
+
+    def split_tensors(self, mesh: DeviceMesh) -> None:
+        """Keep this process's share of the heads and of the inner sizes, of a model whose embeddings are whole.
+
+        Raises ConfigError where that is not even, and for a model with a part that is not shared out.
+        """
+        config = self.config
+        parts = {
+            f"model.positions={config.positions}": config.positions in ("alibi", "relative"),
+            "model.qk_norm=full": config.qk_norm == "full",
+            "model.dropout above 0": config.dropout > 0,
+            "experts, which engine.expert_parallel shares out": config.experts is not None,
+        }
+        for part, present in parts.items():
+            if present:
+                raise ConfigError(f"engine.tensor_parallel: it does not go with {part}. Leave it at 1.")
+        for module in self.blocks.modules():
+            if isinstance(module, Attention | FeedForward | GatedFeedForward):
+                module.split(mesh)
 
     @property
     def matrices(self) -> list[Tensor]:

@@ -64,18 +64,20 @@ def parameter_groups(
     own, which keeps it as `lr_scale`. Their weight decay is divided by it: decay of a step is the product of the two,
     and so the same as without (as in the muP authors' code; Wang and Aitchison 2024, arXiv 2405.13698).
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    # of those spread over processes (DTensor), torch's kernels take at once what is spread over the same mesh
+    groups: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = weight_decay is not None and parameter.dim() >= 2 and not name.endswith("bias")
-            groups.setdefault((not decays, (scales or {}).get(name, 1.0)), []).append(parameter)
+            kind = (not decays, (scales or {}).get(name, 1.0), getattr(parameter, "device_mesh", None))
+            groups.setdefault(kind, []).append(parameter)
     return [
         {
-            "params": groups[constant, scale],
+            "params": groups[constant, scale, mesh],
             **({} if weight_decay is None else {"weight_decay": 0.0 if constant else weight_decay / scale}),
             **({} if scale == 1.0 else {"lr_scale": scale}),
         }
-        for constant, scale in sorted(groups, key=lambda key: (key[0], -key[1]))
+        for constant, scale, mesh in sorted(groups, key=lambda kind: (kind[0], -kind[1]))
     ]
 
 
