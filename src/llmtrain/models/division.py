@@ -5,7 +5,7 @@ Parameters keep their names, so a stage's are a part of the whole model's.
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
@@ -33,7 +33,7 @@ class Divisible(nn.Module):
         return list(self.trunk.blocks)
 
     @property
-    def shared_by_ends(self) -> list[nn.Parameter]:
+    def shared_by_ends(self) -> list[Tensor]:
         """What the first layers and the head both read: the embeddings, where they are the head's matrix too."""
         return []
 

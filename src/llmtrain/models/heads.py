@@ -78,7 +78,7 @@ class LanguageModel(Divisible):
         return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
 
     @property
-    def shared_by_ends(self) -> list[nn.Parameter]:
+    def shared_by_ends(self) -> list[Tensor]:
         """The token embedding, where it is the output matrix too."""
         return [self.trunk.token_embedding.weight] if self.config.tied_embeddings else []
 
