@@ -48,6 +48,13 @@ def test_a_run_goes_on_in_one_process_and_in_a_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pipelines_that_take_different_rows_train_as_one_process(tmp_path: Path) -> None:
+    pretrain(tmp_path, "alone", [])
+    pretrain(tmp_path, "two", [*PIPELINE, "engine.processes=4"])
+    assert_same_run(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "precomputed", "simpo", "kto", "masked", "two-segments"])
 def test_stages_train_in_a_pipeline_as_in_one_process(
     stage: str,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.adapter_checks import ADAPTER_CHECKS
+from llmtrain.config.context_checks import CONTEXT_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
@@ -308,6 +309,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     rows_per_process,
     *LAYOUT_CHECKS,
     *PIPELINE_CHECKS,
+    *CONTEXT_CHECKS,
     schedule,
     warmup,
     length_warmup,

@@ -37,6 +37,7 @@ from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
 from llmtrain.engine.row_orders import row_orders, whole
 
 DATA = "data"  # the dimension of a mesh that holds both replicas and shards
+TOKENS = "tokens"  # that which holds the processes of one context too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Layout:
     """Where this process stands among all processes of the run.
 
     Of those along the mesh's dimensions `replicate` and `shard` each takes different rows: these are the data
-    processes. Those along the other ones work on the same rows, and draw and count the same.
+    processes. Those along the other ones work on the same rows, and draw and count the same, but for those along
+    `context`: they take different positions of them. With these the data processes are the token processes: each counts
+    other tokens, so sums and gradients are over all of them.
     """
 
     rank: int
@@ -80,6 +83,25 @@ class Layout:
         if self.mesh is None or self.data_world == self.world:
             return None
         return self.mesh[DATA].get_group()
+
+    @property
+    def token_rank(self) -> int:
+        """Which of the different tokens this process counts, from 0."""
+        if self.mesh is None:
+            return self.rank
+        return self.data_rank * self.size("context") + self.mesh["context"].get_local_rank()
+
+    @property
+    def token_world(self) -> int:
+        """How many different shares of the tokens there are."""
+        return self.data_world * self.size("context")
+
+    @property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """The token processes that this one is among; None where those are all."""
+        if self.mesh is None or self.token_world == self.world:
+            return None
+        return self.mesh[TOKENS].get_group() if self.size("context") > 1 else self.data_group
 
     def size(self, dimension: str) -> int:
         """How many processes there are along a dimension of the mesh."""
@@ -120,6 +142,8 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
     if shape.data < layout.world:
         mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
+        if shape.context > 1:
+            mesh["replicate", "shard", "context"]._flatten(TOKENS)
     experts = None
     if engine.expert_parallel > 1:
         sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
@@ -207,10 +231,11 @@ def as_launched() -> Iterator[None]:
 def spread(model: nn.Module, layout: Layout) -> nn.Module:
     """The model with this process's share of what several have together; alone, it stays as it is.
 
-    First modules with `split_tensors` or `split_experts` keep their part. Then what is left is replicated (DDP) or
-    sharded (FSDP2) over the data processes. The units of sharding are the elements of every `nn.ModuleList` (the
-    blocks), each submodule that holds such a list, and the whole. With both replicas and shards, gradients are summed
-    over replicas after they are in shards. In a pipeline, the model keeps this process's layers.
+    First modules with `split_tensors`, `split_positions` or `split_experts` keep their part. Then what is left is
+    replicated (DDP) over the token processes or sharded (FSDP2) over the data processes. The units of sharding are the
+    elements of every `nn.ModuleList` (the blocks), each submodule that holds such a list, and the whole. With both
+    replicas and shards, gradients are summed over replicas after they are in shards. In a pipeline, the model keeps
+    this process's layers.
 
     Raises ConfigError for a model that cannot be shared out so.
     """
@@ -222,9 +247,11 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         return model
     if layout.mesh is not None and layout.size("tensor") > 1:
         _split(model, "split_tensors", layout.mesh["tensor"])
+    if layout.mesh is not None and layout.size("context") > 1:
+        _split(model, "split_positions", layout.mesh["context"])
     if layout.experts is not None:
         _split(model, "split_experts", layout.experts)
-    if layout.data_world == 1:
+    if layout.token_world == 1:
         return model
     shared = {
         name: each for name, each in model.named_parameters()
@@ -234,7 +261,7 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(shared))
         # buffers are the same everywhere by construction: sending them at each pass would be for nothing
         return DistributedDataParallel(
-            model, process_group=layout.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, process_group=layout.token_group, gradient_as_bucket_view=True, broadcast_buffers=False
         )
     mesh = layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"]
     for module in list(model.modules()):
@@ -269,18 +296,18 @@ def gradient_sync(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def total(value: Tensor, layout: Layout) -> Tensor:
-    """The sum of `value` over the data processes."""
-    if layout.data_world > 1:
+    """The sum of `value` over the token processes."""
+    if layout.token_world > 1:
         value = value.clone()
-        dist.all_reduce(value, group=layout.data_group)
+        dist.all_reduce(value, group=layout.token_group)
     return value
 
 
 def largest(value: Tensor, layout: Layout) -> Tensor:
-    """The largest of `value` over the data processes, element by element."""
-    if layout.data_world > 1:
+    """The largest of `value` over the token processes, element by element."""
+    if layout.token_world > 1:
         value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.data_group)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.token_group)
     return value
 
 

@@ -93,8 +93,8 @@ class Updates:
         """Add the gradient of an update, over all its micro-batches and all processes."""
         # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
-        # the data processes' gradients are averaged, so each counts its share that many times
-        scale = self.layout.data_world / weight
+        # the token processes' gradients are averaged, so each counts its share that many times
+        scale = self.layout.token_world / weight
         micro_batches = list(update.micro_batches(self.micro_batch_rows))
         if pipeline := pipeline_of(self.model):
             seed_of = functools.partial(self._seed, step, number)
@@ -111,7 +111,7 @@ class Updates:
 
     def _seed(self, step: int, update: int, micro_batch: int, *stage: int) -> int:
         """Of dropout in a micro-batch, and of those in a stage of a pipeline."""
-        return derive_seed(self.seed, "dropout", step, update, self.layout.data_rank, micro_batch, *stage)
+        return derive_seed(self.seed, "dropout", step, update, self.layout.token_rank, micro_batch, *stage)
 
 
 class Totals:

@@ -40,6 +40,7 @@ from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, me
 from llmtrain.models.meta import on_meta
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
+from llmtrain.objectives.own_positions import OwnPositions
 from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
 from llmtrain.optim.schedules import learning_rate
@@ -163,11 +164,12 @@ class Run(Generic[Config]):
         in_pipeline = self.layout.size("pipeline") > 1
         flops = (outline(trained) if in_pipeline else trained).flops_per_token(length)
         wanted = config.engine.compile
+        in_parts = in_pipeline or self.layout.size("context") > 1
         compile_it = (
             wanted
             if isinstance(wanted, bool)
             else fixed_shapes
-            and not in_pipeline
+            and not in_parts
             and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
         )
         tracker = Tracker(
@@ -188,6 +190,8 @@ class Run(Generic[Config]):
                 write_more(folder)
 
         after_update: Callable[[], Metrics] = dict
+        if (size := self.layout.size("context")) > 1:
+            objective = OwnPositions(objective, self.layout.token_rank % size, size)
         if layers := expert_layers(trained):
             routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
             objective, after_update = routed, routed.after_update
