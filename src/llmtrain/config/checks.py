@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.adapter_checks import ADAPTER_CHECKS
+from llmtrain.config.context_checks import CONTEXT_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
@@ -16,6 +17,7 @@ from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
 from llmtrain.config.model_checks import MODEL_CHECKS
 from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
+from llmtrain.config.pipeline_checks import PIPELINE_CHECKS
 from llmtrain.config.plain import Finding
 from llmtrain.config.saving_checks import SAVING_CHECKS
 from llmtrain.config.schema import ModelConfig
@@ -151,7 +153,12 @@ def hanging(view: View) -> Iterator[Finding]:
 def found_rows(view: View) -> Iterator[Finding]:
     """What fits an update may not fit what else reads in portions of as many rows."""
     key = "train.micro_batch_rows"
-    if view[key] != "auto" or view.command != "align":
+    if view[key] != "auto":
+        return
+    for shared in ("engine.pipeline_parallel", "engine.context_parallel"):
+        if view[shared] > 1:
+            yield finding(f"auto measures whole rows in a whole model, and {shared} is not 1; give a number", key)
+    if view.command != "align":
         return
     method = view["method.name"]
     if method in SAMPLING or method == "kto":
@@ -336,6 +343,8 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     whole_rows,
     rows_per_process,
     *LAYOUT_CHECKS,
+    *PIPELINE_CHECKS,
+    *CONTEXT_CHECKS,
     hanging,
     found_rows,
     profile,

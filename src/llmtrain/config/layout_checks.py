@@ -44,13 +44,6 @@ def mesh(view: View) -> Iterator[Finding]:
         yield finding(str(problem), *changed, "engine.processes")
 
 
-def built(view: View) -> Iterator[Finding]:
-    """What is reserved in the mesh and not built."""
-    for name in ("context_parallel", "pipeline_parallel"):
-        if view[f"engine.{name}"] > 1:
-            yield finding("is not supported: leave it at 1", f"engine.{name}")
-
-
 def sharding(view: View) -> Iterator[Finding]:
     """Sharding needs several processes that take different rows; hsdp has both sharding and replicas."""
     kind, shard = view["engine.sharding"], view["engine.shard_processes"]
@@ -137,5 +130,5 @@ def expert_parallel(view: View) -> Iterator[Finding]:
 
 
 LAYOUT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    launched, mesh, built, sharding, cpu_offload, tensor_parallel, expert_parallel,
+    launched, mesh, sharding, cpu_offload, tensor_parallel, expert_parallel,
 )  # fmt: skip

@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -33,12 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.errors import ConfigError, Preempted, UserError
 from llmtrain.config.process_mesh import MeshShape, mesh_shape
-from llmtrain.config.schema import EngineConfig
+from llmtrain.config.schema import EngineConfig, PipelineSchedule
 from llmtrain.engine import rank_logs
 from llmtrain.engine.memory import keep_freed_memory
+from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
 from llmtrain.engine.row_orders import row_orders, whole
 
 DATA = "data"  # the dimension of a mesh that holds both replicas and shards
+TOKENS = "tokens"  # that which holds the processes of one context too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Layout:
     """Where this process stands among all processes of the run.
 
     Of those along the mesh's dimensions `replicate` and `shard` each takes different rows: these are the data
-    processes. Those along the other ones work on the same rows, and draw and count the same.
+    processes. Those along the other ones work on the same rows, and draw and count the same, but for those along
+    `context`: they take different positions of them. With these the data processes are the token processes: each counts
+    other tokens, so sums and gradients are over all of them.
     """
 
     rank: int
@@ -54,6 +58,8 @@ class Layout:
     device: torch.device
     mesh: DeviceMesh | None = None
     """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """The order in which the stages of a pipeline take micro-batches."""
     experts: DeviceMesh | None = None
     """The data processes in two dimensions: those with the same experts, those that share all. None: all have all."""
     cpu_offload: bool = False
@@ -82,6 +88,25 @@ class Layout:
         if self.mesh is None or self.data_world == self.world:
             return None
         return self.mesh[DATA].get_group()
+
+    @property
+    def token_rank(self) -> int:
+        """Which of the different tokens this process counts, from 0."""
+        if self.mesh is None:
+            return self.rank
+        return self.data_rank * self.size("context") + self.mesh["context"].get_local_rank()
+
+    @property
+    def token_world(self) -> int:
+        """How many different shares of the tokens there are."""
+        return self.data_world * self.size("context")
+
+    @property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """The token processes that this one is among; None where those are all."""
+        if self.mesh is None or self.token_world == self.world:
+            return None
+        return self.mesh[TOKENS].get_group() if self.size("context") > 1 else self.data_group
 
     def size(self, dimension: str) -> int:
         """How many processes there are along a dimension of the mesh."""
@@ -124,11 +149,15 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
     if shape.data < layout.world:
         mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
+        if shape.context > 1:
+            mesh["replicate", "shard", "context"]._flatten(TOKENS)
     experts = None
     if engine.expert_parallel > 1:
         sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
         experts = init_device_mesh(layout.device.type, sizes, mesh_dim_names=("same_experts", "experts"))
-    return dataclasses.replace(layout, mesh=mesh, experts=experts, cpu_offload=engine.cpu_offload)
+    return dataclasses.replace(
+        layout, mesh=mesh, experts=experts, pipeline_schedule=engine.pipeline_schedule, cpu_offload=engine.cpu_offload
+    )
 
 
 def launched_by_others() -> bool:
@@ -248,19 +277,27 @@ def as_launched() -> Iterator[None]:
 def spread(model: nn.Module, layout: Layout) -> nn.Module:
     """The model with this process's share of what several have together; alone, it stays as it is.
 
-    First modules with `split_tensors` or `split_experts` keep their part. Then what is left is replicated (DDP) or
-    sharded (FSDP2) over the data processes. The units of sharding are the elements of every `nn.ModuleList` (the
-    blocks), each submodule that holds such a list, and the whole. With both replicas and shards, gradients are summed
-    over replicas after they are in shards.
+    First modules with `split_tensors`, `split_positions` or `split_experts` keep their part. Then what is left is
+    replicated (DDP) over the token processes or sharded (FSDP2) over the data processes. The units of sharding are the
+    elements of every `nn.ModuleList` (the blocks), each submodule that holds such a list, and the whole. With both
+    replicas and shards, gradients are summed over replicas after they are in shards. In a pipeline, the model keeps
+    this process's layers.
 
     Raises ConfigError for a model that cannot be shared out so.
     """
     model.to(layout.device)
+    if layout.mesh is not None and layout.size("pipeline") > 1:
+        replicas = layout.data_group if layout.data_world > 1 else None
+        group = layout.mesh["pipeline"].get_group()
+        Pipeline(cast(Divisible, model), layout.pipeline_schedule, group, layout.device, replicas)
+        return model
     if layout.mesh is not None and layout.size("tensor") > 1:
         _split(model, "split_tensors", layout.mesh["tensor"])
+    if layout.mesh is not None and layout.size("context") > 1:
+        _split(model, "split_positions", layout.mesh["context"])
     if layout.experts is not None:
         _split(model, "split_experts", layout.experts)
-    if layout.data_world == 1:
+    if layout.token_world == 1:
         return model
     shared = {
         name: each for name, each in model.named_parameters()
@@ -270,7 +307,7 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(shared))
         # buffers are the same everywhere by construction: sending them at each pass would be for nothing
         return DistributedDataParallel(
-            model, process_group=layout.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, process_group=layout.token_group, gradient_as_bucket_view=True, broadcast_buffers=False
         )
     options: dict[str, Any] = {
         "mesh": layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"],
@@ -309,18 +346,18 @@ def gradient_sync(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def total(value: Tensor, layout: Layout) -> Tensor:
-    """The sum of `value` over the data processes."""
-    if layout.data_world > 1:
+    """The sum of `value` over the token processes."""
+    if layout.token_world > 1:
         value = value.clone()
-        dist.all_reduce(value, group=layout.data_group)
+        dist.all_reduce(value, group=layout.token_group)
     return value
 
 
 def largest(value: Tensor, layout: Layout) -> Tensor:
-    """The largest of `value` over the data processes, element by element."""
-    if layout.data_world > 1:
+    """The largest of `value` over the token processes, element by element."""
+    if layout.token_world > 1:
         value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.data_group)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=layout.token_group)
     return value
 
 
@@ -359,16 +396,20 @@ def barrier(layout: Layout) -> None:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's whole state, gathered from its shards, detached, on every process."""
-    state, orders = bare(module).state_dict(), row_orders(bare(module))
-    return {
+    orders = row_orders(bare(module))
+    state = {
         name: (whole(value, orders.get(name)) if isinstance(value, DTensor) else value).detach()
-        for name, value in state.items()
+        for name, value in bare(module).state_dict().items()
     }
+    pipeline = pipeline_of(module)
+    return pipeline.whole(state) if pipeline else state
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are spread over processes."""
-    return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if isinstance(module, FSDPModule) or pipeline_of(module):
+        return True
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def num_trained_here(module: nn.Module) -> int:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llmtrain.engine.pipeline import pipeline_of
+
 
 def complete(model: nn.Module) -> None:
     """Add up, in place, gradients of which a process has a part only, as modules with a `gradient_sum` say.
@@ -33,6 +35,8 @@ def complete(model: nn.Module) -> None:
 def clip(model: nn.Module, limit: float | None) -> Tensor:
     """The norm of all gradients together, which are scaled down to `limit` where it is above; None: it is not."""
     limit = math.inf if limit is None else limit
+    if pipeline := pipeline_of(model):
+        return pipeline.clip(limit)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)

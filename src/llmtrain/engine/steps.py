@@ -6,6 +6,7 @@ for the summed loss of each micro-batch, and divides by what the loss is average
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -18,6 +19,7 @@ from llmtrain.engine import gradients
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
 from llmtrain.engine.faults import Fault, Guard
 from llmtrain.engine.micro_batches import FoundRows, is_out_of_memory
+from llmtrain.engine.pipeline import Portions, pipeline_of
 from llmtrain.engine.speed import Speed
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -156,25 +158,36 @@ class Updates:
         """
         # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
+        # the token processes' gradients are averaged, so each counts its share that many times
+        scale = self.layout.token_world / weight
         micro_batches, metrics = list(update.micro_batches(rows)), Totals({})
         summed = torch.zeros_like(weight)
+        if pipeline := pipeline_of(self.model):
+            seed_of = functools.partial(self._seed, step, number)
+            for loss, parts in pipeline.train(Portions(self.loss_of, micro_batches, scale, seed_of, self.autocast)):
+                summed += loss
+                metrics.add(parts)
+            return (summed / weight).sum(), metrics.sums
         for index, micro in enumerate(micro_batches):
             self.progress(f"step {step + 1}, update {number + 1}, micro-batch {index + 1}")
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, number, self.layout.data_rank, index))
+            torch.manual_seed(self._seed(step, number, index))
             with gradient_sync(self.model, now=index == len(micro_batches) - 1):
                 with self.autocast():
                     loss, parts = self.loss_of(self.model, micro)
-                # the data processes' gradients are averaged, so each counts its share that many times
-                (loss * (self.layout.data_world / weight)).sum().backward()
+                (loss * scale).sum().backward()
             summed += loss.detach()
             metrics.add(parts)
         return (summed / weight).sum(), metrics.sums
 
     def _agreed(self, loss: Tensor, norm: Tensor) -> list[float]:
         """The loss and the gradient's norm as numbers, the same on all processes; the one time a step is waited for."""
-        own = torch.stack([loss.double(), norm.double() / self.layout.data_world])
+        own = torch.stack([loss.double(), norm.double() / self.layout.token_world])
         numbers: list[float] = total(own, self.layout).tolist()
         return numbers
+
+    def _seed(self, step: int, update: int, micro_batch: int, *stage: int) -> int:
+        """Of dropout in a micro-batch, and of those in a stage of a pipeline."""
+        return derive_seed(self.seed, "dropout", step, update, self.layout.token_rank, micro_batch, *stage)
 
 
 class Totals:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
 from llmtrain.models.attend import attend_capped, attend_one, attend_one_capped
+from llmtrain.models.context_parallel import PositionShare
 from llmtrain.models.document_attention import document_attention
 from llmtrain.models.linear import Linear
 from llmtrain.models.masks import added, score_mask
@@ -208,6 +209,8 @@ class Context(NamedTuple):
     """Where positions that rows share are found."""
     source: Source | None = None
     """What cross-attention looks at, but for what a cache holds of it."""
+    share: PositionShare | None = None
+    """Where the keys and values of other processes' positions are found."""
 
 
 class Attention(nn.Module):
@@ -275,6 +278,9 @@ class Attention(nn.Module):
         query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
         if self.query_factor != 1.0:
             query = query * self.query_factor
+        if context.share is not None:
+            heads = context.share.gathered(torch.cat((key, value), dim=2))
+            key, value = heads.split(self.num_kv_heads, dim=2)
         if cache is not None and cache.adding:
             return cache.attend(self.layer, self.window, query, key, value)
         if context.rows is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attention import KVCache, Source
+from llmtrain.models.division import Divisible
 from llmtrain.models.feed_forward import ACTIVATIONS, GATES
 from llmtrain.models.initialisation import draw
 from llmtrain.models.meta import on_meta
@@ -54,7 +55,7 @@ class MaskedTokenHead(nn.Module):
         return normed
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Divisible):
     """Predicts the next token, or masked ones: logits = head · hidden, scaled and capped where it is said so.
 
     The weights are random in torch's own way until `initialise` is called or a state is loaded.
@@ -72,24 +73,14 @@ class LanguageModel(nn.Module):
             self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
 
     @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-        return self.trunk.config
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, V."""
-        return self.trunk.vocab_size
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The repeated parts, in order: the units of sharding."""
-        return list(self.trunk.blocks)
-
-    @property
     def head_weight(self) -> Tensor:
         """The output matrix [V, H]; the token embedding itself where they are tied."""
         return self.trunk.token_embedding.weight if self.config.tied_embeddings else self.head.weight
+
+    @property
+    def shared_by_ends(self) -> list[Tensor]:
+        """The token embedding, where it is the output matrix too."""
+        return [self.trunk.token_embedding.weight] if self.config.tied_embeddings else []
 
     def flops_per_token(self, sequence_length: int, predicted: float = 1.0) -> float:
         """`Transformer.flops_per_token`, and those of the head for the share of the tokens that are predicted."""
@@ -110,14 +101,22 @@ class LanguageModel(nn.Module):
         segments: Tensor | None = None,
         prefix: Tensor | None = None,
         pooled: bool = False,
+        layers: range | None = None,
+        hidden: Tensor | None = None,
     ) -> Any:
         """Logits [B, T, V] of tokens [B, T] int64, or `read(hidden, head_weight)` without making the logits.
 
         `read` runs inside forward because a sharded weight is whole only there. `positions`, `cache`, `documents`,
         `same_as`, `segments` and `prefix` are those of `Transformer.forward`. With `pooled`, a pair: that, and the
         logits [B, 2] of whether the second segment follows the first (0) or not (1).
+        With `layers` and `hidden`, those of `Transformer.forward` too, the hidden states [B, T, H] after these layers
+        unless they are the last.
         """
-        hidden = self.trunk(tokens, positions, cache, documents, same_as, segments, prefix)
+        hidden = self.trunk(
+            tokens, positions, cache, documents, same_as, segments, prefix, layers=layers, hidden=hidden
+        )  # fmt: skip
+        if layers is not None and layers.stop < len(self.trunk.blocks):
+            return hidden
         found = self._read(hidden, read)
         return (found, self._follows(hidden)) if pooled else found
 
@@ -202,7 +201,7 @@ def make_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     return kind(config, vocab_size)
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Divisible):
     """One score for each position: a reward or value model.
 
     `score_mean` and `score_std` belong to the weights: what `normalised` takes off and divides by.
@@ -228,31 +227,22 @@ class ScalarModel(nn.Module):
         scalar_model.initialise_score(generator)
         return scalar_model.train(model.training)
 
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-        return self.trunk.config
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, V."""
-        return self.trunk.vocab_size
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The repeated parts, in order: the units of sharding."""
-        return list(self.trunk.blocks)
-
     def flops_per_token(self, sequence_length: int, predicted: float = 0.0) -> float:
         """`Transformer.flops_per_token`; the score head is nothing beside it."""
         return self.trunk.flops_per_token(sequence_length)
 
-    def forward(self, tokens: Tensor, *, same_as: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, same_as: Tensor | None = None, layers: range | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Scores [B, T] float32 of tokens [B, T], not normalised; each has seen the tokens up to its own.
 
-        `same_as` is that of `Transformer.forward`.
+        `same_as` is that of `Transformer.forward`; so are `layers` and `hidden`, with which hidden states [B, T, H]
+        come out unless these layers are the last.
         """
-        hidden = self.trunk(tokens, same_as=same_as)
+        hidden = self.trunk(tokens, same_as=same_as, layers=layers, hidden=hidden)
+        if layers is not None and layers.stop < len(self.trunk.blocks):
+            return hidden
         # A product and a sum instead of a matrix product: autocast would take that in bfloat16.
         return (hidden.float() * self.score.weight[0]).sum(dim=-1)
 

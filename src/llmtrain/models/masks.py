@@ -24,9 +24,8 @@ def score_mask(
     """Bool [B or 1, 1, T, S], true where a query sees a key; or float [B or 1, Q, T, S], added to scores.
 
     `queries` [B or 1, T] and `keys` [S] are the columns that they stand in: one sees its own and what is before it, in
-    an encoder what is behind it too, at a distance below `window`, and in its own document ([B, T] numbers, of the
-    same columns) alone. `prefix` [B, S] bool: keys that queries before them see too (Raffel et al. 2020, arXiv
-    1910.10683, figure 4).
+    an encoder what is behind it too, at a distance below `window`, and in its own document ([B, S] numbers) alone.
+    `prefix` [B, S] bool: keys that queries before them see too (Raffel et al. 2020, arXiv 1910.10683, figure 4).
     ALiBi takes slope · distance off (Press et al. 2022, arXiv 2108.12409, section 3); `relative` [buckets, Q] is what
     relative positions add (arXiv 1910.10683, section 2.1). There, what is not seen has -inf.
     """
@@ -37,7 +36,8 @@ def score_mask(
     if window is not None:
         seen = seen & (distance.abs() < window)
     if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        own = documents.gather(1, queries.expand(len(documents), -1))
+        seen = seen & (own[:, None, :, None] == documents[:, None, None, :])
     if config.positions == "alibi":
         slopes = torch.tensor(alibi_slopes(config.num_heads), device=keys.device)[:, None, None]
         return (-slopes * distance.abs()).masked_fill(~seen, float("-inf"))

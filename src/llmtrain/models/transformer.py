@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import DynamicScalingConfig, ModelConfig
 from llmtrain.models.attention import Attention, Context, KVCache, Source
+from llmtrain.models.context_parallel import PositionShare
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.experts import Experts, make_feed_forward
 from llmtrain.models.feed_forward import FeedForward, GatedFeedForward
@@ -134,11 +135,13 @@ class Transformer(nn.Module):
             self.relative_bias = nn.Embedding(config.relative_buckets, config.num_heads)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement != "post" else nn.Identity()
+        self.share: PositionShare | None = None
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
         documents: Tensor | None = None, same_as: Tensor | None = None, segments: Tensor | None = None,
         prefix: Tensor | None = None, source: Source | None = None, table: Tensor | None = None,
+        layers: range | None = None, hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, T, H] of tokens [B, T].
 
@@ -150,13 +153,17 @@ class Transformer(nn.Module):
         with the same tokens up to it in a row above; −1: nobody asks for it, and what stands there means nothing.
         `segments` [B, T] int64: the kind of each token's segment, all 0 where they are not given. `prefix` [B, T]
         bool: tokens that those before them see too. `source`: what cross-attention looks at. `table` [V, H]: in the
-        place of an own token embedding.
+        place of an own token embedding. `layers`: go through these alone, from `hidden` [B, T, H], what the ones before
+        have made (None: these are the first); the last norm belongs to the last of all.
         """
         assert self.config.is_causal or (cache is None and same_as is None), "an encoder computes whole rows"
         assert prefix is None or (cache is None and same_as is None), "a prefix is one of whole rows"
         assert cache is None or documents is None, "a cache holds one document for each row"
         assert same_as is None or (positions is None and cache is None and documents is None), "whole rows alone"
         assert cache is None or cache.width == 0 or tokens.shape[1] == 1, "after the prompts: one token at a time"
+        if self.share is not None and cache is None:
+            assert all(each is None for each in (positions, same_as, layers)), "whole rows are shared out"
+            return self._forward_share(self.share, tokens, documents, prefix)
         dropout = self.config.dropout if self.training else 0.0
         within = None if documents is None else Documents.of(documents, dropout, is_causal=self.config.is_causal)
         rows = None if same_as is None else SharedRows.of(same_as)
@@ -172,17 +179,55 @@ class Transformer(nn.Module):
         lengths: Tensor | int = length
         if cache is not None:
             lengths = positions[:, 0] + 1 if cache.adding else cache.lengths
-        hidden = self._embed(tokens, positions, segments, table)
+        if hidden is None:
+            hidden = self._embed(tokens, positions, segments, table)
+        layers = range(len(self.blocks)) if layers is None else layers
         contexts = {
             window: self._context(window, positions, length, lengths, within, rows, prefix, source)
-            for window in {*self.windows}
+            for window in {*self.windows[layers.start : layers.stop]}
         }
         kind = self.recompute if torch.is_grad_enabled() else "none"
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            inputs = (hidden, contexts[window], cache)
+        for layer in layers:
+            block, inputs = self.blocks[layer], (hidden, contexts[self.windows[layer]], cache)
             hidden = block(*inputs) if kind == "none" else recomputed(block, kind, *inputs)
-        hidden = self.final_norm(hidden)
+        if layers.stop == len(self.blocks):
+            hidden = self.final_norm(hidden)
         return hidden if rows is None else rows.spread(hidden)
+
+    def _forward_share(
+        self, share: PositionShare, tokens: Tensor, documents: Tensor | None, prefix: Tensor | None
+    ) -> Tensor:
+        """`forward` of rows whose positions several processes compute, each its own.
+
+        In training the others' are zeros here, for they have their losses there; else they are gathered.
+        """
+        length = tokens.shape[1]
+        tokens, documents, prefix = (share.filled_up(each) for each in (tokens, documents, prefix))
+        columns, keys = share.columns(length, tokens.device), torch.arange(tokens.shape[1], device=tokens.device)
+        places = keys[None] if documents is None else Documents(documents, None).positions()
+        places = places[:, columns]
+        contexts = {}
+        for window in {*self.windows}:
+            rotary = rotary_tables(self.config, places, window, length) if self.config.positions == "rope" else None
+            scores = score_mask(self.config, window, columns[None], keys, documents, prefix, self._relative())
+            contexts[window] = Context(rotary, scores, share=share)
+        hidden = self._embed(tokens[:, columns], places)
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            hidden = block(hidden, contexts[window])
+        return share.in_rows(self.final_norm(hidden), length, alone=self.training)
+
+    def split_positions(self, mesh: DeviceMesh) -> None:
+        """Compute this process's share of the positions of all rows; raises ConfigError where a part cannot be so."""
+        config = self.config
+        parts = {
+            f"architecture {config.architecture}": config.architecture != "decoder",
+            "experts": config.experts is not None,
+            "stochastic depth, which leaves out whole rows": config.stochastic_depth > 0,
+        }
+        for part, present in parts.items():
+            if present:
+                raise ConfigError(f"engine.context_parallel: it does not go with {part}. Leave it at 1.")
+        self.share = PositionShare(mesh.get_group())
 
     def split_tensors(self, mesh: DeviceMesh) -> None:
         """Keep this process's share of the heads and of the inner sizes, of a model whose embeddings are whole.

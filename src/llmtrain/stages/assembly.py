@@ -43,9 +43,11 @@ from llmtrain.models.experts import expert_layers
 from llmtrain.models.formats import load_language_model, load_scalar_model, save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
 from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, merged_state
+from llmtrain.models.meta import on_meta
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
 from llmtrain.models.transformer import Transformer
+from llmtrain.objectives.own_positions import OwnPositions
 from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class, state_bytes_per_weight
 from llmtrain.optim.schedules import learning_rate
@@ -171,13 +173,18 @@ class Run(Generic[Config]):
                 module.recompute = config.engine.activation_checkpointing
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
-        flops, without_head = trained.flops_per_token(length), trained.flops_per_token(length, 0.0)
-        head = trained.flops_per_token(length, 1.0) - without_head
+        in_pipeline = self.layout.size("pipeline") > 1
+        counted = outline(trained) if in_pipeline else trained
+        flops, without_head = counted.flops_per_token(length), counted.flops_per_token(length, 0.0)
+        head = counted.flops_per_token(length, 1.0) - without_head
         wanted = config.engine.compile
+        in_parts = in_pipeline or self.layout.size("context") > 1
         compile_it = (
             wanted
             if isinstance(wanted, bool)
-            else fixed_shapes and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
+            else fixed_shapes
+            and not in_parts
+            and compile_pays(flops * steps * rows * length / num_lengths(config.train), device)
         )
         tracker = Tracker(
             self.folder,
@@ -199,6 +206,8 @@ class Run(Generic[Config]):
         streamed = isinstance(config, PretrainConfig) and config.data.streaming
         # the rows of a stream have no numbers
         known: dict[str, Any] = {} if streamed else {"rows_of": plan.order(config.seed).rows}
+        if (size := self.layout.size("context")) > 1:
+            objective = OwnPositions(objective, self.layout.token_rank % size, size)
         if layers := expert_layers(trained):
             routed = Routed(objective, layers, functools.partial(distributed.total, layout=self.layout), device)
             objective, known["after_update"] = routed, routed.after_update
@@ -298,6 +307,13 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": tokenizer.pad_id,
     }
+
+
+def outline(model: LanguageModel | ScalarModel | AnyActorCritic) -> LanguageModel | ScalarModel:
+    """The whole architecture of a model of which this process has some layers, without numbers."""
+    assert not isinstance(model, AnyActorCritic), "a pipeline holds one model"
+    with on_meta():
+        return type(model)(model.config, model.vocab_size)
 
 
 def saved_part(model: LanguageModel | ScalarModel | AnyActorCritic) -> LanguageModel | ScalarModel:

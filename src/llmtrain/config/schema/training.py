@@ -8,6 +8,8 @@ from pydantic.dataclasses import dataclass
 from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.watching import ProfileConfig
 
+PipelineSchedule = Literal["1f1b", "gpipe", "interleaved"]
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LengthWarmupConfig:
@@ -109,6 +111,9 @@ class EngineConfig:
     """How many processes share the positions of the same rows."""
     pipeline_parallel: int = Field(default=1, ge=1)
     """How many processes share the layers, one after another."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """The order in which these take micro-batches. gpipe: all forward, then all back, which keeps the most in memory;
+    1f1b: one forward, one back; interleaved: 1f1b with two shares of the layers on each process, which waits least."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, all of a block but matrix products and
     attention (selective), or whole blocks (full)."""
