@@ -11,9 +11,9 @@ from tests.engine.test_trainer import Line, Points, SquaredError, line_model, ro
 from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
-from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
+from llmtrain.config.schema import CheckpointConfig, EngineConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import full_state, join, launch, leave, spread
+from llmtrain.engine.distributed import arrange, full_state, join, launch, leave, spread
 from llmtrain.engine.faults import Guard
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker, read_faults
@@ -282,7 +282,7 @@ def nan_on_one_process(folder: Path) -> None:
 
     for sharding in ("ddp", "fsdp"):
         torch.manual_seed(0)
-        model = spread(nn.Linear(3, 1), layout, sharding)
+        model = spread(nn.Linear(3, 1), arrange(layout, EngineConfig(sharding=sharding)))
         tracker = Tracker(folder / sharding, TrackerConfig(), steps=4, is_main=layout.is_main, run="r", run_config={})
         trainer = Trainer(
             folder=folder / sharding, layout=layout, model=model, objective=SquaredError(),

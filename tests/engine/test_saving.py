@@ -216,7 +216,7 @@ def test_another_thread_leaves_the_signals_alone(tmp_path: Path) -> None:
 
 def pieces_of(rank: int, world: int, monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Tensor]]) -> set[str]:
     listed = [[(name, (0,), value.nbytes) for name, value in state.items()] for state in states]
-    monkeypatch.setattr(snapshots, "gathered", lambda values, layout: listed)
+    monkeypatch.setattr(snapshots, "of_every", lambda values, layout: listed)
     taken = snapshots.Snapshots(Layout(rank, world, torch.device("cpu")), aside=False).take(states[rank])
     return {piece.name for piece in taken}
 

@@ -1,7 +1,7 @@
 """How processes share out the work: meshes that cannot be, and parts of models that cannot be shared out so."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.plain import Finding
@@ -15,9 +15,14 @@ def num_processes(view: View) -> int:
     return int(os.environ.get("WORLD_SIZE", view["engine.processes"]))
 
 
+def _engine(view: View) -> EngineConfig:
+    """What there is of it at the top; the groups in it say nothing of processes."""
+    return EngineConfig(**{name: each for name, each in view["engine"].items() if not isinstance(each, Mapping)})
+
+
 def _mesh(view: View) -> MeshShape:
     try:
-        return mesh_shape(EngineConfig(**view["engine"]), num_processes(view))
+        return mesh_shape(_engine(view), num_processes(view))
     except ConfigError as problem:
         raise NotValid("engine") from problem
 
@@ -38,7 +43,7 @@ def mesh(view: View) -> Iterator[Finding]:
     """The dimensions divide the processes."""
     keys = [f"engine.{name}" for name in (*SAME_ROWS, "expert_parallel", "shard_processes") if view[f"engine.{name}"]]
     try:
-        mesh_shape(EngineConfig(**view["engine"]), num_processes(view))
+        mesh_shape(_engine(view), num_processes(view))
     except ConfigError as problem:
         changed = [key for key in keys if view.changed(key)]
         yield finding(str(problem), *changed, "engine.processes")
