@@ -12,7 +12,7 @@ from llmtrain.kernels import cpu_product, grouped_product  # noqa: F401 (they re
 
 Recompute = Literal["none", "selective", "full"]
 # What is long to compute for its size: matrix products and attention (Korthikanti et al. 2022, arXiv 2205.05198,
-# section 5, turned round: attention's kernels keep no scores).
+# section 5, turned round: attention's kernels keep no scores; ours for processors may, and is left out).
 COSTLY = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
