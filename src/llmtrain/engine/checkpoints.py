@@ -27,6 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -224,11 +225,21 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> None:
-    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
-        dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from.
+
+    Raises UserError where it does not hold one of them, or one of another shape.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of running alone, which is what was asked for
+            dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0] if error.failures else error
+        raise UserError(
+            f"{checkpoint.folder} does not fit this run: {cause} A run can begin with its weights alone, with fresh "
+            f"moments of the optimizer: model.init_from={checkpoint.folder} and another run= name."
+        ) from error
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
