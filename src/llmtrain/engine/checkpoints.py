@@ -238,13 +238,20 @@ def damaged_file(folder: Path) -> str | None:
 def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> None:
     """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from.
 
-    Raises UserError where they are not in it.
+    Raises UserError where it does not hold one of them, or one of another shape.
     """
-    with warnings.catch_warnings(), _readable_shards(checkpoint.folder):
-        warnings.simplefilter("ignore")
-        reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
-        _whole_tensors(reader)
-        dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of running alone, which is what was asked for
+        with _readable_shards(checkpoint.folder):
+            _whole_tensors(reader)
+        try:
+            dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+        except CheckpointException as error:
+            raise UserError(
+                f"{checkpoint.folder} does not fit this run: {_cause(error)} A run can begin with its weights alone, "
+                f"with fresh moments of the optimizer: model.init_from={checkpoint.folder} and another run= name."
+            ) from error
     put_back(state)
 
 
