@@ -41,6 +41,8 @@ from llmtrain.engine.snapshots import Piece, all_finite
 Say = Callable[[str], None]
 # What the tensors that make up a model are called.
 WEIGHTS = ("model.", "average.")
+# What the tensors of a checkpoint are, by the first part of their name.
+GROUPS = {"model": "weights", "optimizer": "moments", "average": "averages", "state": "state"}
 # How often the main process looks whether the others have written their parts.
 POLL_SECONDS = 0.02
 
@@ -239,20 +241,26 @@ def sizes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
 
 def read_model(folder: Path) -> dict[str, Tensor]:
     """The whole weights in a checkpoint by name, put together from all shards; averaged, where there are averages."""
-    reader = HuggingFaceStorageReader(str(folder / "state"))
-    state = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(WEIGHTS) and isinstance(item, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    state = read_state(folder, WEIGHTS)
     of_last_step, averaged = (
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         for prefix in WEIGHTS
     )
     return of_last_step | averaged
+
+
+def read_state(folder: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The whole tensors in a checkpoint whose names have one of the prefixes, put together from all shards."""
+    reader = HuggingFaceStorageReader(str(folder / "state"))
+    state = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefixes) and isinstance(item, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def remove_litter(root: Path) -> None:

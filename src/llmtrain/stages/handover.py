@@ -38,6 +38,7 @@ STAGE_BEFORE = {"sft": ("pretrain",), "reward": ("sft", "pretrain"), "align": ("
 MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "engine.hang_minutes", "train.micro_batch_rows",
+    "train.stop_after",
     "tracker.", "checkpoint.", "eval.", "health.",
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
