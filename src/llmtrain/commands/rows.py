@@ -68,8 +68,8 @@ def show_run(config: ShowConfig, console: Console) -> None:
 
     Raises ConfigError for what is no run, DataError where its data is not what it was.
     """
-    folder, ledger = _run_folder(config), None
-    stage = as_if_here(_config_of(folder), folder)
+    folder, ledger = run_folder(str(config.run), config.runs_dir), None
+    stage = as_if_here(config_of(folder), folder)
     check_reproducible(stage)
     for checkpoint in sorted((folder / "checkpoints").glob("step-*/mixture.json")):
         ledger = Ledger.read(checkpoint.parent)
@@ -84,16 +84,17 @@ def show_run(config: ShowConfig, console: Console) -> None:
         _print_steps_of(console, seen, config.document)
 
 
-def _run_folder(config: ShowConfig) -> Path:
-    places = [Path(str(config.run)), Path(config.runs_dir) / str(config.run)]
+def run_folder(run: str, runs_dir: str) -> Path:
+    """The folder of a run, by its name or as it is. Raises ConfigError where there is none."""
+    places = [Path(run), Path(runs_dir) / run]
     for place in places:
         if (place / "lineage.json").is_file():
             return place
-    raise ConfigError(f"run={config.run}: no run in {' or '.join(map(str, places))}: there is no lineage.json")
+    raise ConfigError(f"run={run}: no run in {' or '.join(map(str, places))}: there is no lineage.json")
 
 
-def _config_of(folder: Path) -> PretrainConfig | SftConfig | RewardConfig | AlignConfig:
-    """The config that a run was started with."""
+def config_of(folder: Path) -> PretrainConfig | SftConfig | RewardConfig | AlignConfig:
+    """The config that a run was started with. Raises ConfigError where it is none any more."""
     schema = SCHEMAS[handover.read_lineage(folder)["stage"]]
     found, findings = validate(schema, read_yaml(str(folder / "config.yaml")))
     if findings:

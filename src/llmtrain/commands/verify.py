@@ -1,4 +1,5 @@
-"""`llmtrain verify`: check that a checkpoint or a model is whole: digests, shapes, finiteness.
+"""`llmtrain verify`: check that a checkpoint or a model is whole: digests, shapes, finiteness; or that a run can be
+repeated (`retraining.py`).
 
 The exit code says it too: 0 where it is fit to go on from, 1 where it is not.
 """
@@ -11,15 +12,13 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
+from llmtrain.commands.retraining import verify_run
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import VerifyConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.snapshots import all_finite
 from llmtrain.models.formats import load_language_model, load_scalar_model, read_config
 from llmtrain.stages import assembly
-
-# What the tensors of a checkpoint are, by the first part of their name.
-GROUPS = {"model": "weights", "optimizer": "moments", "average": "averages", "state": "state"}
 
 
 class Line(NamedTuple):
@@ -32,6 +31,9 @@ class Line(NamedTuple):
 
 def run(config: VerifyConfig) -> None:
     """Print what was checked. Raises UserError where something is wrong."""
+    if config.run is not None:
+        verify_run(config.run, config.runs_dir, config.step, config.processes)
+        return
     folder = Path(config.checkpoint) if config.checkpoint else newest(config.runs_dir)
     if (folder / "checkpoints").is_dir():
         folder = max((folder / "checkpoints").glob("step-*"), default=folder)
@@ -81,7 +83,7 @@ def tensors(folder: Path) -> Iterator[Line]:
     wrong: dict[str, list[str]] = collections.defaultdict(list)
     within = folder / "state" if (folder / "state").is_dir() else folder
     for name, tensor in checkpoints.saved_tensors(within):
-        group = GROUPS.get(name.partition(".")[0], "weights") if within != folder else "weights"
+        group = checkpoints.GROUPS.get(name.partition(".")[0], "weights") if within != folder else "weights"
         parts[group] += 1
         values[group] += tensor.numel()
         types[group].add(str(tensor.dtype).removeprefix("torch."))

@@ -48,7 +48,7 @@ def _collect(findings: Iterator[Finding], found: list[Finding]) -> None:
 
 def run_name(view: View) -> Iterator[Finding]:
     """The run names a folder below `runs_dir`."""
-    if view.command == "show":  # the name or folder of a run that is there
+    if view.command in ("show", "verify"):  # the name or folder of a run that is there
         return
     run = view["run"]
     if not all(NAME.fullmatch(part) and set(part) != {"."} for part in run.split("/")):
@@ -74,6 +74,17 @@ def shown_run(view: View) -> Iterator[Finding]:
     else:
         yield from no_effect(view, "overrides", "the run has its own config", "run")
         yield from no_effect(view, "stage", "the run has its own stage", "run")
+
+
+def verified_run(view: View) -> Iterator[Finding]:
+    """`verify` takes a checkpoint, or a run and one of its steps."""
+    if view.command != "verify":
+        return
+    if view["run"] is None:
+        for key in ("step", "processes"):
+            yield from no_effect(view, key, "name the run that is meant: run=NAME")
+    else:
+        yield from no_effect(view, "checkpoint", "a run is verified: name one of the two", "run")
 
 
 def sequence_fits(view: View) -> Iterator[Finding]:
@@ -334,6 +345,7 @@ def pipeline_overrides(view: View) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     run_name,
     shown_run,
+    verified_run,
     *MODEL_CHECKS,
     *EXPERT_CHECKS,
     sequence_fits,

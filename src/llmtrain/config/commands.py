@@ -83,8 +83,12 @@ COMMANDS = {
     ),
     "verify": Command(
         "VerifyConfig",
-        "check that a checkpoint or a model is whole and fit to go on from",
-        ("llmtrain verify", "llmtrain verify checkpoint=runs/pretrain/checkpoints/step-00001000"),
+        "check that a checkpoint is whole, or that training again gives the same bits",
+        (
+            "llmtrain verify",
+            "llmtrain verify checkpoint=runs/pretrain/checkpoints/step-00001000",
+            "llmtrain verify run=pretrain step=1000",
+        ),
     ),
     "doctor": Command(
         "DoctorConfig",

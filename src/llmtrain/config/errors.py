@@ -19,6 +19,10 @@ class DataError(UserError):
     exit_code = 2
 
 
+class Stopped(UserError):
+    """The run ended where it was told to, before its last step, and has saved."""
+
+
 class Preempted(UserError):
     """The run was asked to end (SIGTERM), has saved, and goes on by the same command.
 

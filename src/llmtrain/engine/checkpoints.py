@@ -44,6 +44,8 @@ from llmtrain.engine.snapshots import Piece, all_finite
 Say = Callable[[str], None]
 # What the tensors that make up a model are called.
 WEIGHTS = ("model.", "average.")
+# What the tensors of a checkpoint are, by the first part of their name.
+GROUPS = {"model": "weights", "optimizer": "moments", "average": "averages", "state": "state"}
 # How often the main process looks whether the others have written their parts.
 POLL_SECONDS = 0.02
 
@@ -266,20 +268,29 @@ def read_model(folder: Path) -> dict[str, Tensor]:
 
     Raises UserError for shards that do not make them up.
     """
+    state = read_state(folder, WEIGHTS)
+    of_last_step, averaged = (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for prefix in WEIGHTS
+    )
+    return of_last_step | averaged
+
+
+def read_state(folder: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The whole tensors in a checkpoint whose names have one of the prefixes, put together from all shards.
+
+    Raises UserError for shards that do not make them up.
+    """
     reader = HuggingFaceStorageReader(str(folder / "state"))
     with warnings.catch_warnings(), _readable_shards(folder):
         warnings.simplefilter("ignore")
         state = {
             name: torch.empty(item.size, dtype=item.properties.dtype)
             for name, item in _whole_tensors(reader).items()
-            if name.startswith(WEIGHTS)
+            if name.startswith(prefixes)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
-    of_last_step, averaged = (
-        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        for prefix in WEIGHTS
-    )
-    return of_last_step | averaged
+    return state
 
 
 def _whole_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:

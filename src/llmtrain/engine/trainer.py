@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.errors import UserError
+from llmtrain.config.errors import Stopped, UserError
 from llmtrain.config.schema import CheckpointConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.averages import WeightAverages
@@ -58,6 +58,8 @@ class Trainer:
     learning_rate: Callable[[int], float]
     """Of a step, from 0."""
     steps: int
+    stop_after: int | None = None
+    """Save and stop after this step."""
     seed: int
     tracker: Tracker
     checkpoint: CheckpointConfig
@@ -141,7 +143,7 @@ class Trainer:
             measured = self._evaluate() if self._is_due(step, self.eval.every_steps) else {}
             self._record(step, values, measured)
             ill = self._ill()
-            self.saver.after_step(step, measured, now=ill is not None)
+            self.saver.after_step(step, measured, now=ill is not None or step == self.stop_after)
             self._stop_if(ill, step)
 
     def updates(self) -> Updates:
@@ -221,6 +223,12 @@ class Trainer:
         return agree(self.monitor.reason_to_stop(), self.layout) if self.health.stop_on else None
 
     def _stop_if(self, ill: HealthWarning | None, step: int) -> None:
+        """Raises Stopped, or UserError, where the run is to end at a step that has been saved."""
+        if self.stop_after is not None and step >= self.stop_after:
+            raise Stopped(
+                f"stopped after step {step} of {self.steps}, as train.stop_after says; its checkpoint is complete. "
+                "The same command without it goes on."
+            )
         if ill:
             raise UserError(
                 f"stopped after step {step} of {self.steps}, as health.stop_on says, for what was noticed at step "

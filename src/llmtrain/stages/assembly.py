@@ -219,7 +219,8 @@ class Run(Generic[Config]):
             learning_rate=lambda step: learning_rate(
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule
             ),
-            steps=steps, seed=config.seed, tracker=tracker, checkpoint=handover.checkpoint_config(config, score),
+            steps=steps, stop_after=config.train.stop_after, seed=config.seed, tracker=tracker,
+            checkpoint=handover.checkpoint_config(config, score),
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),

@@ -41,7 +41,7 @@ MAY_DIFFER = (
     "engine.processes", "engine.threads", "engine.sharding", "engine.shard_processes", "engine.tensor_parallel",
     "engine.expert_parallel", "engine.context_parallel", "engine.pipeline_parallel", "engine.pipeline_schedule",
     "engine.activation_checkpointing", "engine.cpu_offload", "engine.hang_minutes", "engine.profile",
-    "train.micro_batch_rows", "tracker.", "checkpoint.", "eval.", "health.",
+    "train.micro_batch_rows", "train.stop_after", "tracker.", "checkpoint.", "eval.", "health.",
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 

@@ -164,8 +164,15 @@ class VerifyConfig:
     checkpoint: str | None = None
     """Folder: a checkpoint, a run (its newest checkpoint) or a Transformers folder. Null: the newest checkpoint of all
     runs."""
+    run: str | None = None
+    """Name or folder of a run: train the steps before one of its checkpoints again, from the checkpoint before that,
+    and compare every bit."""
+    step: int | None = Field(default=None, ge=1)
+    """The checkpoint's step (with `run`). Null: the newest."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes that the run had (with `run`), where a launcher had started them. Null: as its config says."""
     runs_dir: str = "runs"
-    """Where the newest checkpoint is looked for."""
+    """Where runs are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

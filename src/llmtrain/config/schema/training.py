@@ -33,6 +33,9 @@ class TrainConfig:
     """Length of the run in passes over the training rows or tokens."""
     tokens_per_parameter: float | None = Field(default=None, gt=0)
     """Length of the run in tokens per model parameter (pretraining; about 20 is Chinchilla's optimum)."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Save and stop after this step. The length of the run stays what it is, and so does the learning rate: the same
+    command with another number, or none, goes on."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per step, over all processes (pretraining); a multiple of `sequence_length`."""
     batch_rows: int | None = Field(default=None, ge=1)
