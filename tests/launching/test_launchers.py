@@ -122,5 +122,5 @@ def test_a_sweep_goes_through_submitit(tmp_path: Path) -> None:
          f"runs_dir={tmp_path}", "run=sweep"]
     )  # fmt: skip
     lineages = [json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/lineage.json")]
-    assert {lineage["run"] for lineage in lineages} == {"sweep/0-optimizer.lr-1e-3", "sweep/1-optimizer.lr-1e-2"}, said
+    assert {lineage["run"] for lineage in lineages} == {"sweep/0-optimizer.lr=0.001", "sweep/1-optimizer.lr=0.01"}, said
     assert all(lineage["finished"] for lineage in lineages)
