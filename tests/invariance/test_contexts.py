@@ -52,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_gradient_is_that_of_whole_rows(parts: str, batch: str, measured: dict[str, Any]) -> None:
     figures = measured[f"{parts}/{batch}"]
     assert figures["gradient"] <= 1e-5
-    assert figures["loss"] <= 1e-6
+    assert figures["loss"] <= 1e-5
     assert figures["answers"] <= 1e-5, "on every process, for every position"
 
 
