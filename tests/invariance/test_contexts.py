@@ -30,7 +30,7 @@ BATCHES = ("next_token", "sft", "packed", "prefix")
 PARTS: dict[str, dict[str, Any]] = {
     "rotary": {}, "windows": {"sliding_window": 5, "attention_pattern": ["sliding", "full"]},
     "alibi": {"positions": "alibi"}, "relative": {"positions": "relative"},
-    "learned": {"positions": "learned", "tied_embeddings": True},
+    "learned": {"positions": "learned", "tied_embeddings": True, "max_sequence_length": 33},
     "sinusoidal, capped": {"positions": "sinusoidal", "attention_softcap": 3.0, "qk_norm": "head"},
 }  # fmt: skip
 REFUSED: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_gradient_is_that_of_whole_rows(parts: str, batch: str, measured: dict[str, Any]) -> None:
     figures = measured[f"{parts}/{batch}"]
     assert figures["gradient"] <= 1e-5
-    assert figures["loss"] <= 1e-6
+    assert figures["loss"] <= 1e-5
     assert figures["answers"] <= 1e-5, "on every process, for every position"
 
 
@@ -123,7 +123,7 @@ def measure_case(layout: Layout, config: ModelConfig, name: str) -> dict[str, fl
     sums = torch.stack([torch.stack([each.double() for each in metrics["loss"]])])
     torch.distributed.all_reduce(sums)
     whole, given = bare(model).eval(), {"documents": batch.documents, "prefix": batch.prefix}
-    tokens = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCAB, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         answers = [(whole(tokens) - alone(tokens)).abs().max()]
         answers += [(whole(batch.tokens, **given) - alone(batch.tokens, **given)).abs().max()]

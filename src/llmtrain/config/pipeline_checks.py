@@ -69,6 +69,9 @@ def micro_batches(view: View) -> Iterator[Finding]:
     if rows is None or rows % data_processes(view):
         return
     rows //= data_processes(view)
+    if view[key] == "auto":
+        yield finding("auto finds the rows that memory suffices for, not those that keep stages at work", key, KEY)
+        return
     portions = math.ceil(rows / (view[key] or rows))
     if portions < size:
         problem = f"{rows} rows are {portions} micro-batches, and a pipeline of {size} wants {size} at least"

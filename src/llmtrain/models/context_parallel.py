@@ -7,7 +7,7 @@ they are in one process. What a process holds of them is one layer's at a time, 
 Shapes: B rows, T positions, P positions filled up, N of this process, C processes.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.objectives.own_positions import own_columns, padded_length
-
-Optional = TypeVar("Optional", Tensor, Tensor | None)
 
 
 class PositionShare:
@@ -33,10 +31,8 @@ class PositionShare:
         """Those of this process, [N], in rows of `length`."""
         return own_columns(length, self.rank, self.size, device)
 
-    def filled_up(self, values: Optional) -> Optional:
-        """Values [B, T] in P columns, with zeros behind, or none."""
-        if values is None:
-            return values
+    def filled_up(self, values: Tensor) -> Tensor:
+        """Values [B, T] in P columns, with zeros behind."""
         length = values.shape[1]
         return F.pad(values, (0, padded_length(length, self.size) - length))
 

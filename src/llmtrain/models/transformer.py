@@ -201,11 +201,12 @@ class Transformer(nn.Module):
 
         In training the others' are zeros here, for they have their losses there; else they are gathered.
         """
-        length = tokens.shape[1]
-        tokens, documents, prefix = (share.filled_up(each) for each in (tokens, documents, prefix))
+        length, tokens = tokens.shape[1], share.filled_up(tokens)
+        documents = None if documents is None else share.filled_up(documents)
+        prefix = None if prefix is None else share.filled_up(prefix)
         columns, keys = share.columns(length, tokens.device), torch.arange(tokens.shape[1], device=tokens.device)
         places = keys[None] if documents is None else Documents(documents, None).positions()
-        places = places[:, columns]
+        places = places[:, columns].clamp(max=length - 1)  # what fills rows up has none
         contexts = {}
         for window in {*self.windows}:
             rotary = rotary_tables(self.config, places, window, length) if self.config.positions == "rope" else None
