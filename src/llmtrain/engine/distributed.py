@@ -8,6 +8,7 @@ same code is tested where there is no GPU. accelerate tells how the process was 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import multiprocessing
 import os
@@ -70,7 +71,7 @@ class Layout:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    @property
+    @functools.cached_property
     def data_rank(self) -> int:
         """Which of the different rows this process takes, from 0."""
         if self.mesh is None:
@@ -82,7 +83,7 @@ class Layout:
         """How many different shares of rows there are."""
         return self.world if self.mesh is None else self.size("replicate") * self.size("shard")
 
-    @property
+    @functools.cached_property
     def data_group(self) -> dist.ProcessGroup | None:
         """The data processes that this one is among; None where those are all."""
         if self.mesh is None or self.data_world == self.world:

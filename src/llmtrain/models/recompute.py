@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from llmtrain.kernels import cpu_product, grouped_product  # noqa: F401 (they register the operators named below)
 
@@ -31,10 +36,10 @@ def recomputed(block: nn.Module, kind: Recompute, *inputs: Any) -> Tensor:
 
     The backward pass computes the rest again, with the same random draws, up to what it wants last.
     """
-    options: dict[str, Callable[[], Any]] = {}
+    contexts: Callable[[], Any] = noop_context_fn
     if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    found: Tensor = checkpoint(block, *inputs, use_reentrant=False, **options)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+    found: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
     return found
 
 
