@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,11 @@ def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by its manifest."""
-    manifest = read_object(folder / "manifest.json")
+    return from_manifest(folder, read_object(folder / "manifest.json"))
+
+
+def from_manifest(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """What a manifest says. Raises KeyError, TypeError or ValueError for one that is damaged."""
     metrics = {name: float(value) for name, value in dict(manifest["metrics"]).items()}
     return Checkpoint(folder, int(manifest["step"]), metrics, float(manifest.get("time", 0.0)))
 
@@ -333,18 +337,23 @@ def prune(root: Path, *, newest: int, keep: CheckpointConfig) -> None:
     """
     remove_litter(root)
     saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
-    until_now = [checkpoint for checkpoint in saved if checkpoint.step <= newest]
-    kept = {checkpoint.step for checkpoint in until_now[-keep.keep_last :]}
-    if keep.best_metric:
-        best = _ranked(until_now, keep.best_metric, keep.best_mode)
-        kept |= {checkpoint.step for checkpoint in best[: max(keep.keep_best, int(keep.final == "best"))]}
-    kept |= _for_ever(until_now, keep)
+    kept = kept_steps(saved, newest, keep)
     for checkpoint in saved:
         if checkpoint.step not in kept:
             # first out of sight, so that a kill in the middle leaves no half checkpoint under its name
             doomed = root / f".{checkpoint.folder.name}.partial"
             os.replace(checkpoint.folder, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def kept_steps(saved: Sequence[Checkpoint], newest: int, keep: CheckpointConfig) -> set[int]:
+    """The steps of the checkpoints that `keep` names: the last, the best, and those that stay for ever."""
+    until_now = sorted((each for each in saved if each.step <= newest), key=lambda each: each.step)
+    kept = {checkpoint.step for checkpoint in until_now[-keep.keep_last :]}
+    if keep.best_metric:
+        best = _ranked(until_now, keep.best_metric, keep.best_mode)
+        kept |= {checkpoint.step for checkpoint in best[: max(keep.keep_best, int(keep.final == "best"))]}
+    return kept | _for_ever(until_now, keep)
 
 
 def _for_ever(saved: list[Checkpoint], keep: CheckpointConfig) -> set[int]:

@@ -23,6 +23,7 @@ from llmtrain.engine.distributed import Layout, agree, gathered
 from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.saving import Saver
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import (
@@ -67,6 +68,7 @@ class Trainer:
     tracking: TrackerConfig
     write_extra: Callable[[Path, int], None]
     """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    mirror: Mirror | None = None
     resume_from: checkpoints.Checkpoint | None = None
     """The checkpoint to go on from. None: begin."""
     evaluators: Sequence[Evaluator] = ()
@@ -103,6 +105,7 @@ class Trainer:
         self.saver = Saver(
             folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
             write_extra=self.write_extra, say=self.tracker.say, phase=self.speed.phase,
+            mirror=self.mirror,
         )  # fmt: skip
 
     def fit(self) -> int:
