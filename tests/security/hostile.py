@@ -1,6 +1,5 @@
 """Files that somebody who means harm could hand in, and what is expected of whoever reads them."""
 
-import gzip
 import json
 import os
 import pickle
@@ -32,9 +31,12 @@ class Canary:
 
 
 def bomb(path: Path, head: bytes, unit: bytes, size: int, tail: bytes = b"") -> Path:
-    """A gzip file that unpacks to `head`, then `unit` over and over to `size` bytes, then `tail`."""
+    """A file (.gz, .zst) that unpacks to `head`, then `unit` over and over to `size` bytes, then `tail`."""
+    import pyarrow
+
     block = unit * (2**20 // len(unit))
-    with gzip.open(path, "wb", compresslevel=1) as file:
+    compression = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    with pyarrow.output_stream(str(path), compression=compression) as file:
         file.write(head)
         for _ in range(size // len(block)):
             file.write(block)

@@ -14,6 +14,7 @@ from llmtrain.data.files import READ_ERRORS, is_compressed
 
 UNPACKED_BYTES = 2**30  # of a compressed table, that are in memory at a time
 CSV_ROWS = 10_000  # that `datasets` reads at a time
+BLOCK_BYTES = 2**20
 
 
 def open_parquet(stream: IO[bytes], file: str) -> Any:
@@ -33,16 +34,18 @@ def open_parquet(stream: IO[bytes], file: str) -> Any:
 def check_rows(stream: IO[bytes], file: str) -> None:
     """Raises DataError where rows of CSV that are read at a time do not fit into memory: quotes that are never closed,
     lines without an end."""
-    size = rows = quotes = 0
-    while part := stream.readline(2**20):
-        size, quotes = size + len(part), quotes + part.count(b'"')
+    size = rows = inside = 0
+    while block := stream.read(BLOCK_BYTES):
+        parts = block.split(b'"')  # outside and inside quotes in turn
+        rows += sum(part.count(b"\n") for part in parts[inside::2])
+        inside = (inside + len(parts) - 1) % 2
+        size += len(block)
         if size > UNPACKED_BYTES:
             raise DataError(
                 f"{file}: unpacks to {CSV_ROWS:,} rows, or a single one, of more than {UNPACKED_BYTES:,} bytes; is a "
                 "quote never closed? Such data can be read as .jsonl."
             )
-        rows += part.endswith(b"\n") and quotes % 2 == 0
-        if rows == CSV_ROWS:
+        if rows >= CSV_ROWS:
             size = rows = 0
 
 
