@@ -41,7 +41,8 @@ class TrainConfig:
     length_warmup: LengthWarmupConfig | None = None
     """Begin with shorter rows (pretraining): each is cut into equal ones. Micro-batches keep their number of tokens."""
     micro_batch_rows: int | None = Field(default=None, ge=1)
-    """Rows in one forward and backward pass of one process. Null: all rows of the process."""
+    """Rows in one forward and backward pass of one process. Null: all rows of the process. In a pipeline, it says into
+    how many portions a step is cut."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
 
