@@ -25,7 +25,7 @@ from tests.invariance.test_gradients import (
 )
 from torch import Tensor, nn
 
-from llmtrain.config.errors import ConfigError
+from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout, arrange, full_state, is_sharded, join, launch, leave, spread
@@ -85,6 +85,27 @@ def test_fewer_layers_than_stages_are_told(measured: dict[str, Any]) -> None:
         "engine.pipeline_parallel=2 with engine.pipeline_schedule=interleaved makes 4 stages, and the model has 2 "
         "layers; use fewer processes or another schedule"
     )
+
+
+class Failing(NextToken):
+    """Fails where the last stage is."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        super().__call__(model, batch)
+        raise UserError("this batch cannot be learned: leave it out")
+
+
+def fail() -> None:
+    layout = arranged(join("cpu", threads=1), "1f1b")
+    model = spread(language_model(1), layout)
+    made, _ = trainer(model, Fixed(global_batch("sft")), Failing(), layout, 2)
+    made.updates()(0, made.batches(0))
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_stage_is_told_as_it_is() -> None:
+    with pytest.raises(UserError, match="^this batch cannot be learned: leave it out$"):
+        launch(fail, (), 2)
 
 
 def measure(folder: Path) -> None:

@@ -121,7 +121,10 @@ class Pipeline:
         if traffic != self.traffic:
             self.traffic, self.runner = traffic, self._make_runner(*traffic)
         self.portions, self.made = portions, list[tuple[Tensor, Metrics]]()
-        self.runner.step(numbers, number=numbers, target=numbers, return_outputs=False)
+        try:
+            self.runner.step(numbers, number=numbers, target=numbers, return_outputs=False)
+        except RuntimeError as failure:  # which tells the arguments of the stage that failed; why, tells its cause
+            raise failure.__cause__ or failure from None
         self._sum_shared()
         self._average()
         found: list[tuple[Tensor, Metrics]] = self._from_last(self.made)

@@ -46,7 +46,8 @@ class TrainConfig:
     """Begin with shorter rows (pretraining): each is cut into equal ones. Micro-batches keep their number of tokens."""
     micro_batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Rows in one forward and backward pass of one process. Null: all rows of the process. auto: as many as memory
-    suffices for, found at the first step and kept in the run's folder (where nothing but the update reads by it)."""
+    suffices for, found at the first step and kept in the run's folder (where nothing but the update reads by it).
+    In a pipeline, it says into how many portions a step is cut."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this global norm. Null: do not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
