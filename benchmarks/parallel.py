@@ -1,6 +1,6 @@
 """What several processes gain: memory of each under FSDP2, and tokens per second of two over those of one.
 
-    python benchmarks/parallel.py [--steps 8] [--rounds 3]
+    python benchmarks/parallel.py [--steps 8] [--rounds 3] [--processes 1 2 4]
 
 Memory: a model of many small blocks is trained for a few steps with AdamW on a row of few tokens, alone and sharded
 over two and four processes. Compared are the growth of each process's peak resident memory, from before the model is
@@ -161,13 +161,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="of memory; none: speed alone")
     arguments = parser.parse_args()
     where = {"torch": torch.__version__, "cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}
     show = functools.partial(print, flush=True)
-    for processes in (1, 2, 4):
+    for processes in arguments.processes:
         show(json.dumps(memory(processes) | where))
-    for result in weak_scaling(arguments.rounds, arguments.steps):
+    for result in weak_scaling(arguments.rounds, arguments.steps) if arguments.rounds else []:
         show(json.dumps(result | where))
 
 
