@@ -342,8 +342,9 @@ def prune(root: Path, *, newest: int, keep: CheckpointConfig) -> None:
         if checkpoint.step not in kept:
             # first out of sight, so that a kill in the middle leaves no half checkpoint under its name
             doomed = root / f".{checkpoint.folder.name}.partial"
-            os.replace(checkpoint.folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what cannot be removed now is the next save's to remove
+                os.replace(checkpoint.folder, doomed)
+                shutil.rmtree(doomed)
 
 
 def kept_steps(saved: Sequence[Checkpoint], newest: int, keep: CheckpointConfig) -> set[int]:

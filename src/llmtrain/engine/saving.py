@@ -82,9 +82,11 @@ class Saver:
         self._signals.__exit__()
         if self._writing is not None:
             self._writing.leave(0.0 if self._signals.stop else LEAVE_SECONDS)
-        if self.mirror is not None and (kind is None or issubclass(kind, Preempted)):
-            self.mirror.finish()
-            self._say_of_mirror()
+        if kind is None or issubclass(kind, Preempted):
+            if self.mirror is not None:
+                self.mirror.finish()
+                self._say_of_mirror()
+            self._anywhere(False)  # the first process to leave may take the others with it
 
     def resume(self, found: Checkpoint, *, may_lack: str) -> None:
         """Fill the state from a checkpoint: tensors whose name begins with `may_lack` as far as it has the like."""
