@@ -75,6 +75,16 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
     return Layout(state.process_index, state.num_processes, torch.device("cpu") if on_cpu else state.device)
 
 
+def be_deterministic() -> None:
+    """From here on, use only algorithms that give the same bits each time; others raise. Before the first of the GPU.
+
+    Memory that is not written yet stays as it is: what reads it would be a fault of ours, and filling it costs time.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+
+
 def launched_by_others() -> bool:
     """Whether a launcher (torchrun, accelerate launch, ours) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
