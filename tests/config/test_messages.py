@@ -269,6 +269,7 @@ BAD = [
         "train.micro_batch_rows: auto is for updates alone, and method.reference=precomputed reads besides",
     ),
     ("sft train.micro_batch_rows=0", "train.micro_batch_rows"),
+    ("align method=grpo engine.precision=float16", "engine.precision: float16 is not for method=grpo, which samples"),
     ("sft engine.hang_minutes=5", "engine.hang_minutes: has no effect: there is one process"),
     ("sft health.spike_window=20", "health.spike_window: has no effect: health.on_spike is not set"),
     ("reward health.on_spike=skip", "health.on_spike: skip has no effect: only the loss on text is steady enough"),

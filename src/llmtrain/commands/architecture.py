@@ -101,19 +101,20 @@ def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig
     data_processes = mesh_shape(config.engine, config.engine.processes).data
     rows = rows or math.ceil(rows_per_step(config.train) / data_processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
-    in_bfloat16 = config.engine.precision == "bfloat16"
-    kept = activation_bytes(model.config, rows * length, length, 2 if in_bfloat16 else 4)
+    precision = config.engine.precision
+    in_half = precision != "float32"
+    kept = activation_bytes(model.config, rows * length, length, 2 if in_half else 4)
     lines = {
         "weights, float32": 4 * parameters,
         "gradients, float32": 4 * parameters,
         f"state of {optimizer.target.rpartition('.')[2]}": round(state_bytes_per_weight(optimizer) * parameters),
-        **({"weights in bfloat16, for products": 2 * num_in_products(model)} if in_bfloat16 else {}),
+        **({f"weights in {precision}, for products": 2 * num_in_products(model)} if in_half else {}),
         **{f"activations of blocks: {name}": size for name, size in kept.items()},
         **head_bytes(model.config, model.vocab_size, rows * length, device),
     }
     whole = sum(lines.values())
     sums = {"activations of blocks together": sum(kept.values()), "all together": whole}
-    table = _table(f"memory with {rows:,} rows of {length:,}, products in {config.engine.precision}", "GiB", "share")
+    table = _table(f"memory with {rows:,} rows of {length:,}, products in {precision}", "GiB", "share")
     for name, size in (lines | sums).items():
         table.add_row(name, f"{size / 2**30:,.2f}", f"{size / whole:.1%}")
     console.print(table)

@@ -161,6 +161,13 @@ def hanging(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "engine.hang_minutes", "there is one process, which waits for no other")
 
 
+def half_precision(view: View) -> Iterator[Finding]:
+    """Loss scaling is for updates; log-probabilities of what is sampled want more than float16's range."""
+    if view["engine.precision"] == "float16" and view.command == "align" and view["method.name"] in SAMPLING:
+        problem = f"float16 is not for method={view['method.name']}, which samples; use bfloat16 or float32"
+        yield finding(problem, "engine.precision", "method.name")
+
+
 def found_rows(view: View) -> Iterator[Finding]:
     """What fits an update may not fit what else reads in portions of as many rows."""
     key = "train.micro_batch_rows"
@@ -358,6 +365,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *PIPELINE_CHECKS,
     *CONTEXT_CHECKS,
     hanging,
+    half_precision,
     found_rows,
     profile,
     schedule,

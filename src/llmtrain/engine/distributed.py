@@ -161,6 +161,16 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     )
 
 
+def be_deterministic() -> None:
+    """From here on, use only algorithms that give the same bits each time; others raise. Before the first of the GPU.
+
+    Memory that is not written yet stays as it is: what reads it would be a fault of ours, and filling it costs time.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+
+
 def launched_by_others() -> bool:
     """Whether a launcher (torchrun, accelerate launch, ours) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -37,6 +37,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
+def has_float16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in float16; processors without the units are many times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cuda" or any(capabilities.get(name, False) for name in ("amx_fp16", "avx512_fp16"))
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product here and now: the ceiling that MFU is measured against."""
     size = size or (8192 if device.type == "cuda" else 1024)

@@ -7,6 +7,7 @@ for the summed loss of each micro-batch, and divides by what the loss is average
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -18,6 +19,7 @@ from llmtrain.config.seeds import derive_seed
 from llmtrain.engine import gradients
 from llmtrain.engine.distributed import Layout, gradient_sync, largest, total
 from llmtrain.engine.faults import Fault, Guard
+from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batches import FoundRows, is_out_of_memory
 from llmtrain.engine.pipeline import Portions, pipeline_of
 from llmtrain.engine.speed import Speed
@@ -27,6 +29,7 @@ Samples = Sequence[Mapping[str, Any]]
 # Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
 EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
 NO_WEIGHT = 1e-30
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 OUT_OF_MEMORY = "ran out of memory. Lower train.micro_batch_rows, or set it to auto, which finds the largest that fits."
 
 
@@ -89,6 +92,7 @@ class Updates:
     max_grad_norm: float | None
     after_update: Callable[[bool], Metrics]
     guard: Guard
+    loss_scale: LossScale | None
     progress: Callable[[str], None]
     speed: Speed
 
@@ -97,7 +101,8 @@ class Updates:
 
         The step's metrics, its tokens over all processes, and what was wrong with its updates.
         """
-        metrics, tokens, faults = Totals(batch.metrics()), 0, []
+        metrics, tokens = Totals(batch.metrics()), 0
+        faults: list[Fault] = []
         for number, update in enumerate(batch.updates()):
             with self.speed.phase("forward_backward"):
                 loss, measured = self._gradient_that_fits(step, number, update)
@@ -105,10 +110,10 @@ class Updates:
             with self.speed.phase("optimizer"):
                 gradients.complete(self.model)
                 norm = gradients.clip(self.model, self.max_grad_norm)
-                metrics.add({"train/grad_norm": (norm, torch.ones(()))})
-                fault = self.guard.judge(*self._agreed(loss, norm))
-                faults += [fault] if fault else []
-                is_made = fault is None or fault.remedy == "warn"
+                loss_of_all, norm_of_all = self._agreed(loss, norm)
+                if math.isfinite(norm_of_all):
+                    metrics.add({"train/grad_norm": (norm, torch.ones(()))})
+                is_made = self._may_be_made(loss_of_all, norm_of_all, faults)
                 if is_made:
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -116,6 +121,14 @@ class Updates:
             tokens += update.num_tokens()
             self.speed.predictions += update.num_predicted() * self.layout.data_world
         return metrics.sums, tokens * self.layout.data_world, faults
+
+    def _may_be_made(self, loss: float, norm: float, faults: list[Fault]) -> bool:
+        """Whether an update may be made; what is wrong with it, other than its scale, is added to `faults`."""
+        if self.loss_scale and self.loss_scale.overflows(math.isfinite(loss), math.isfinite(norm)):
+            return False
+        fault = self.guard.judge(loss, norm)
+        faults += [fault] if fault else []
+        return fault is None or fault.remedy == "warn"
 
     def _gradient_that_fits(self, step: int, number: int, update: Rows) -> tuple[Tensor, Metrics]:
         """As `_add_gradient`; where memory does not suffice and it may have fewer rows, again with these."""
@@ -126,6 +139,8 @@ class Updates:
             try:
                 return self._add_gradient(step, number, update, rows)
             except RuntimeError as error:
+                if NOT_DETERMINISTIC in str(error):
+                    raise UserError(f"engine.deterministic: {str(error).split('.')[0]}. Set it to false.") from error
                 if not is_out_of_memory(error):
                     raise
                 if not isinstance(self.micro_batch_rows, FoundRows):
@@ -159,15 +174,23 @@ class Updates:
         # where nothing counts, the loss is 0 and so shall be the gradient, not 0 / 0
         weight = total(self.objective.weight(update), self.layout).clamp(min=NO_WEIGHT)
         # the token processes' gradients are averaged, so each counts its share that many times
-        scale = self.layout.token_world / weight
-        micro_batches, metrics = list(update.micro_batches(rows)), Totals({})
-        summed = torch.zeros_like(weight)
+        scale = self.layout.token_world * (float(self.loss_scale.scale) if self.loss_scale else 1.0) / weight
+        metrics, summed = Totals({}), torch.zeros_like(weight)
+        for loss, parts in self._passes(step, number, list(update.micro_batches(rows)), scale):
+            summed += loss
+            metrics.add(parts)
+        if self.loss_scale:
+            self.loss_scale.unscale(self.model.parameters())
+        return (summed / weight).sum(), metrics.sums
+
+    def _passes(
+        self, step: int, number: int, micro_batches: Sequence[Any], scale: Tensor
+    ) -> Iterator[tuple[Tensor, Metrics]]:
+        """Add the gradients of micro-batches, times `scale`; their summed losses and metrics."""
         if pipeline := pipeline_of(self.model):
             seed_of = functools.partial(self._seed, step, number)
-            for loss, parts in pipeline.train(Portions(self.loss_of, micro_batches, scale, seed_of, self.autocast)):
-                summed += loss
-                metrics.add(parts)
-            return (summed / weight).sum(), metrics.sums
+            yield from pipeline.train(Portions(self.loss_of, micro_batches, scale, seed_of, self.autocast))
+            return
         for index, micro in enumerate(micro_batches):
             self.progress(f"step {step + 1}, update {number + 1}, micro-batch {index + 1}")
             torch.manual_seed(self._seed(step, number, index))
@@ -175,13 +198,11 @@ class Updates:
                 with self.autocast():
                     loss, parts = self.loss_of(self.model, micro)
                 (loss * scale).sum().backward()
-            summed += loss.detach()
-            metrics.add(parts)
-        return (summed / weight).sum(), metrics.sums
+            yield loss.detach(), parts
 
     def _agreed(self, loss: Tensor, norm: Tensor) -> list[float]:
         """The loss and the gradient's norm as numbers, the same on all processes; the one time a step is waited for."""
-        own = torch.stack([loss.double(), norm.double() / self.layout.token_world])
+        own = torch.stack([loss.double(), norm.to(loss.device).double() / self.layout.token_world])
         numbers: list[float] = total(own, self.layout).tolist()
         return numbers
 

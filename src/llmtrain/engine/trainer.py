@@ -22,6 +22,8 @@ from llmtrain.engine.averages import WeightAverages
 from llmtrain.engine.distributed import Layout, agree, gathered
 from llmtrain.engine.faults import PART, TOO_OFTEN, Fault, Guard, as_row, in_words
 from llmtrain.engine.health import Health, HealthWarning
+from llmtrain.engine.loss_scale import PART as SCALE_PART
+from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.saving import Saver
@@ -85,6 +87,8 @@ class Trainer:
     """What goes by an update, such as the balance of experts; told whether it was made. Its metrics."""
     rows_of: Callable[[int], Mapping[str, Sequence[int]]] = lambda step: {}
     """The numbers of the rows that all processes train on at a step (from 0), by source, as far as they are known."""
+    scale_loss: bool = False
+    """Scale the loss, as float16 needs it."""
     fixed_shapes: bool = False
     """Whether batches have a few shapes only: each is compiled for itself then, none for shapes in general."""
     progress: Callable[[str], None] = nothing_watches
@@ -96,6 +100,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.health, steps=self.steps)
+        self.loss_scale = LossScale() if self.scale_loss else None
         keep = self.checkpoint
         self.monitor = Health(
             self.folder, self.health, best_metric=keep.best_metric, best_mode=keep.best_mode,
@@ -158,7 +163,7 @@ class Trainer:
             layout=self.layout, model=self.model, objective=self.objective, loss_of=loss_of, optimizer=self.optimizer,
             seed=self.seed, autocast=self.autocast, micro_batch_rows=self.micro_batch_rows,
             max_grad_norm=self.max_grad_norm, after_update=self.after_update, guard=self.guard,
-            progress=self.progress, speed=self.speed,
+            loss_scale=self.loss_scale, progress=self.progress, speed=self.speed,
         )  # fmt: skip
 
     def _show(self, step: int, samples: Samples | None) -> None:
@@ -173,7 +178,8 @@ class Trainer:
         values = as_numbers(metrics, self.layout)
         if faults:
             values = {name: value for name, value in values.items() if math.isfinite(value)}
-        return values | self.guard.values() | self.batches.counts(step)
+        scale = self.loss_scale.values() if self.loss_scale else {}
+        return values | self.guard.values() | scale | self.batches.counts(step)
 
     def _remedy(self, step: int, faults: Sequence[Fault]) -> None:
         """Say what was wrong with a step's updates, and do what is to be done besides leaving them out."""
@@ -263,5 +269,5 @@ class Trainer:
         self.saver.resume(found, may_lack=f"state.{PART}.")
 
     def _state(self) -> dict[str, Tensor]:
-        parts = {**self.parts, PART: self.guard}
+        parts = {**self.parts, PART: self.guard, **({SCALE_PART: self.loss_scale} if self.loss_scale else {})}
         return checkpoints.training_state(self.model, self.optimizer, parts, self.averages.state())

@@ -35,7 +35,7 @@ from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.profiling import Profiler
 from llmtrain.engine.rank_logs import keep_log
 from llmtrain.engine.report import write_report
-from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, matmul_peak
+from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, has_float16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import Evaluator, Trainer
@@ -107,6 +107,8 @@ class Run(Generic[Config]):
     def open(cls, config: Config) -> "Run[Config]":
         """Join the other processes and seed what has no key of its own."""
         torch.manual_seed(config.seed)
+        if config.engine.deterministic:
+            distributed.be_deterministic()
         layout = distributed.join(config.engine.device, config.engine.threads)
         keep_log(handover.run_folder(config), layout.rank, layout.world)
         show_log(layout.is_main)
@@ -120,9 +122,11 @@ class Run(Generic[Config]):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """bfloat16 where it was asked for and the hardware computes in it; elsewhere float32 is faster and as good."""
-        wanted = self.config.engine.precision == "bfloat16"
-        return torch.bfloat16 if wanted and has_bfloat16(self.layout.device) else None
+        """What was asked for, where the hardware computes in it; elsewhere float32 is faster and as good."""
+        wanted, device = self.config.engine.precision, self.layout.device
+        if wanted == "bfloat16":
+            return torch.bfloat16 if has_bfloat16(device) else None
+        return torch.float16 if wanted == "float16" and has_float16(device) else None
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:
@@ -173,9 +177,10 @@ class Run(Generic[Config]):
         `handover.checkpoint_config`). `write_more` adds to each checkpoint.
         """
         config, device, steps = self.config, self.layout.device, plan.steps
-        if config.engine.precision == "bfloat16" and self.autocast_dtype is None:
+        precision = config.engine.precision
+        if precision != "float32" and self.autocast_dtype is None:
             self.say(
-                "engine.precision=bfloat16: this processor has no bfloat16 units; "
+                f"engine.precision={precision}: this processor has no {precision} units; "
                 "computing in float32, which is faster here"
             )
         for module in trained.modules():
@@ -236,6 +241,7 @@ class Run(Generic[Config]):
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
             max_grad_norm=config.train.max_grad_norm, ema_decay=config.train.ema_decay, compile=compile_it,
+            scale_loss=self.autocast_dtype == torch.float16,
             fixed_shapes=fixed_shapes, speed=Speed(device, without_head, peak, head), health=config.health, **known,
         )  # fmt: skip
         if config.engine.profile:

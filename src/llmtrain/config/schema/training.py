@@ -100,8 +100,9 @@ class EngineConfig:
     """Processes to start on this machine; leave at 1 under torchrun or accelerate launch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda if there is one."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of matrix products (autocast); weights and optimizer moments stay float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of matrix products (autocast); weights and optimizer moments stay float32. float16, for GPUs without
+    bfloat16, scales the loss and leaves out updates that overflow (not with methods that sample)."""
     sharding: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """What processes that take different rows do with the model: replicate it (ddp), shard weights, gradients and
     moments over all of them (fsdp: FSDP2), or over `shard_processes` of them and replicate that (hsdp)."""
@@ -127,6 +128,8 @@ class EngineConfig:
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each process. Null: the cores shared out evenly."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time, and stop at an operation that has none (see README)."""
     hang_minutes: float | None = Field(default=60.0, gt=0)
     """With several processes: end the run, with the stacks of all, when a process has got nowhere for this long. Longer
     than the longest micro-batch, rollout or evaluation takes. Null: wait for ever."""
