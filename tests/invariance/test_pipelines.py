@@ -104,7 +104,7 @@ def fail() -> None:
 
 @pytest.mark.slow
 def test_what_fails_in_a_stage_is_told_as_it_is() -> None:
-    with pytest.raises(UserError, match="^this batch cannot be learned: leave it out$"):
+    with pytest.raises(UserError, match=r"^this batch cannot be learned: leave it out$"):
         launch(fail, (), 2)
 
 
