@@ -209,6 +209,12 @@ BAD = [
         "pretrain model=mixtral_tiny engine.processes=4 engine.expert_parallel=4 model.experts.num_experts=6",
         "4 does not divide model.experts.num_experts=6",
     ),
+    ("pretrain engine.cpu_offload=true engine.device=cpu", "engine.cpu_offload: has no effect: the CPU's memory"),
+    ("pretrain engine.cpu_offload=true", "engine.cpu_offload: goes with engine.sharding=fsdp or hsdp"),
+    (
+        "pretrain model=mixtral_tiny engine.processes=4 engine.expert_parallel=2 engine.tensor_parallel=2",
+        "engine.expert_parallel: does not go with engine.tensor_parallel",
+    ),
     ("pretrain engine.processes=2 engine.pipeline_parallel=2", "engine.pipeline_parallel: is not supported"),
     ("pretrain engine.processes=2 engine.context_parallel=2", "engine.context_parallel: is not supported"),
     # options without effect

@@ -33,11 +33,12 @@ from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
 from llmtrain.models.experts import expert_layers
 from llmtrain.models.heads import make_model
+from llmtrain.models.tensor_parallel import local
 from llmtrain.objectives.next_token import NextToken, TokenBatch
 from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer
 
-VOCAB, ROWS, WIDTH = 101, 8, 32
+VOCAB, ROWS, WIDTH, MANY = 101, 8, 32, 50
 LLAMA = ModelConfig(
     num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, ffn_hidden_size=96, max_sequence_length=WIDTH,
     qk_norm="head",
@@ -124,6 +125,16 @@ class Running:
             found.append([float(total(part.detach(), self.layout)) for part in metrics["loss"]])
         return [value / weight for value, weight in found]
 
+    def bytes_over_formula(self) -> float:
+        """Weights, gradients and moments of this process, over 16 bytes a parameter shared out to all processes."""
+        batch = self.rows(0)
+        self.objective(self.model, batch)[0].sum().backward()
+        parameters = list(self.model.parameters())
+        moments = [value for each in self.optimizer.state.values() for value in each.values() if value.dim()]
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        held = sum(local(each.detach()).nbytes for each in (*parameters, *gradients, *moments))
+        return held / (16 * sum(each.numel() for each in parameters) / self.layout.world)
+
     @property
     def state(self) -> dict[str, Tensor]:
         """As it is saved."""
@@ -145,12 +156,15 @@ def arranged(case: Case, layout: Layout) -> Layout:
     return arrange(layout, case.engine)
 
 
-def measure(folder: Path, processes: int, steps: int) -> None:
-    """In each process: all cases of so many processes against one, and each checkpoint into each other layout."""
+def measure(folder: Path, processes: int, steps: int, models: tuple[str, ...]) -> None:
+    """In each process: all cases of so many processes against one, and each checkpoint into each other layout.
+
+    With few steps, each checkpoint into the next layout only.
+    """
     layout = join("cpu", threads=1)
     figures: dict[str, Any] = {}
     cases = [case for case in CASES if case.processes == processes]
-    for model in MODELS:
+    for model in models:
         mine = [case for case in cases if model in case.models]
         alone, saved = Running(model, ALONE), {}
         expected = alone.losses(steps)
@@ -165,8 +179,10 @@ def measure(folder: Path, processes: int, steps: int) -> None:
             figures[f"{model}/{case.name}"] = {
                 "same rows": running.rows.seen == alone.rows.seen, "loss": expected[-1],
                 "largest difference": max(abs(one - other) for one, other in zip(found, expected, strict=True)),
+                "bytes over formula": running.bytes_over_formula(),
             }  # fmt: skip
-        for first, then in product(mine, [*mine, None]):
+        others = [*mine, None]
+        for first, then in product(mine, others) if steps >= MANY else zip(mine, others[1:], strict=True):
             other = Running(model, ALONE if then is None else arranged(then, layout), seed=2)
             state = other.state
             checkpoints.load(checkpoints.read(folder / model / first.name / f"step-{steps:08d}"), state, other.layout)
@@ -181,25 +197,32 @@ def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def figures_of(folder: Path, processes: int, steps: int) -> dict[str, Any]:
-    launch(measure, (folder, processes, steps), processes)
+def figures_of(folder: Path, processes: int, steps: int, models: tuple[str, ...] = tuple(MODELS)) -> dict[str, Any]:
+    launch(measure, (folder, processes, steps, models), processes)
     found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
     return found
 
 
 @pytest.mark.parametrize(
-    ("processes", "steps"),
-    [(2, 3), pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(4, 50, marks=pytest.mark.slow)],
+    ("processes", "steps", "models"),
+    [
+        (2, 3, ("llama", "limited")),
+        pytest.param(2, MANY, tuple(MODELS), marks=pytest.mark.slow),
+        pytest.param(4, MANY, tuple(MODELS), marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout_trains_as_one_process_and_reads_the_checkpoints_of_all(
-    processes: int, steps: int, tmp_path: Path
+    processes: int, steps: int, models: tuple[str, ...], tmp_path: Path
 ) -> None:
-    figures = figures_of(tmp_path, processes, steps)
+    figures = figures_of(tmp_path, processes, steps, models)
     trained = {name: found for name, found in figures.items() if "then" not in name}
-    assert len(trained) == sum(len(case.models) for case in CASES if case.processes == processes)
+    expected = {f"{model}/{case.name}" for case in CASES if case.processes == processes for model in case.models}
+    assert trained.keys() == {name for name in expected if name.partition("/")[0] in models}
     for name, found in trained.items():
         assert found["same rows"], name
         assert found["largest difference"] <= 1e-4, name
+        if name.endswith("/fsdp 2"):
+            assert found["bytes over formula"] == pytest.approx(1.0, abs=0.15), name
     moved = {name: found["same bits"] for name, found in figures.items() if "then" in name}
     assert moved
     assert all(moved.values()), moved
@@ -210,7 +233,7 @@ if __name__ == "__main__":
 
     print("| layout | model | last loss of one process | largest difference in 50 steps |\n|---|---|---|---|")
     for processes in (2, 4):
-        for name, found in figures_of(Path(tempfile.mkdtemp()), processes, 50).items():
+        for name, found in figures_of(Path(tempfile.mkdtemp()), processes, MANY).items():
             if "then" not in name:
                 model, _, case = name.partition("/")
                 print(f"| {case} | {model} | {found['loss']:.4f} | {found['largest difference']:.1e} |")

@@ -17,6 +17,8 @@ from llmtrain.stages import assembly
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
 FSDP = ["engine.processes=2", "engine.sharding=fsdp"]
+TENSORS = ["engine.processes=2", "engine.tensor_parallel=2", "engine.activation_checkpointing=selective"]
+EXPERT_PARALLEL = ["engine.processes=2", "engine.expert_parallel=2", "engine.activation_checkpointing=full"]
 EXPERTS = [
     "model.experts.num_experts=4", "model.experts.shared_experts=1", "model.experts.scores=sigmoid",
     "model.experts.balance_bias_rate=0.01",
@@ -52,6 +54,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(ALONE, FSDP, id="alone then fsdp", marks=pytest.mark.slow),
         pytest.param(ALONE, DDP, id="alone then ddp", marks=pytest.mark.slow),
         pytest.param(FSDP, DDP, id="fsdp then ddp", marks=pytest.mark.slow),
+        pytest.param(TENSORS, FSDP, id="tensor parallel then fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_goes_on_in_another_layout(first: list[str], then: list[str], pretrained: Path) -> None:
@@ -74,14 +77,15 @@ def test_learning_rates_by_width_are_those_of_the_sharded_parameters(tmp_path: P
 
 
 @pytest.mark.slow
-def test_experts_and_their_biases_go_on_in_another_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [FSDP, EXPERT_PARALLEL], ids=["fsdp", "expert parallel"])
+def test_experts_and_their_biases_go_on_in_another_layout(layout: list[str], tmp_path: Path) -> None:
     pretrain(tmp_path, "alone", EXPERTS)
-    pretrain(tmp_path, "fsdp", [*EXPERTS, *FSDP])
-    assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
-    rewind(tmp_path / "fsdp", step=4)
-    assert "at step 4" in pretrain(tmp_path, "fsdp", EXPERTS)
-    assert_same_run(tmp_path / "fsdp", tmp_path / "alone")
-    weights, others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("fsdp", "alone"))
+    pretrain(tmp_path, "together", [*EXPERTS, *layout])
+    assert_same_run(tmp_path / "together", tmp_path / "alone")
+    rewind(tmp_path / "together", step=4)
+    assert "at step 4" in pretrain(tmp_path, "together", EXPERTS)
+    assert_same_run(tmp_path / "together", tmp_path / "alone")
+    weights, others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("together", "alone"))
     biases = [name for name in weights if name.endswith("router.bias")]
     assert len(biases) == 2
     for name in biases:

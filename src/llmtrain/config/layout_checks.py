@@ -62,6 +62,15 @@ def sharding(view: View) -> Iterator[Finding]:
         yield finding(problem, "engine.shard_processes", "engine.sharding")
 
 
+def cpu_offload(view: View) -> Iterator[Finding]:
+    """What is sharded can rest elsewhere than on the GPU."""
+    key = "engine.cpu_offload"
+    if view[key] and view["engine.device"] == "cpu":
+        yield finding("has no effect: the CPU's memory holds everything already", key, "engine.device")
+    if view[key] and view["engine.sharding"] == "ddp":
+        yield finding("goes with engine.sharding=fsdp or hsdp; ddp shards nothing", key, "engine.sharding")
+
+
 def _knows_architecture(view: View) -> bool:
     return view.command == "pretrain" and view["model.init_from"] is None
 
@@ -121,5 +130,5 @@ def expert_parallel(view: View) -> Iterator[Finding]:
 
 
 LAYOUT_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    launched, mesh, sharding, tensor_parallel, expert_parallel,
+    launched, mesh, sharding, cpu_offload, tensor_parallel, expert_parallel,
 )  # fmt: skip

@@ -8,6 +8,7 @@ same code is tested where there is no GPU. accelerate tells how the process was 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -59,13 +60,15 @@ class Layout:
     """The order in which the stages of a pipeline take micro-batches."""
     experts: DeviceMesh | None = None
     """The data processes in two dimensions: those with the same experts, those that share all. None: all have all."""
+    cpu_offload: bool = False
+    """Whether what is sharded rests in the CPU's memory."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    @property
+    @functools.cached_property
     def data_rank(self) -> int:
         """Which of the different rows this process takes, from 0."""
         if self.mesh is None:
@@ -77,7 +80,7 @@ class Layout:
         """How many different shares of rows there are."""
         return self.world if self.mesh is None else self.size("replicate") * self.size("shard")
 
-    @property
+    @functools.cached_property
     def data_group(self) -> dist.ProcessGroup | None:
         """The data processes that this one is among; None where those are all."""
         if self.mesh is None or self.data_world == self.world:
@@ -137,6 +140,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = 
 def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     """The same process in the mesh that `engine` asks for; raises ConfigError where so many processes make none."""
     shape = mesh_shape(engine, layout.world)
+    if engine.cpu_offload and layout.device.type == "cpu":
+        raise ConfigError("engine.cpu_offload: there is no GPU, and the CPU's memory holds everything already.")
     if layout.world == 1:
         return layout
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
@@ -149,8 +154,8 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
         sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
         experts = init_device_mesh(layout.device.type, sizes, mesh_dim_names=("same_experts", "experts"))
     return dataclasses.replace(
-        layout, mesh=mesh, experts=experts, pipeline_schedule=engine.pipeline_schedule
-    )  # fmt: skip
+        layout, mesh=mesh, experts=experts, cpu_offload=engine.cpu_offload, pipeline_schedule=engine.pipeline_schedule
+    )
 
 
 def launched_by_others() -> bool:
@@ -263,12 +268,16 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
         return DistributedDataParallel(
             model, process_group=layout.token_group, gradient_as_bucket_view=True, broadcast_buffers=False
         )
-    mesh = layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"]
+    options: dict[str, Any] = {
+        "mesh": layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"],
+        "ignored_params": set(shared.values()),
+        "offload_policy": CPUOffloadPolicy() if layout.cpu_offload else OffloadPolicy(),
+    }
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
-                fully_shard(block, mesh=mesh, ignored_params=set(shared.values()))
-    fully_shard(model, mesh=mesh, ignored_params=set(shared.values()))
+                fully_shard(block, **options)
+    fully_shard(model, **options)
     return model
 
 

@@ -43,7 +43,8 @@ def clip(model: nn.Module, limit: float | None) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = _norm(gradients)
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # torch's own clipping has the same small number
-    torch._foreach_mul_([_local(each) for each in gradients], scale)
+    for device in {each.device for each in gradients}:
+        torch._foreach_mul_([_local(each) for each in gradients if each.device == device], scale.to(device))
     return norm
 
 

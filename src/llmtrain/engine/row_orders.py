@@ -6,6 +6,7 @@ goes back from such a copy.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -23,10 +24,11 @@ def row_orders(model: nn.Module) -> dict[str, Tensor]:
 
 def whole(value: DTensor, order: Tensor | None) -> Tensor:
     """The whole of a weight in its own order, on every process."""
+    rests_on, value = value.device, cast(DTensor, value.to(value.device_mesh.device_type))
     for dim in range(value.device_mesh.ndim - 1):  # one dimension after another, for torch warns of doing so by itself
         placements = [*[Replicate()] * (dim + 1), *value.placements[dim + 1 :]]
         value = value.redistribute(placements=placements)
-    found = value.full_tensor()
+    found = value.full_tensor().to(rests_on)
     return found if order is None else found[order.argsort().to(found.device)]
 
 
@@ -50,9 +52,8 @@ def in_whole_order(state: Mapping[str, Tensor], orders: Mapping[str, Tensor]) ->
 def put_back(state: Mapping[str, Tensor]) -> None:
     """Fill weights from what was loaded into their copies; all processes call this."""
     for copy in state.values():
-        weight, order = getattr(copy, "stands_for", (None, None))
-        if weight is not None and isinstance(copy, DTensor):
-            rows = whole(copy, None)
+        if isinstance(copy, DTensor) and hasattr(copy, "stands_for"):
+            (weight, order), rows = copy.stands_for, whole(copy, None)
             weight.copy_(_everywhere(rows[order.to(rows.device)], weight).redistribute(placements=weight.placements))
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
+from torch.distributed.tensor import DTensor
+
 from llmtrain.engine.distributed import full_state, is_sharded
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel, make_model
@@ -53,7 +55,8 @@ class Replica:
             return self.part
         if self.copy is None:
             self.copy = make_model(self.part.config, self.part.vocab_size)
-            self.copy.to(next(self.part.parameters()).device)
+            first = next(self.part.parameters())  # which may rest elsewhere than where it is computed with
+            self.copy.to(first.device_mesh.device_type if isinstance(first, DTensor) else first.device)
         self.copy.load_state_dict(merged_state(self.part, full_state(self.part)))
         return self.copy.eval()
 

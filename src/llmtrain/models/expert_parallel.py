@@ -72,12 +72,12 @@ class _Exchanged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = (sent, received), group
+        ctx.received, ctx.sent, ctx.group = received, sent, group
         return _exchange(rows, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.sizes, ctx.group), None, None, None
+        return _exchange(grad, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -125,7 +125,7 @@ class Experts(nn.Module):
         chosen = routing.chosen
         noted = self.routings if torch.is_grad_enabled() else None
         limited = self.training and self.settings.capacity_factor is not None
-        if limited or noted is not None:
+        if limited or torch.is_grad_enabled():  # noted or not, so that what is computed again is the same
             in_rows = routing if rows is None else routing.map(rows.spread)
             if limited:
                 kept = within_capacity(

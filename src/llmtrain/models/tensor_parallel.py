@@ -85,7 +85,7 @@ def sum_gradients(module: nn.Module, group: dist.ProcessGroup | None, factor: fl
     module.gradient_sum = GradientSum(group, factor)  # type: ignore[assignment]
 
 
-def _parameter(whole: nn.Parameter, own: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+def _parameter(whole: Tensor, own: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
     from torch.distributed.tensor import DTensor, Shard  # takes as long to import as torch itself
 
     sharded = DTensor.from_local(own.detach().clone(), mesh, [Shard(dim)], run_check=False)

@@ -40,6 +40,7 @@ from llmtrain.models.lora import WithoutAdapters, adapt, initialise_adapters, me
 from llmtrain.models.meta import on_meta
 from llmtrain.models.mup import learning_rate_scales
 from llmtrain.models.peft_folders import add_adapter, save_adapter
+from llmtrain.models.transformer import Transformer
 from llmtrain.objectives.own_positions import OwnPositions
 from llmtrain.objectives.routing import Routed
 from llmtrain.optim.optimizers import build_optimizer, optimizer_class
@@ -159,6 +160,9 @@ class Run(Generic[Config]):
                 "engine.precision=bfloat16: this processor has no bfloat16 units; "
                 "computing in float32, which is faster here"
             )
+        for module in trained.modules():
+            if isinstance(module, Transformer):
+                module.recompute = config.engine.activation_checkpointing
         length = config.train.sequence_length
         rows = config.train.batch_rows or (config.train.batch_tokens or 0) // length
         in_pipeline = self.layout.size("pipeline") > 1

@@ -39,8 +39,8 @@ MAY_DIFFER = (
     "run", "runs_dir", "data.sources.", "data.phases", "data.temperature", "data.when_exhausted", "data.on_error",
     "engine.processes", "engine.threads", "engine.sharding", "engine.shard_processes", "engine.tensor_parallel",
     "engine.expert_parallel", "engine.context_parallel", "engine.pipeline_parallel", "engine.pipeline_schedule",
-    "train.micro_batch_rows",
-    "tracker.", "checkpoint.", "eval.", "health.",
+    "engine.activation_checkpointing", "engine.cpu_offload", "train.micro_batch_rows", "tracker.", "checkpoint.",
+    "eval.", "health.",
     "rollout.gpu_memory_utilization", "rollout.enforce_eager", "rollout.sleep",
 )  # fmt: skip
 

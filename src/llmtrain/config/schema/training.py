@@ -105,6 +105,11 @@ class EngineConfig:
     pipeline_schedule: PipelineSchedule = "1f1b"
     """The order in which these take micro-batches. gpipe: all forward, then all back, which keeps the most in memory;
     1f1b: one forward, one back; interleaved: 1f1b with two shares of the layers on each process, which waits least."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, all of a block but matrix products and
+    attention (selective), or whole blocks (full)."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and moments in the CPU's memory, and update them there (GPUs; fsdp or hsdp)."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile. auto: where a compiler is present and the run is long enough to earn the compile time back."""
     threads: int | None = Field(default=None, ge=1)
