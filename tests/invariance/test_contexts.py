@@ -56,6 +56,10 @@ def test_gradient_is_that_of_whole_rows(parts: str, batch: str, measured: dict[s
     assert figures["answers"] <= 1e-5, "on every process, for every position"
 
 
+def test_activations_may_be_computed_again(measured: dict[str, Any]) -> None:
+    assert measured["computed again"]["gradient"] <= 1e-5
+
+
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_has_no_positions_of_its_own_is_named(why: str, measured: dict[str, Any]) -> None:
     assert measured[why].startswith(f"engine.context_parallel: it does not go with {why}")
@@ -103,6 +107,7 @@ def measure(path: Path) -> None:
         f"{parts}/{batch}": measure_case(layout, dataclasses.replace(CONFIG, **changes), batch)
         for parts, changes in PARTS.items() for batch in BATCHES
     }  # fmt: skip
+    figures["computed again"] = measure_case(layout, CONFIG, "packed", "full")
     for why, changes in REFUSED.items():
         with pytest.raises(ConfigError) as told:
             spread(language_model(1, dataclasses.replace(CONFIG, **changes)), layout)
@@ -112,12 +117,14 @@ def measure(path: Path) -> None:
     leave()
 
 
-def measure_case(layout: Layout, config: ModelConfig, name: str) -> dict[str, float]:
+def measure_case(layout: Layout, config: ModelConfig, name: str, recompute: Any = "none") -> dict[str, float]:
     batch, objective, alone = global_batch(name), NextToken(z_loss=1e-3), language_model(1, config)
     weight = objective.weight(batch)
     (objective(alone, batch)[0] / weight).backward()
     expected = {name: each.grad for name, each in alone.named_parameters() if each.grad is not None}
-    model = spread(language_model(1, config), layout)
+    part = language_model(1, config)
+    part.trunk.recompute = recompute
+    model = spread(part, layout)
     made, optimizer = trainer(model, Fixed(batch), OwnPositions(objective, layout.token_rank, 2), layout, 3)
     metrics = made.updates()(0, batch)[0]
     sums = torch.stack([torch.stack([each.double() for each in metrics["loss"]])])

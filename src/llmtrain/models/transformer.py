@@ -186,13 +186,18 @@ class Transformer(nn.Module):
             window: self._context(window, positions, length, lengths, within, rows, prefix, source)
             for window in {*self.windows[layers.start : layers.stop]}
         }
+        hidden = self._through(layers, hidden, contexts, cache)
+        return hidden if rows is None else rows.spread(hidden)
+
+    def _through(
+        self, layers: range, hidden: Tensor, contexts: dict[int | None, Context], cache: KVCache | None = None
+    ) -> Tensor:
+        """The hidden states after these layers, and after the last norm where they are the last ones."""
         kind = self.recompute if torch.is_grad_enabled() else "none"
         for layer in layers:
             block, inputs = self.blocks[layer], (hidden, contexts[self.windows[layer]], cache)
             hidden = block(*inputs) if kind == "none" else recomputed(block, kind, *inputs)
-        if layers.stop == len(self.blocks):
-            hidden = self.final_norm(hidden)
-        return hidden if rows is None else rows.spread(hidden)
+        return self.final_norm(hidden) if layers.stop == len(self.blocks) else hidden
 
     def _forward_share(
         self, share: PositionShare, tokens: Tensor, documents: Tensor | None, prefix: Tensor | None
@@ -212,10 +217,8 @@ class Transformer(nn.Module):
             rotary = rotary_tables(self.config, places, window, length) if self.config.positions == "rope" else None
             scores = score_mask(self.config, window, columns[None], keys, documents, prefix, self._relative())
             contexts[window] = Context(rotary, scores, share=share)
-        hidden = self._embed(tokens[:, columns], places)
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            hidden = block(hidden, contexts[window])
-        return share.in_rows(self.final_norm(hidden), length, alone=self.training)
+        hidden = self._through(range(len(self.blocks)), self._embed(tokens[:, columns], places), contexts)
+        return share.in_rows(hidden, length, alone=self.training)
 
     def split_positions(self, mesh: DeviceMesh) -> None:
         """Compute this process's share of the positions of all rows; raises ConfigError where a part cannot be so."""
