@@ -34,7 +34,8 @@ from llmtrain.config.schema import (
     OptimizerConfig,
     TrackerConfig,
 )
-from llmtrain.engine.distributed import arrange, join, launch, leave, spread
+from llmtrain.engine.distributed import arrange, join, leave, spread
+from llmtrain.engine.launching import launch
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer

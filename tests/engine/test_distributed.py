@@ -11,7 +11,8 @@ from torch import nn
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints, distributed
-from llmtrain.engine.distributed import Layout, launch
+from llmtrain.engine.distributed import Layout
+from llmtrain.engine.launching import launch
 from llmtrain.engine.snapshots import Snapshots
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EngineConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import arrange, full_state, join, launch, leave, spread
+from llmtrain.engine.distributed import arrange, full_state, join, leave, spread
 from llmtrain.engine.faults import Guard
+from llmtrain.engine.launching import launch
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker, read_faults
 from llmtrain.engine.trainer import Trainer

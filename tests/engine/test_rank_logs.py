@@ -9,7 +9,7 @@ import pytest
 
 from llmtrain.config.errors import UserError
 from llmtrain.engine import rank_logs
-from llmtrain.engine.distributed import launch
+from llmtrain.engine.launching import launch
 
 
 @pytest.fixture

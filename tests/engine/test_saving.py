@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmtrain.config.errors import Preempted, UserError
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engine import checkpoints, distributed, snapshots
+from llmtrain.engine import checkpoints, distributed, launching, snapshots
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.saving import Saver
 
@@ -266,5 +266,5 @@ def two(folder: Path) -> None:
 
 
 def test_two_processes_save_at_the_same_step_whoever_is_told(tmp_path: Path) -> None:
-    distributed.launch(two, (tmp_path,), 2)
+    launching.launch(two, (tmp_path,), 2)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llmtrain.config.errors import UserError
-from llmtrain.engine.distributed import Layout, join, launch, leave, total
+from llmtrain.engine.distributed import Layout, join, leave, total
+from llmtrain.engine.launching import launch
 from llmtrain.engine.watchdog import Report, Watchdog, in_words, place
 
 

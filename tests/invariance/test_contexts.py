@@ -21,7 +21,8 @@ from tests.tiny import COMMANDS, finish, starting_from
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import EngineConfig, ModelConfig
-from llmtrain.engine.distributed import Layout, arrange, bare, join, launch, leave, spread
+from llmtrain.engine.distributed import Layout, arrange, bare, join, leave, spread
+from llmtrain.engine.launching import launch
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.own_positions import OwnPositions, own_columns, padded_length
 

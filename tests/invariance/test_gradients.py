@@ -33,7 +33,8 @@ from llmtrain.config.schema import (
 )
 from llmtrain.data.batches import share
 from llmtrain.data.encoding import PromptRow
-from llmtrain.engine.distributed import Layout, arrange, bare, join, launch, leave, spread, total
+from llmtrain.engine.distributed import Layout, arrange, bare, join, leave, spread, total
+from llmtrain.engine.launching import launch
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import nothing_adapts
 from llmtrain.engine.tracking import Tracker

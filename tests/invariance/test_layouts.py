@@ -26,7 +26,8 @@ from llmtrain.config.schema import (
 )
 from llmtrain.data.batches import share
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, arrange, gathered, join, launch, leave, spread, total
+from llmtrain.engine.distributed import Layout, arrange, gathered, join, leave, spread, total
+from llmtrain.engine.launching import launch
 from llmtrain.engine.row_orders import whole
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker

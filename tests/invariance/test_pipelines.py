@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, arrange, full_state, is_sharded, join, launch, leave, spread
+from llmtrain.engine.distributed import Layout, arrange, full_state, is_sharded, join, leave, spread
+from llmtrain.engine.launching import launch
 from llmtrain.engine.pipeline import pipeline_of
 from llmtrain.objectives.next_token import NextToken
 

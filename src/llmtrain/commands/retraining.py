@@ -21,7 +21,7 @@ from llmtrain.commands.seen import as_if_here
 from llmtrain.config.compose import to_yaml
 from llmtrain.config.errors import ConfigError, Stopped, UserError
 from llmtrain.config.schema import StageConfig, TrackerConfig
-from llmtrain.engine import checkpoints, distributed
+from llmtrain.engine import checkpoints, launching
 from llmtrain.engine.checkpoints import GROUPS, Checkpoint
 from llmtrain.stages import handover
 
@@ -31,7 +31,7 @@ NEEDED = ("tokenizer", "micro_batches.json", "metrics.jsonl")
 
 def verify_run(run: str, runs_dir: str, step: int | None, processes: int | None) -> None:
     """Print what was compared. Raises UserError where training again gives other bits."""
-    if distributed.launched_by_others():
+    if launching.launched_by_others():
         raise ConfigError("run: start it alone; it starts as many processes as the run had (processes=N)")
     folder = run_folder(run, runs_dir)
     saved = {each.step: each for each in map(checkpoints.read, sorted((folder / "checkpoints").glob("step-*")))}

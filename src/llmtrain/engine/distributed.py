@@ -1,25 +1,17 @@
 """Processes: where this one stands, how the model is spread over all of them, and how they agree on numbers.
 
 torch does the parallel work (`DistributedDataParallel`, `fully_shard`), on CPU processes (gloo) as on GPUs, so the
-same code is tested where there is no GPU. accelerate tells how the process was started: `engine.processes=`,
-`torchrun` and `accelerate launch` all arrive here as environment variables.
+same code is tested where there is no GPU. accelerate tells how the process was started: `engine.processes=`
+(`launching.py`), `torchrun` and `accelerate launch` all arrive here as environment variables.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import functools
-import logging
-import multiprocessing
 import os
-import signal
-import socket
-import sys
-import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -29,13 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from llmtrain.config.errors import ConfigError, Preempted, UserError
+from llmtrain.config.errors import ConfigError
 from llmtrain.config.process_mesh import MeshShape, mesh_shape
 from llmtrain.config.schema import EngineConfig, PipelineSchedule
-from llmtrain.engine import rank_logs
 from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
 from llmtrain.engine.row_orders import row_orders, whole
@@ -169,120 +159,6 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-
-
-def launched_by_others() -> bool:
-    """Whether a launcher (torchrun, accelerate launch, ours) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def goes_first() -> bool:
-    """Whether this process is the run's main one, as its launcher numbered it; known before they have joined."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> None:
-    """Run `function(*arguments)` in `processes` new processes on this machine; the first failure ends all.
-
-    Raises what ended the process that failed first: its UserError or OSError, else RuntimeError with its traceback.
-    """
-    # how it stops the others is of no interest
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    failures = multiprocessing.get_context("spawn").SimpleQueue()
-    arguments_of_all = (function, arguments, processes, _free_port(), failures)
-    running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
-    try:
-        with _handed_on([each.pid for each in running.processes]) as signals:
-            while not running.join():
-                pass
-    except ProcessExitedException as ended:
-        failure = None if failures.empty() else failures.get()
-        killed = [number for number, each in enumerate(running.processes) if each.exitcode == -signal.SIGKILL]
-        if isinstance(failure, UserError) or (failure and not killed):
-            raise failure from None
-        if signal.SIGTERM in signals:
-            raise Preempted("stopped by SIGTERM before training had begun. The same command begins again.") from None
-        # it had no time to say why; what the others said is only that they lost it
-        number, reason = (killed[0], "SIGKILL") if killed else (ended.error_index, f"exit code {ended.exit_code}")
-        raise UserError(
-            f"process {number} of {processes} was ended from outside ({reason}); the others were stopped. "
-            "Was there too little memory? The same command goes on from the last checkpoint."
-        ) from None
-
-
-# Where a process that `launch` has started puts what ended it.
-_failures: Any = None
-
-
-def tell_launcher(error: UserError) -> None:
-    """Say why this process is about to end, from any of its threads: `launch` raises it; without, it is printed."""
-    if _failures is not None:
-        _failures.put(error)
-    else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _handed_on(processes: list[int]) -> Iterator[set[int]]:
-    """Within, what a scheduler tells this process is told to all that it started; the signals that came."""
-    came: set[int] = set()
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        came.add(number)
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _run_as(
-    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, port: int, failures: Any
-) -> None:
-    """What a new process does. Failures reach the parent in the order in which they happen: the cause comes first."""
-    global _failures
-    _failures = failures
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        function(*arguments)
-        leave()
-    except Exception as error:
-        seen = f"in process {rank}:\n{traceback.format_exc()[-20_000:]}"
-        rank_logs.note(seen)
-        if isinstance(error, OSError):
-            error.add_note(seen)
-        failures.put(error if isinstance(error, UserError | OSError) else RuntimeError(seen))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: taking leave of the others in good order could wait for them for ever
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def as_launched() -> Iterator[None]:
-    """Within, the environment says where this process stands even if no launcher has set it: alone, that is."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    added = {name: value for name, value in alone.items() if name not in os.environ}
-    os.environ |= added
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def spread(model: nn.Module, layout: Layout) -> nn.Module:

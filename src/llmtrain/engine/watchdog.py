@@ -26,7 +26,8 @@ from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from llmtrain.config.errors import UserError
-from llmtrain.engine.distributed import Layout, of_every, tell_launcher
+from llmtrain.engine.distributed import Layout, of_every
+from llmtrain.engine.launching import tell_launcher
 
 FOLDER = "hang"
 # Seconds that the others are waited for, at most: their clocks started within the same collective.

@@ -17,7 +17,8 @@ from torch import nn
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import VllmRolloutConfig
-from llmtrain.engine.distributed import Layout, as_launched, barrier, full_state
+from llmtrain.engine.distributed import Layout, barrier, full_state
+from llmtrain.engine.launching import as_launched
 from llmtrain.generation.engines import Sample, Sampled
 from llmtrain.models.formats import save_config
 from llmtrain.models.heads import LanguageModel

@@ -25,7 +25,7 @@ from llmtrain.config.schema import CorpusConfig, LoraConfig, PretrainConfig, Row
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
 from llmtrain.data.tokenizers import Tokenizer
-from llmtrain.engine import checkpoints, distributed
+from llmtrain.engine import checkpoints, distributed, launching
 from llmtrain.engine.checkpoints import Checkpoint
 from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
@@ -68,7 +68,7 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
     # what can be refused is refused before data is prepared
     optimizer_class(config.optimizer)
     check_trackers(config.tracker)
-    folder, first = handover.run_folder(config), distributed.goes_first()
+    folder, first = handover.run_folder(config), launching.goes_first()
     with RunLock(folder) if first else contextlib.nullcontext():
         if first and (mirror := mirror_of(config)) and not handover.has_begun(folder):
             mirror.restore(lambda text: print(text, file=sys.stderr))
@@ -79,8 +79,8 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
                     f"{folder} has finished already; nothing to do. Choose another run= name to train anew.",
                     file=sys.stderr,
                 )
-        elif config.engine.processes > 1 and not distributed.launched_by_others():
-            distributed.launch(stage, (config,), config.engine.processes)
+        elif config.engine.processes > 1 and not launching.launched_by_others():
+            launching.launch(stage, (config,), config.engine.processes)
         else:
             stage(config)
 
