@@ -36,7 +36,7 @@ from llmtrain.engine.tracking import read_metrics
 from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel
 from llmtrain.rewards.rules import is_right
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import handover, starts
 
 RUNS_DIR = Path("runs/alignment")
 STAGES = load_config("pipeline", []).stages
@@ -163,7 +163,7 @@ def measure(folder: Path, reference: Path, name: str) -> dict[str, Any]:
         best = rows[0]["eval/best_of_8/exact_match"]
         found |= {"exact_match": best, "curve": [(0, best)], "reward": [], "kl": math.log(8) - 7 / 8, "sampled": None}
     else:
-        found |= sampled(assembly.load_policy(str(folder)), assembly.load_policy(str(reference)), folder)
+        found |= sampled(starts.load_policy(str(folder)), starts.load_policy(str(reference)), folder)
     machine = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     return found | machine | {"commit": lineage["code"].get("commit")}
 

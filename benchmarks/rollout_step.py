@@ -64,8 +64,9 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     from llmtrain.generation.engines import OwnEngine
     from llmtrain.generation.rollouts import Rollouts
     from llmtrain.rewards.sums import WeightedSum
-    from llmtrain.stages.assembly import Plan, Run, load_policy
+    from llmtrain.stages.assembly import Plan, Run
     from llmtrain.stages.reinforcement import LEARNERS
+    from llmtrain.stages.starts import load_policy
 
     options = [f"method.samples_per_prompt={GROUP_ROWS}"] if method == "grpo" else ["method.value_model=policy"]
     config = load_config("align", [

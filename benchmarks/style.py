@@ -38,7 +38,7 @@ from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.health import read_warnings
 from llmtrain.engine.tracking import read_metrics
 from llmtrain.generation.sampler import generate
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import handover, starts
 
 RUNS_DIR = Path("runs/style")
 DATA = RUNS_DIR / "data"
@@ -193,7 +193,7 @@ def measure(root: Path) -> dict[str, Any]:
 @torch.no_grad()
 def sampled(root: Path) -> dict[str, Any]:
     """KL per answer, and how many different answers there are before and after."""
-    policy, reference = (assembly.load_policy(str(root / name)).eval() for name in ("ppo", "sft"))
+    policy, reference = (starts.load_policy(str(root / name)).eval() for name in ("ppo", "sft"))
     tokenizer = load_tokenizer(handover.model_folder(root / "ppo"))
     path = str(DATA / "prompts.validation.jsonl")
     data = RowsConfig(sources={"files": RowSourceConfig(path=path, validation_path=path)}, too_long="cut")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engine import checkpoints
+from llmtrain.engine import checkpoints, retention
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.snapshots import Snapshots
 
@@ -110,7 +110,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
         write(tmp_path, step, **{"eval/loss": loss})
     (tmp_path / ".step-00000009.partial").mkdir()
-    checkpoints.prune(
+    retention.prune(
         tmp_path, newest=5, keep=CheckpointConfig(keep_last=2, keep_best=1, best_metric="eval/loss", best_mode="min")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
@@ -124,7 +124,7 @@ def test_some_are_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         root = tmp_path / str(len(list(tmp_path.iterdir())))
         for step in range(2, 22, 2):
             write(root, step)
-            checkpoints.prune(root, newest=step, keep=CheckpointConfig(keep_last=1, **keep))
+            retention.prune(root, newest=step, keep=CheckpointConfig(keep_last=1, **keep))
         return sorted(int(path.name[5:]) for path in root.iterdir())
 
     assert kept(keep_every_steps=6) == [6, 12, 18, 20]
@@ -134,7 +134,7 @@ def test_some_are_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:
     def best(mode: str, newest: int = 9) -> int | None:
-        found = checkpoints.best_good(tmp_path, ALONE, print, metric="eval/loss", mode=mode, newest=newest)
+        found = retention.best_good(tmp_path, ALONE, print, metric="eval/loss", mode=mode, newest=newest)
         return found and found.step
 
     assert best("min") is None
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_was_passed_over_evicts_no_good_one(tmp_path: Path) ->
     next(write(tmp_path, 9).folder.glob("state/*")).write_bytes(b"torn")
     (write(tmp_path, 1).folder / "manifest.json").write_text("torn")
     write(tmp_path, 3)  # the run went on from step 2
-    checkpoints.prune(
+    retention.prune(
         tmp_path, newest=3, keep=CheckpointConfig(keep_last=1, keep_best=0, best_metric=None, best_mode="min")
     )
     found = checkpoints.newest_good(tmp_path, ALONE, print)

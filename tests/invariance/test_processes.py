@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 
 from llmtrain.engine.tracking import read_samples
-from llmtrain.stages import assembly
+from llmtrain.stages import starts
 
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
@@ -139,7 +139,7 @@ def test_the_best_checkpoint_is_handed_on(
     assert expected < 6
     assert f"best by {metric}: step {expected}" in said
     assert json.loads((run / "lineage.json").read_text())["step"] == expected
-    load = assembly.load_reward_model if stage == "reward" else assembly.load_policy
+    load = starts.load_reward_model if stage == "reward" else starts.load_policy
     kept = load(str(run / "checkpoints" / f"step-{expected:08d}")).state_dict()
     for name, value in load(str(run)).state_dict().items():
         if not name.startswith("score_"):  # measured when the weights were chosen

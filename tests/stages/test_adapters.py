@@ -21,7 +21,7 @@ from llmtrain.models.lora import adapted_layers
 from llmtrain.models.peft_folders import add_adapter
 from llmtrain.objectives.preference import OnTheFly
 from llmtrain.rewards.answers import Answer
-from llmtrain.stages import assembly, reward, sft
+from llmtrain.stages import assembly, reward, sft, starts
 
 LORA = ["adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2"]
 
@@ -30,7 +30,7 @@ LORA = ["adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2"]
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that a model was loaded from, filled as it happens."""
     folders: list[str] = []
-    original = assembly.load_policy
+    original = starts.load_policy
 
     def load(folder: str, *given: Any, **keys: Any) -> Any:
         folders.append(folder)
@@ -83,7 +83,7 @@ def test_with_a_second_model_as_reference_the_run_is_the_same_to_the_bit(
     loaded: list[str],
 ) -> None:
     off = run(parent, tmp_path, "off", "method=dpo", *LORA)
-    second = assembly.load_start(load_config("align", [f"model.init_from={parent}"]), dropout=0.0)
+    second = starts.load_start(load_config("align", [f"model.init_from={parent}"]), dropout=0.0)
     monkeypatch.setattr(assembly, "load_reference", lambda *_: second.eval())
     assert run(parent, tmp_path, "second", "method=dpo", *LORA) == off
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("off", "second")]
@@ -121,7 +121,7 @@ def test_methods_that_sample_hold_one_model(parent: Path, tmp_path: Path, method
         }
         assert saved["value.weight"].abs().max() > 0
     final, kept = (
-        assembly.load_policy(str(tmp_path / method / place)).state_dict() for place in ("", "checkpoints/step-00000003")
+        starts.load_policy(str(tmp_path / method / place)).state_dict() for place in ("", "checkpoints/step-00000003")
     )
     assert all(torch.equal(value, kept[name]) for name, value in final.items())
 
@@ -160,7 +160,7 @@ def test_what_a_run_leaves_behind(
     checkpoint = folder / "checkpoints" / "step-00000003"
     saved = checkpoints.read_model(checkpoint)
     assert len(saved) == 2 * len(layers), "an A and a B for each layer, and no frozen weight"
-    again = assembly.load_policy(str(checkpoint))
+    again = starts.load_policy(str(checkpoint))
     assert not list(adapted_layers(again))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
@@ -170,8 +170,8 @@ def test_a_reward_model_trains_its_head_too_and_its_checkpoint_is_whole_again(
     tmp_path: Path,
 ) -> None:
     folder = stage_run(reward, parent, tmp_path)
-    model = assembly.load_reward_model(str(folder))
-    again = assembly.load_reward_model(str(folder / "checkpoints" / "step-00000003"))
+    model = starts.load_reward_model(str(folder))
+    again = starts.load_reward_model(str(folder / "checkpoints" / "step-00000003"))
     for name, value in model.state_dict().items():
         if not name.startswith("score_"):  # measured at the end of the run
             assert torch.equal(value, again.state_dict()[name]), name
@@ -184,25 +184,25 @@ def test_a_checkpoint_whose_start_has_changed_is_refused(parent: Path, tmp_path:
     for path in parent.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     checkpoint = stage_run(sft, copy, tmp_path) / "checkpoints" / "step-00000003"
-    assembly.load_policy(str(checkpoint))
+    starts.load_policy(str(checkpoint))
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="holds adapters alone"):
-        assembly.load_policy(str(checkpoint))
+        starts.load_policy(str(checkpoint))
 
 
 def test_a_stage_goes_on_from_weights_with_an_adapter(parent: Path, tmp_path: Path) -> None:
     first = stage_run(sft, parent, tmp_path / "first")
     overrides = [f"model.init_from={parent}", f"model.adapter_from={first / 'adapter'}"]
-    start = assembly.load_start(load_config("sft", overrides)).state_dict()
+    start = starts.load_start(load_config("sft", overrides)).state_dict()
     for name, value in load_language_model(first / "model").state_dict().items():
         torch.testing.assert_close(start[name], value, rtol=1e-6, atol=1e-6)
     rows = run(parent, tmp_path, "dpo", "method=dpo", *LORA, overrides[1])
     assert rows[0]["eval/kl"] == 0.0
     parents = json.loads((tmp_path / "dpo" / "lineage.json").read_text())["parents"]
     assert parents["adapter"]["folder"] == str(first / "adapter")
-    checkpoint = assembly.load_policy(str(tmp_path / "dpo" / "checkpoints" / "step-00000003")).state_dict()
+    checkpoint = starts.load_policy(str(tmp_path / "dpo" / "checkpoints" / "step-00000003")).state_dict()
     for name, value in load_language_model(tmp_path / "dpo" / "model").state_dict().items():
         assert torch.equal(checkpoint[name], value), name
 
@@ -217,7 +217,7 @@ def test_show_says_how_much_will_be_trained(parent: Path, tmp_path: Path, capsys
 
 def test_without_adapters_nothing_is_wrapped(parent: Path) -> None:
     config = load_config("sft", [f"model.init_from={parent}"])
-    model = assembly.load_start(config)
+    model = starts.load_start(config)
     before = dict(model.named_modules())
     assert dict(assembly.Run.adapt(assembly.Run(config, parent, None, 0.0), model).named_modules()) == before  # type: ignore[arg-type]
     assert all(each.requires_grad for each in model.parameters())

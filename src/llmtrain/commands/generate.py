@@ -10,7 +10,7 @@ from llmtrain.config.seeds import derive_seed
 from llmtrain.data.conversations import encode_prompt
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.generation.sampler import generate
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import handover, starts
 
 
 def run(config: GenerateConfig) -> None:
@@ -18,7 +18,7 @@ def run(config: GenerateConfig) -> None:
     text = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
     folder, chat = _model(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
-    model = assembly.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = starts.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     if chat:
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
     elif model.config.architecture == "encoder_decoder":  # as in span corruption; sentinels mean themselves

@@ -33,7 +33,7 @@ from llmtrain.models.formats import read_config
 from llmtrain.models.heads import LanguageModel, ScalarModel, trained_share
 from llmtrain.models.lora import adapt
 from llmtrain.models.meta import on_meta
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import handover
 
 LEARNED = "green"  # on a terminal; elsewhere what is learned stands between these:
 MARKS = ("«", "»")
@@ -172,7 +172,7 @@ def _print_sampled_pairs(console: Console, data: RowsConfig) -> None:
 
 def _print_trained(console: Console, stage: StageConfig, adapter: LoraConfig) -> None:
     """How much of the model is trained."""
-    architecture, vocab_size = read_config(handover.model_folder(assembly.parent(stage)))
+    architecture, vocab_size = read_config(handover.model_folder(handover.parent(stage)))
     with on_meta():
         model = (ScalarModel if isinstance(stage, RewardConfig) else LanguageModel)(architecture, vocab_size)
     adapt(model, adapter)

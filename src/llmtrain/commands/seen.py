@@ -36,7 +36,7 @@ from llmtrain.models.formats import read_config
 from llmtrain.objectives.masked import MaskedBatch
 from llmtrain.objectives.next_token import TokenBatch
 from llmtrain.objectives.sequence_to_sequence import SequencePairBatch
-from llmtrain.stages import assembly, handover, pretrain, sft
+from llmtrain.stages import handover, pretrain, sft
 from llmtrain.stages.pairs import read_rankings
 from llmtrain.stages.planning import drawn, make_plan, row_digests
 from llmtrain.stages.tasks import build_task
@@ -147,7 +147,7 @@ class SeenRows:
     """Conversations, pairs, judged answers or prompts."""
 
     def __init__(self, config: RowStage, ledger: Ledger | None = None) -> None:
-        folder = handover.model_folder(assembly.parent(config))
+        folder = handover.model_folder(handover.parent(config))
         self.tokenizer = sft.build_tokenizer(config) if isinstance(config, SftConfig) else load_tokenizer(folder)
         model = read_config(folder)[0]
         length = min(config.train.sequence_length, model.max_sequence_length)

@@ -18,7 +18,7 @@ from llmtrain.config.schema import VerifyConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.snapshots import all_finite
 from llmtrain.models.formats import load_language_model, load_scalar_model, read_config
-from llmtrain.stages import assembly
+from llmtrain.stages import starts
 
 
 class Line(NamedTuple):
@@ -102,7 +102,7 @@ def shapes(folder: Path) -> Line:
     try:
         config, vocab_size = read_config(folder)
         found = f"{config.architecture}, {config.num_layers} x {config.hidden_size}, vocabulary {vocab_size:,}"
-        state = assembly.checkpoint_weights(folder) if (folder / "state").is_dir() else None
+        state = starts.checkpoint_weights(folder) if (folder / "state").is_dir() else None
         names = state or dict(checkpoints.saved_tensors(folder))
         load = load_scalar_model if "score.weight" in names else load_language_model
         load(folder, state=state)

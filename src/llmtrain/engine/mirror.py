@@ -18,7 +18,7 @@ from typing import Any
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engine import checkpoints
+from llmtrain.engine import checkpoints, retention
 from llmtrain.engine.checkpoints import Checkpoint
 
 RUN_FILES = ("config.yaml", "lineage.json", "metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "samples.json")
@@ -112,7 +112,7 @@ class Mirror:
     def _prune(self, newest: int) -> None:
         names = self._steps()
         complete = [self._read(name) for name in names if self._is_complete(name)]
-        kept = {checkpoints.name_of(step) for step in checkpoints.kept_steps(complete, newest, self.keep)}
+        kept = {checkpoints.name_of(step) for step in retention.kept_steps(complete, newest, self.keep)}
         for name in names:
             if name not in kept:
                 self._remove(name)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmtrain.config.errors import Preempted, UserError
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engine import checkpoints
+from llmtrain.engine import checkpoints, retention
 from llmtrain.engine.checkpoints import Checkpoint, NotSaved
 from llmtrain.engine.distributed import Layout, of_every
 from llmtrain.engine.mirror import Mirror
@@ -72,7 +72,7 @@ class Saver:
     def __enter__(self) -> Self:
         """Training begins now; minutes count from here."""
         if self.layout.is_main:
-            checkpoints.remove_litter(self.root)
+            retention.remove_litter(self.root)
         self._signals.__enter__()
         self._last = time.monotonic()
         return self
@@ -138,7 +138,7 @@ class Saver:
         writing.join()
         if writing.error is not None:
             if is_main:
-                checkpoints.remove_litter(self.root)
+                retention.remove_litter(self.root)
             if not isinstance(writing.error, NotSaved):
                 raise writing.error
         errors = [error for error in of_every(writing.error, self.layout) if error]
@@ -163,7 +163,7 @@ class Saver:
         """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
         metric, mode = self.config.best_metric, self.config.best_mode
         assert metric is not None
-        best = checkpoints.best_good(self.root, self.layout, self.say, metric=metric, mode=mode, newest=self.steps)
+        best = retention.best_good(self.root, self.layout, self.say, metric=metric, mode=mode, newest=self.steps)
         if best is None:
             raise UserError(
                 f"checkpoint.final=best: no checkpoint in {self.root} was saved with {metric}. "
@@ -218,7 +218,7 @@ class Saver:
                 raise failure
             checkpoints.save(self.root, step, pieces, self.layout, metrics=measured, give_up=give_up)
             if self.layout.is_main:
-                checkpoints.prune(self.root, newest=step, keep=self.config)
+                retention.prune(self.root, newest=step, keep=self.config)
             if self.mirror is not None:
                 self.mirror.push_later(step)
 

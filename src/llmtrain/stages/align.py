@@ -4,7 +4,7 @@ from llmtrain.config.schema import AlignConfig, KtoConfig, PairMethod, VllmRollo
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.generation.vllm_engine import check_installed
 from llmtrain.rewards.functions import check_functions
-from llmtrain.stages import assembly, handover, kto, preference, reinforcement
+from llmtrain.stages import assembly, handover, kto, preference, reinforcement, starts
 from llmtrain.stages.assembly import Run
 
 
@@ -19,10 +19,10 @@ def run(config: AlignConfig) -> None:
 def stage(config: AlignConfig) -> None:
     """Build the policy, then what the method needs beside it."""
     run = Run.open(config)
-    folder = assembly.parent(config)
+    folder = handover.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     # dropout off in everything: the ratio of policy and reference is to be 1 at the start
-    policy = assembly.load_decoder(config, dropout=0.0)
+    policy = starts.load_decoder(config, dropout=0.0)
     if isinstance(config.method, KtoConfig):
         kto.align(run, config.method, policy, tokenizer)
     elif isinstance(config.method, PairMethod):

@@ -46,6 +46,12 @@ MAY_DIFFER = (
 )  # fmt: skip
 
 
+def parent(config: StageConfig) -> str:
+    """The folder that a stage starts from; `start` has filled it in where the config named none."""
+    assert config.model.init_from is not None
+    return config.model.init_from
+
+
 def stage_name(config: StageConfig) -> str:
     """The command of a config: pretrain, sft, reward or align."""
     return type(config).__name__.removesuffix("Config").lower()

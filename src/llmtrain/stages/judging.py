@@ -11,7 +11,7 @@ from llmtrain.rewards.answers import Reward
 from llmtrain.rewards.functions import build_functions
 from llmtrain.rewards.models import LearnedReward
 from llmtrain.rewards.sums import WeightedSum
-from llmtrain.stages.assembly import load_reward_model
+from llmtrain.stages.starts import load_reward_model
 
 LEARNED = "reward_model"  # its name among the rewards
 

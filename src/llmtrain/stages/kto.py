@@ -20,7 +20,7 @@ from llmtrain.generation.engines import Replica
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.kto import AnswerBatch, Kto, mismatched_ratios
 from llmtrain.objectives.pairs import answer_logprobs
-from llmtrain.stages import assembly
+from llmtrain.stages import starts
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 from llmtrain.stages.planning import row_digests
@@ -29,7 +29,7 @@ from llmtrain.stages.reference import Precomputed
 
 def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, tokenizer: Tokenizer) -> None:
     """Judged answers in, no sampling."""
-    config, length = run.config, assembly.fitting_length(run.config, policy)
+    config, length = run.config, starts.fitting_length(run.config, policy)
     rows, held_out = (build_answers(run, tokenizer, split, length) for split in ("train", "validation"))
     reference = None
     if method.reference == "precomputed":
@@ -37,7 +37,7 @@ def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, token
         rows, held_out = known(rows), known(held_out)
     model = spread(run.adapt(policy), run.layout)
     if method.reference == "on_the_fly":
-        reference = assembly.load_reference(run, model)
+        reference = starts.load_reference(run, model)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
     answers = AnswerBatches(

@@ -10,7 +10,7 @@ from llmtrain.engine.distributed import bare, spread
 from llmtrain.generation.engines import Replica
 from llmtrain.models.heads import LanguageModel
 from llmtrain.objectives.preference import LOSSES, OnTheFly, Preference, Reference, precomputed
-from llmtrain.stages import assembly
+from llmtrain.stages import starts
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 from llmtrain.stages.pairs import build_pairs
@@ -20,7 +20,7 @@ from llmtrain.stages.reference import Precomputed
 
 def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, tokenizer: Tokenizer) -> None:
     """Pairs in, no sampling; a reference beside the policy where the method asks for one."""
-    config, length = run.config, assembly.fitting_length(run.config, policy)
+    config, length = run.config, starts.fitting_length(run.config, policy)
     rows, held_out = build_pairs(run, policy, tokenizer, length)
     reference: Reference | None = None
     if method.reference == "precomputed":
@@ -28,7 +28,7 @@ def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, toke
         rows, held_out, reference = known(rows), known(held_out), precomputed
     model = spread(run.adapt(policy), run.layout)
     if method.reference == "on_the_fly":
-        reference = OnTheFly(assembly.load_reference(run, model))
+        reference = OnTheFly(starts.load_reference(run, model))
     objective = build_objective(method, reference)
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)

@@ -27,7 +27,7 @@ from llmtrain.generation.sampler import generate
 from llmtrain.models.heads import LanguageModel, make_model
 from llmtrain.models.mup import at_width
 from llmtrain.objectives.sequence_to_sequence import SequencePairBatch
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import assembly, handover, starts
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Domain, evaluate_bits_per_byte, unigram_bits
 from llmtrain.stages.planning import Plan
@@ -180,7 +180,7 @@ def build_tokenizer(config: PretrainConfig, cache: Path) -> Tokenizer:
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """A model with random weights that follow from the seed, or the one of `model.init_from`."""
     if config.model.init_from:
-        model = assembly.load_start(config)
+        model = starts.load_start(config)
         if model.vocab_size < tokenizer.vocab_size:
             raise ConfigError(
                 f"tokenizer: it has {tokenizer.vocab_size} tokens, but the model in {config.model.init_from} only "

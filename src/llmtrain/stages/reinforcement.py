@@ -44,7 +44,7 @@ from llmtrain.objectives.policy_gradient import Grpo, Reinforce
 from llmtrain.objectives.ppo import Ppo
 from llmtrain.objectives.preference import OnTheFly, Preference, dpo_loss
 from llmtrain.rewards.sums import WeightedSum
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import handover, starts
 from llmtrain.stages.assembly import AnyActorCritic, Run, Samples
 from llmtrain.stages.evaluators import BestOf, HeldOutPrompts, Problems, build_problems
 from llmtrain.stages.judging import build_reward, check_expected
@@ -113,7 +113,7 @@ def build_engine(run: Run[AlignConfig], policy: LanguageModel) -> Engine:
         return OwnEngine(policy)
     check_fits(policy, run.layout.device)
     return VllmEngine(
-        policy, settings, run.layout, run.folder / ".vllm", max_length=assembly.fitting_length(run.config, policy),
+        policy, settings, run.layout, run.folder / ".vllm", max_length=starts.fitting_length(run.config, policy),
         dtype=run.autocast_dtype or torch.float32,
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def load_rows(
 ) -> dict[str, list[PromptRow]]:  # fmt: skip
     """The prompts by source, the first `limit` that leave room for an answer. Raises ConfigError where none could."""
     config = run.config
-    length = assembly.fitting_length(config, policy)
+    length = starts.fitting_length(config, policy)
     room = length - method.max_new_tokens
     if room < 1:
         raise ConfigError(
@@ -175,7 +175,7 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
     model = spread(trained, layout)
     kl = AdaptiveKL(method.kl_coefficient, method.kl_target, method.kl_horizon).to(layout.device)
     estimator = PpoEstimator(
-        model=model, reference=assembly.load_reference(run, model, values=False), settings=method, kl=kl,
+        model=model, reference=starts.load_reference(run, model, values=False), settings=method, kl=kl,
         kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.given_micro_batch_rows, layout=layout,
         autocast=run.autocast,
     )  # fmt: skip
@@ -211,7 +211,7 @@ def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) 
         initialise_adapters(policy, run.config.seed, "value adapter", adapters=VALUE_SET)
         return trained
     if reward_model is not None and kind != "policy":
-        return ActorCritic(policy, run.adapt(assembly.load_reward_model(reward_model)))
+        return ActorCritic(policy, run.adapt(starts.load_reward_model(reward_model)))
     # the generator is for a score head whose weights are set to zero at once
     return ActorCritic(policy, ScalarModel.from_language_model(policy, torch.Generator()).zero_score())
 
@@ -276,7 +276,7 @@ def reinforce(run: Run[AlignConfig], method: ReinforceConfig, policy: LanguageMo
 
 def reference_if(kl_coefficient: float, run: Run[AlignConfig], model: nn.Module) -> nn.Module | None:
     """The reference, unless its KL counts for nothing."""
-    return assembly.load_reference(run, model) if kl_coefficient else None
+    return starts.load_reference(run, model) if kl_coefficient else None
 
 
 def whitened(advantages: Callable[[Tensor], Tensor], layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -301,7 +301,7 @@ def online_dpo(run: Run[AlignConfig], method: OnlineDpoConfig, policy: LanguageM
     model = spread(policy, run.layout)
     return Learner(
         trained=policy, model=model, learn_from=best_and_worst,
-        objective=Preference(loss, OnTheFly(assembly.load_reference(run, model)), beta=method.beta),
+        objective=Preference(loss, OnTheFly(starts.load_reference(run, model)), beta=method.beta),
         group_rows=method.samples_per_prompt,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from llmtrain.objectives.batch import Batch, Metrics
 from llmtrain.objectives.pairs import answer_scores
 from llmtrain.objectives.rankings import RankingBatch, ranking_scores
 from llmtrain.objectives.reward import BradleyTerry, calibration_error, correlation
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import assembly, handover, starts
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import Values, held_out_batches, means_of
 from llmtrain.stages.pairs import build_rankings
@@ -39,10 +39,10 @@ def run(config: RewardConfig) -> None:
 def stage(config: RewardConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
-    folder = assembly.parent(config)
+    folder = handover.parent(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
-    policy = assembly.load_decoder(config)
-    length = assembly.fitting_length(config, policy)
+    policy = starts.load_decoder(config)
+    length = starts.fitting_length(config, policy)
     rows, held_out = build_rankings(run, policy, tokenizer, length)
     trained = ScalarModel.from_language_model(policy, torch.Generator().manual_seed(config.seed))
     model = spread(run.adapt(trained), run.layout)

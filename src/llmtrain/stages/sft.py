@@ -21,7 +21,7 @@ from llmtrain.models.heads import EncoderDecoder, LanguageModel
 from llmtrain.objectives.batch import Batch
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.sequence_to_sequence import SequenceToSequence
-from llmtrain.stages import assembly, handover
+from llmtrain.stages import assembly, handover, starts
 from llmtrain.stages.assembly import Run
 from llmtrain.stages.evaluators import build_problems, evaluate_objective, held_out_batches
 from llmtrain.stages.planning import Plan, row_digests
@@ -36,10 +36,10 @@ def stage(config: SftConfig) -> None:
     """Build, build, build, fit."""
     run = Run.open(config)
     tokenizer = build_tokenizer(config)
-    trained = assembly.load_start(config)
+    trained = starts.load_start(config)
     check_model(config, trained)
     writes_from_source = isinstance(trained, EncoderDecoder)
-    length = assembly.fitting_length(config, trained)
+    length = starts.fitting_length(config, trained)
 
     def load(split: Split, limit: int | None) -> dict[str, list[TokenRow]]:
         return run.main_first(
@@ -96,7 +96,7 @@ def build_batches(
 
 def check_model(config: SftConfig, model: LanguageModel) -> None:
     """Raises ConfigError for a model that writes nothing, and for packed rows of one that reads a source."""
-    folder, architecture = assembly.parent(config), model.config.architecture
+    folder, architecture = handover.parent(config), model.config.architecture
     if architecture == "encoder":
         raise ConfigError(f"model.init_from: {folder} holds an encoder, which writes no answers; name another model")
     if architecture == "encoder_decoder" and config.data.packing:
@@ -108,4 +108,4 @@ def check_model(config: SftConfig, model: LanguageModel) -> None:
 def build_tokenizer(config: SftConfig) -> Tokenizer:
     """The tokenizer of the model, or of `tokenizer.path`, with its chat template or `tokenizer.chat_template`."""
     template = read_template(config.tokenizer.chat_template)
-    return load_tokenizer(config.tokenizer.path or handover.model_folder(assembly.parent(config)), template)
+    return load_tokenizer(config.tokenizer.path or handover.model_folder(handover.parent(config)), template)
