@@ -36,7 +36,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         folders.append(folder)
         return original(folder, *given, **keys)
 
-    monkeypatch.setattr(assembly, "load_policy", load)
+    monkeypatch.setattr(starts, "load_policy", load)
     return folders
 
 
@@ -84,7 +84,7 @@ def test_with_a_second_model_as_reference_the_run_is_the_same_to_the_bit(
 ) -> None:
     off = run(parent, tmp_path, "off", "method=dpo", *LORA)
     second = starts.load_start(load_config("align", [f"model.init_from={parent}"]), dropout=0.0)
-    monkeypatch.setattr(assembly, "load_reference", lambda *_: second.eval())
+    monkeypatch.setattr(starts, "load_reference", lambda *_: second.eval())
     assert run(parent, tmp_path, "second", "method=dpo", *LORA) == off
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("off", "second")]
     assert weights[0] == weights[1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmtrain.config.compose import load_config
-from llmtrain.stages import align, assembly, starts
+from llmtrain.stages import align, starts
 
 ARITHMETIC = [
     "data.sources.arithmetic.max_rows=24", "data.validation_every=8", "train.batch_rows=4", "train.sequence_length=128",
@@ -30,7 +30,7 @@ def test_every_method_trains_and_is_measured(
 ) -> None:
     loaded = []
     original = starts.load_policy
-    monkeypatch.setattr(assembly, "load_policy", lambda *given, **keys: loaded.append(1) or original(*given, **keys))
+    monkeypatch.setattr(starts, "load_policy", lambda *given, **keys: loaded.append(1) or original(*given, **keys))
     rows = run(parent, tmp_path, method, f"method={method}", "train.batch_rows=24")
     assert len(loaded) == (2 if method in (*WITH_REFERENCE, "cdpo") else 1), "models in memory"
     accuracy = "eval/answer_accuracy" if method == "kto" else "eval/pair_accuracy"
@@ -48,7 +48,7 @@ def test_a_precomputed_reference_is_that_on_the_fly(
     on_the_fly = run(parent, tmp_path, "fly", f"method={method}", "train.micro_batch_rows=3")
     loaded = []
     original = starts.load_policy
-    monkeypatch.setattr(assembly, "load_policy", lambda *given, **keys: loaded.append(1) or original(*given, **keys))
+    monkeypatch.setattr(starts, "load_policy", lambda *given, **keys: loaded.append(1) or original(*given, **keys))
     capsys.readouterr()
     precomputed = run(parent, tmp_path, "kept", f"method={method}", "method.reference=precomputed")
     assert len(loaded) == 1, "no second model"
