@@ -1,9 +1,9 @@
 """A run whose processes wait for each other for ever is ended, with the stacks of all and the one that is missing.
 
-Every process has a thread that looks at whether its training gets anywhere. Where it has not for too long, it writes down
-what all threads are doing; the lowest process that has written waits for the others a little, says who waits where and
-who does not, and ends the run. A process that says nothing (it is stopped, or its machine is gone) is killed where it
-is on the same machine.
+Every process has a thread that looks at whether its training gets anywhere. Where it has not for too long, it writes
+down what all threads are doing; the lowest process that has written waits for the others a little, says who waits where
+and who does not, and ends the run. A process that says nothing (it is stopped, or its machine is gone) is killed where
+it is on the same machine.
 
     hang/rank-00000.txt    what the process was doing, and the stacks of its threads
     hang/summary.txt       the message that ended the run
