@@ -16,6 +16,7 @@ from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import arrange, full_state, join, leave, spread
 from llmtrain.engine.faults import Guard
 from llmtrain.engine.launching import launch
+from llmtrain.engine.micro_batches import FoundRows
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.tracking import Tracker, read_faults
 from llmtrain.engine.trainer import Trainer
@@ -292,8 +293,12 @@ def nan_on_one_process(folder: Path) -> None:
             steps=4, seed=0, tracker=tracker, checkpoint=CheckpointConfig(), eval=EvalConfig(),
             tracking=TrackerConfig(), write_extra=lambda folder, step: None, speed=Speed(layout.device, 1.0, 1.0),
             autocast=lambda: torch.autocast("cpu", enabled=False),
+            # on the way: powers of two change nothing, and neither do rows that are found
+            scale_loss=True, micro_batch_rows=FoundRows(folder / sharding, layout),
         )  # fmt: skip
         trainer.fit()
+        assert trainer.micro_batch_rows.at(0) == 4
+        assert float(trainer.loss_scale.scale) == 2.0**16
         state = full_state(model)
         if layout.is_main:
             torch.save(state, folder / f"{sharding}.pt")

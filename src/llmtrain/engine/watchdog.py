@@ -1,9 +1,9 @@
 """A run whose processes wait for each other for ever is ended, with the stacks of all and the one that is missing.
 
-Every process has a thread that looks at when its training last got anywhere. Where that is too long ago, it writes down
-what all threads are doing; the lowest process that has written waits for the others a little, says who waits where and
-who does not, and ends the run. A process that says nothing (it is stopped, or its machine is gone) is killed where it
-is on the same machine.
+Every process has a thread that looks at whether its training gets anywhere. Where it has not for too long, it writes
+down what all threads are doing; the lowest process that has written waits for the others a little, says who waits where
+and who does not, and ends the run. A process that says nothing (it is stopped, or its machine is gone) is killed where
+it is on the same machine.
 
     hang/rank-00000.txt    what the process was doing, and the stacks of its threads
     hang/summary.txt       the message that ended the run
@@ -58,7 +58,7 @@ class Watchdog:
         """
         self.folder, self.layout, self.seconds = folder / FOLDER, layout, 60 * (minutes or 0)
         self.is_on = minutes is not None and layout.world > 1
-        self._last, self._doing = time.monotonic(), "starting"
+        self._beats, self._doing = 0, "starting"
         self._over = threading.Event()
         self._main = threading.get_ident()
         self._processes: list[tuple[str, int]] = []
@@ -79,11 +79,15 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """Training has got somewhere, and now begins `doing`."""
-        self._last, self._doing = time.monotonic(), doing
+        self._beats, self._doing = self._beats + 1, doing
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self.seconds / 10, 5.0)):
-            if time.monotonic() - self._last > self.seconds:
+        """Time is counted by waking up: while all are stopped (a suspended job, say) nobody is waited for."""
+        period, seen, idle = min(self.seconds / 10, 5.0), 0, 0.0
+        while not self._over.wait(period):
+            idle = idle + period if self._beats == seen else 0.0
+            seen = self._beats
+            if idle > self.seconds:
                 self._give_up()
 
     def _give_up(self) -> NoReturn:
@@ -107,6 +111,7 @@ class Watchdog:
         os._exit(1)
 
     def _write(self) -> None:
+        """The report of this process, with the stacks of its threads."""
         frame = sys._current_frames().get(self._main)
         report = Report(self.layout.rank, self._doing, *place(frame))
         self.folder.mkdir(parents=True, exist_ok=True)
