@@ -13,6 +13,7 @@ CASES = {
         ["checkpoint.every_steps=null", "checkpoint.keep_every_hours=2"],
         "checkpoint.keep_every_hours: has no effect: only the end of the run is saved",
     ),
+    "no URL": (["checkpoint.mirror=backup"], "checkpoint.mirror: 'backup' is no URL, such as s3://"),
     "decay": (["train.ema_decay=1"], "train.ema_decay"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
@@ -58,6 +59,21 @@ def test_every_file_is_safetensors_or_json(tmp_path: Path) -> None:
     folder = write(tmp_path, 1).folder
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".safetensors", ".json"}
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"optimizer.0.weight.momentum": torch.zeros(5, 3)}, "optimizer.0.weight.momentum"),
+        ({"model.0.weight": torch.zeros(5, 4)}, "model.0.weight"),
+    ],
+)
+def test_a_checkpoint_without_what_is_needed_says_what_can_be_done(
+    tmp_path: Path, other: dict[str, Tensor], words: str
+) -> None:
+    checkpoint = write(tmp_path, 1)
+    with pytest.raises(UserError, match=rf"step-00000001 does not fit this run: .*{words}.*model.init_from="):
+        checkpoints.load(checkpoint, other, ALONE)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Who may write a run's folder: the first, its successor when it is gone, nobody else."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -37,6 +38,19 @@ def test_a_folder_is_held_and_given_back(tmp_path: Path) -> None:
     assert left(folder) == []
     with RunLock(folder):
         pass
+
+
+def test_file_systems_without_links_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with RunLock(tmp_path), pytest.raises(UserError, match="in use by"):
+        RunLock(tmp_path).__enter__()
+    owned(tmp_path, pid=os.getpid(), born="1")
+    with RunLock(tmp_path):
+        pass
+    assert left(tmp_path) == []
 
 
 def test_whoever_was_killed_on_this_machine_is_succeeded_at_once(tmp_path: Path) -> None:

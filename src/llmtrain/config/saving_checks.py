@@ -1,5 +1,6 @@
 """What is kept of a run: combinations that do not fit, or have no effect."""
 
+import re
 from collections.abc import Callable, Iterator
 
 from llmtrain.config.plain import Finding
@@ -17,4 +18,11 @@ def kept_for_ever(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "checkpoint.keep_every_hours", why)
 
 
-SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever,)
+def mirror(view: View) -> Iterator[Finding]:
+    """A mirror is named by a URL."""
+    url = view["checkpoint.mirror"]
+    if url is not None and not re.fullmatch(r"[a-z0-9+.:-]+://\S+", url):
+        yield finding(f"{url!r} is no URL, such as s3://bucket/folder or file:///mnt/folder", "checkpoint.mirror")
+
+
+SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever, mirror)

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -193,7 +194,11 @@ def newest_good(root: Path, layout: Layout, say: Say) -> Checkpoint | None:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, by its manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    return from_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def from_manifest(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """What a manifest says. Raises KeyError, TypeError or ValueError for one that is damaged."""
     return Checkpoint(folder, int(manifest["step"]), dict(manifest["metrics"]), float(manifest.get("time", 0.0)))
 
 
@@ -226,11 +231,21 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Tensor], layout: Layout) -> None:
-    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
-        dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    """Fill the tensors of `state` from the checkpoint, whatever layout it was saved from.
+
+    Raises UserError where it does not hold one of them, or one of another shape.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of running alone, which is what was asked for
+            dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0] if error.failures else error
+        raise UserError(
+            f"{checkpoint.folder} does not fit this run: {cause} A run can begin with its weights alone, with fresh "
+            f"moments of the optimizer: model.init_from={checkpoint.folder} and another run= name."
+        ) from error
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
@@ -277,18 +292,24 @@ def prune(root: Path, *, newest: int, keep: CheckpointConfig) -> None:
     """
     remove_litter(root)
     saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
-    until_now = [checkpoint for checkpoint in saved if checkpoint.step <= newest]
-    kept = {checkpoint.step for checkpoint in until_now[-keep.keep_last :]}
-    if keep.best_metric:
-        best = _ranked(until_now, keep.best_metric, keep.best_mode)
-        kept |= {checkpoint.step for checkpoint in best[: max(keep.keep_best, int(keep.final == "best"))]}
-    kept |= _for_ever(until_now, keep)
+    kept = kept_steps(saved, newest, keep)
     for checkpoint in saved:
         if checkpoint.step not in kept:
             # first out of sight, so that a kill in the middle leaves no half checkpoint under its name
             doomed = root / f".{checkpoint.folder.name}.partial"
-            os.replace(checkpoint.folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what cannot be removed now is the next save's to remove
+                os.replace(checkpoint.folder, doomed)
+                shutil.rmtree(doomed)
+
+
+def kept_steps(saved: Sequence[Checkpoint], newest: int, keep: CheckpointConfig) -> set[int]:
+    """The steps of the checkpoints that `keep` names: the last, the best, and those that stay for ever."""
+    until_now = sorted((each for each in saved if each.step <= newest), key=lambda each: each.step)
+    kept = {checkpoint.step for checkpoint in until_now[-keep.keep_last :]}
+    if keep.best_metric:
+        best = _ranked(until_now, keep.best_metric, keep.best_mode)
+        kept |= {checkpoint.step for checkpoint in best[: max(keep.keep_best, int(keep.final == "best"))]}
+    return kept | _for_ever(until_now, keep)
 
 
 def _for_ever(saved: list[Checkpoint], keep: CheckpointConfig) -> set[int]:

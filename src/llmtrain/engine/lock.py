@@ -5,6 +5,7 @@ at once; of one on another machine only its silence tells.
 """
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -21,6 +22,8 @@ from llmtrain.config.errors import UserError
 # How often the owner shows that it lives, and the silence after which one on another machine is taken for gone.
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 300.0
+# What file systems say that know no hard links.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class RunLock:
@@ -57,9 +60,8 @@ class RunLock:
         claim.write_text(json.dumps(self.owner))
         try:
             while True:
-                # a link is made whole or not at all, on a file system of several machines too
                 with contextlib.suppress(FileExistsError):
-                    os.link(claim, self.path)
+                    _put(claim, self.path)
                     return
                 # both times are the file system's: clocks of machines differ
                 os.utime(claim)
@@ -77,7 +79,7 @@ class RunLock:
             os.replace(self.path, aside)
             if _parsed(aside) != before:
                 with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
+                    _put(aside, self.path)
             aside.unlink()
 
     def _show_life(self) -> None:
@@ -106,6 +108,17 @@ class RunLock:
         if not _is_here(before):
             cure += f" If it is gone, the folder is free when {SILENCE_SECONDS:.0f} s have passed without a sign."
         return f"{self.folder} is in use by {_said(before)}, last sign of life {max(0.0, silence):.0f} s ago. {cure}"
+
+
+def _put(source: Path, path: Path) -> None:
+    """Raises FileExistsError where there is one."""
+    try:
+        os.link(source, path)  # whole or not at all, on a file system of several machines too
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with path.open("x") as file:
+            file.write(source.read_text())
 
 
 def _parsed(path: Path) -> dict[str, Any]:

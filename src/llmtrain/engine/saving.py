@@ -25,6 +25,7 @@ from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import checkpoints
 from llmtrain.engine.checkpoints import Checkpoint, NotSaved
 from llmtrain.engine.distributed import Layout, gathered
+from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.signals import Signals
 from llmtrain.engine.snapshots import Snapshots, all_finite
 
@@ -51,6 +52,8 @@ class Saver:
     write_extra: Callable[[Path, int], None]
     """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
     say: Callable[[str], None]
+    mirror: Mirror | None = None
+    """Of the main process: where checkpoints are kept a second time."""
 
     def __post_init__(self) -> None:
         self.root = self.folder / "checkpoints"
@@ -78,6 +81,11 @@ class Saver:
         self._signals.__exit__()
         if self._writing is not None:
             self._writing.leave(0.0 if self._signals.stop else LEAVE_SECONDS)
+        if kind is None or issubclass(kind, Preempted):
+            if self.mirror is not None:
+                self.mirror.finish()
+                self._say_of_mirror()
+            self._anywhere(False)  # the first process to leave may take the others with it
 
     def resume(self, found: Checkpoint, *, may_lack: str) -> None:
         """Fill the state from a checkpoint: tensors whose name begins with `may_lack` as far as it has the like."""
@@ -168,6 +176,14 @@ class Saver:
         self.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
         return best.step
 
+    def _say_of_mirror(self) -> None:
+        if self.mirror is not None and self.mirror.fault:
+            self.say(
+                f"warning: checkpoint.mirror={self.mirror.url}: {self.mirror.fault}. What is missing there is pushed "
+                "with the next checkpoint."
+            )
+            self.mirror.fault = None
+
     def _is_due(self, step: int) -> bool:
         every = self.config.every_steps
         return step == self.steps or (every is not None and step % every == 0)
@@ -195,6 +211,7 @@ class Saver:
         bad = [] if all_finite(list(weights.values())) else [n for n, each in weights.items() if not all_finite([each])]
         if any(self._anywhere(bool(bad))):
             raise UserError(f"step {step}: the weights are not finite any more ({', '.join(bad[:3])}); not saved.")
+        self._say_of_mirror()
         pieces = self._snapshots.take(state)
         failure = self._extra(step) if self.layout.is_main else None
 
@@ -204,6 +221,8 @@ class Saver:
             checkpoints.save(self.root, step, pieces, self.layout, metrics=measured, give_up=give_up)
             if self.layout.is_main:
                 checkpoints.prune(self.root, newest=step, keep=self.config)
+            if self.mirror is not None:
+                self.mirror.push_later(step)
 
         self._writing = Writing(write)
         self._writing.start()

@@ -24,6 +24,7 @@ from llmtrain.engine.health import Health, HealthWarning
 from llmtrain.engine.loss_scale import PART as SCALE_PART
 from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.saving import Saver
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import (
@@ -68,6 +69,7 @@ class Trainer:
     tracking: TrackerConfig
     write_extra: Callable[[Path, int], None]
     """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    mirror: Mirror | None = None
     resume_from: checkpoints.Checkpoint | None = None
     """The checkpoint to go on from. None: begin."""
     evaluators: Sequence[Evaluator] = ()
@@ -104,7 +106,7 @@ class Trainer:
         self.averages = WeightAverages(self.model, self.ema_decay)
         self.saver = Saver(
             folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
-            write_extra=self.write_extra, say=self.tracker.say,
+            write_extra=self.write_extra, say=self.tracker.say, mirror=self.mirror,
         )  # fmt: skip
 
     def fit(self) -> int:

@@ -31,6 +31,7 @@ from llmtrain.engine.display import show_log
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.lock import RunLock
 from llmtrain.engine.micro_batches import FoundRows
+from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.report import write_report
 from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, has_float16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
@@ -64,6 +65,8 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
     check_trackers(config.tracker)
     folder, first = handover.run_folder(config), distributed.goes_first()
     with RunLock(folder) if first else contextlib.nullcontext():
+        if first and (mirror := mirror_of(config)) and not handover.has_begun(folder):
+            mirror.restore(lambda text: print(text, file=sys.stderr))
         lineage = handover.open_run(config) if first else handover.read_lineage(folder)
         if lineage.get("finished"):
             if first:
@@ -75,6 +78,13 @@ def start(stage: Callable[[Config], None], config: Config) -> None:
             distributed.launch(stage, (config,), config.engine.processes)
         else:
             stage(config)
+
+
+def mirror_of(config: StageConfig) -> Mirror | None:
+    """Where the run is mirrored, by its name below `checkpoint.mirror`."""
+    if config.checkpoint.mirror is None:
+        return None
+    return Mirror(handover.run_folder(config), f"{config.checkpoint.mirror}/{config.run}", config.checkpoint)
 
 
 @dataclasses.dataclass
@@ -209,6 +219,7 @@ class Run(Generic[Config]):
             steps=steps, stop_after=config.train.stop_after, seed=config.seed, tracker=tracker,
             checkpoint=handover.checkpoint_config(config, score),
             eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
+            mirror=mirror_of(config) if self.layout.is_main else None,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),
             max_grad_norm=config.train.max_grad_norm, ema_decay=config.train.ema_decay, compile=compile_it,

@@ -116,7 +116,7 @@ def resolve_parents(config: Config) -> Config:
     A run that has begun keeps the parents it started with; else the newest finished run of the stage before is taken.
     Raises ConfigError when there is none.
     """
-    before = _saved_config(config) if _has_begun(run_folder(config)) else {}
+    before = _saved_config(config) if has_begun(run_folder(config)) else {}
     if not isinstance(config, PretrainConfig) and config.model.init_from is None:
         folder = (before.get("model") or {}).get("init_from") or _newest(
             config, STAGE_BEFORE[stage_name(config)], "model.init_from"
@@ -217,7 +217,7 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     if _changes(config):
         for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
-    lineage = read_lineage(folder) if _has_begun(folder) else {}
+    lineage = read_lineage(folder) if has_begun(folder) else {}
     now = parents(config)
     for role, parent in (lineage.get("parents") or {}).items():
         if role in now and parent["sha256"] != now[role]["sha256"]:
@@ -246,7 +246,7 @@ def _changes(config: StageConfig) -> list[str]:
     # keys that are newer than the run have their defaults in it
     lines = differences(filled(type(config), before), to_dict(config)) if before else []
     changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
-    if changed and _has_begun(folder):
+    if changed and has_begun(folder):
         raise ConfigError(
             f"{folder} holds a run with another config:\n  " + "\n  ".join(changed)
             + "\nChoose another run= name, or go back to that config to resume it."
@@ -254,7 +254,7 @@ def _changes(config: StageConfig) -> list[str]:
     return changed
 
 
-def _has_begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Whether a run's folder holds more than an attempt that failed before its first measurement."""
     metrics = folder / "metrics.jsonl"
     saved = any((folder / "checkpoints").glob("step-*")) or (folder / "model").is_dir()

@@ -130,6 +130,9 @@ class CheckpointConfig:
     """Keep for ever the checkpoints of every n-th step, a multiple of `every_steps`."""
     keep_every_hours: float | None = Field(default=None, gt=0)
     """Keep for ever the first checkpoint, and each that was saved this much time after the last one so kept."""
+    mirror: str | None = None
+    """URL of any file system that fsspec knows (s3://bucket/folder, gs://, hf://, file:///...), where checkpoints are
+    kept a second time, below the run's name and by the same rules; a run whose folder is empty goes on from there."""
     best_metric: str | None = None
     """Metric that ranks checkpoints, such as eval/loss; needs `eval.every_steps`."""
     best_mode: Literal["min", "max"] = "min"
