@@ -1,7 +1,8 @@
 """Steps that go wrong, each fault injected: what is left out, what is said, and that a resumed run does the same."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from llmtrain.config.errors import UserError
 from llmtrain.config.schema import CheckpointConfig, EngineConfig, EvalConfig, HealthConfig, TrackerConfig
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import arrange, full_state, join, leave, spread
+from llmtrain.engine.distributed import arrange, be_deterministic, full_state, join, leave, spread
 from llmtrain.engine.faults import Guard
 from llmtrain.engine.launching import launch
 from llmtrain.engine.micro_batches import FoundRows
@@ -271,6 +272,36 @@ def test_the_median_and_its_distances_are_those_of_the_last_updates() -> None:
     # the norm has no spread: only a doubling of it is a spike
     assert guard.judge(2.0, 1.9) is None
     assert guard.judge(2.0, 2.1).text.startswith("train/grad_norm jumped to 2.1")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """torch as `engine.deterministic` sets it, and afterwards as it was."""
+    fill, environment = torch.utils.deterministic.fill_uninitialized_memory, dict(os.environ)
+    be_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_operation_that_has_no_deterministic_form_ends_the_run_in_words(build: Build) -> None:
+    class Drawn(SquaredError):
+        def __call__(self, model: nn.Module, batch: Points) -> tuple[Tensor, Metrics]:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # torch has no such form of it
+            return super().__call__(model, batch)
+
+    with pytest.raises(UserError, match=r"engine\.deterministic: put_ does not have a deterministic impl.*to false"):
+        build(objective=Drawn()).fit()
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_sums_at_repeated_indices_have_the_same_bits_each_time() -> None:
+    index, values = torch.randint(0, 8, (4000,)), torch.randn(4000, 64)
+    first, *others = (torch.zeros(8, 64).index_put_((index,), values, accumulate=True) for _ in range(5))
+    assert all(torch.equal(first, each) for each in others)
 
 
 def nan_on_one_process(folder: Path) -> None:

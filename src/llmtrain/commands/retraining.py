@@ -60,7 +60,7 @@ def _config(folder: Path, aside: Path, step: int, processes: int | None) -> Stag
     return dataclasses.replace(
         config, runs_dir=str(aside), engine=engine, tracker=TrackerConfig(samples=config.tracker.samples),
         train=dataclasses.replace(config.train, stop_after=step),
-        checkpoint=dataclasses.replace(config.checkpoint, keep_last=sys.maxsize),
+        checkpoint=dataclasses.replace(config.checkpoint, keep_last=sys.maxsize, mirror=None),
         eval=dataclasses.replace(config.eval, every_steps=None),
     )  # fmt: skip
 
