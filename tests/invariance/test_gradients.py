@@ -137,20 +137,20 @@ def test_first_update_of_a_rollout_has_ratio_one_and_no_kl(layout: str, method: 
 
 def measure(path: Path) -> None:
     """In each of two processes: all cases; process 0 writes the figures."""
-    layout = join("cpu", threads=1)
+    everywhere = places(join("cpu", threads=1))
     gradients, rollout, first = {}, {}, {}
     for name in OBJECTIVES:
         expected = plain_gradients(name)
-        for place, where in places(layout):
+        for place, where in everywhere:
             for micro in MICRO_BATCHES:
                 found = trained_gradients(name, place, micro)
                 gradients[f"{name}/{where}/{micro}"] = max(map(relative_error, found, expected))
     for name in METHODS:
-        for place, where in places(layout):
+        for place, where in everywhere:
             rollout[f"{name}/{where}"] = rollout_differences(name, place)
             for micro in MICRO_BATCHES if "_" not in name else ():
                 first[f"{name}/{where}/{micro}"] = first_update(name, place, micro)
-    if layout.is_main:
+    if everywhere[-1][0].is_main:
         path.write_text(json.dumps({"gradients": gradients, "rollout": rollout, "first update": first}))
     leave()
 

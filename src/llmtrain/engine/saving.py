@@ -7,7 +7,6 @@ step, and a thread writes the copy. How a checkpoint is written and read is in `
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import threading
 import time
@@ -24,7 +23,7 @@ from llmtrain.config.errors import Preempted, UserError
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import checkpoints, retention
 from llmtrain.engine.checkpoints import Checkpoint, NotSaved
-from llmtrain.engine.distributed import Layout, of_every
+from llmtrain.engine.distributed import Layout, group_beside, of_every
 from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.signals import Signals
 from llmtrain.engine.snapshots import Snapshots, all_finite
@@ -65,9 +64,7 @@ class Saver:
         self._signals = Signals()
         self._writing: Writing | None = None
         self._last = time.monotonic()
-        # of its own, on the CPU: what processes ask each other at each step makes no GPU wait
-        day = datetime.timedelta(days=1)
-        self._group = dist.new_group(backend="gloo", timeout=day) if self.layout.world > 1 else None
+        self._group = group_beside() if self.layout.world > 1 else None
 
     def __enter__(self) -> Self:
         """Training begins now; minutes count from here."""
