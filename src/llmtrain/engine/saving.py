@@ -154,9 +154,9 @@ class Saver:
 
     def values(self) -> dict[str, float]:
         """For the next row of metrics: the seconds that training stood still for saving since the row before."""
-        values = {"perf/save_stall_seconds": self._stall, "perf/failed_saves": float(self.failed_saves)}
+        values = {"perf/save_stall_seconds": self._stall}
         self._stall = 0.0
-        return {name: value for name, value in values.items() if value}
+        return values | ({"perf/failed_saves": float(self.failed_saves)} if self.failed_saves else {})
 
     def take_best(self) -> int:
         """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
