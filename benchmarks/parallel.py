@@ -88,15 +88,17 @@ def measure_memory(folder: Path, engine: EngineConfig) -> None:
     layout = join("cpu", threads=1)
     small = dataclasses.replace(SLIM, num_layers=2)
     warm = make_trainer(small, SLIM_VOCAB, 1, 16, engine)  # what libraries and collectives need themselves
+    make_updates = warm.updates()
     for step in range(2):
-        warm._step(step, warm.objective)
-    del warm
+        make_updates(step, warm.batches(step))
+    del warm, make_updates
     gc.collect()
     forget_peak()
     before = resident("VmRSS")
     trainer = make_trainer(SLIM, SLIM_VOCAB, 1, 16, engine)
+    make_updates = trainer.updates()
     for step in range(3):
-        trainer._step(step, trainer.objective)
+        make_updates(step, trainer.batches(step))
     (folder / f"memory-{layout.rank}").write_text(str(resident("VmHWM") - before))
     leave()
 
@@ -121,10 +123,10 @@ def memory(processes: int) -> dict[str, Any]:
 def measure_speed(folder: Path, engine: EngineConfig, steps: int) -> None:
     """In each process: the seconds of each step."""
     trainer = make_trainer(WIDE, WIDE_VOCAB, WIDE_ROWS, WIDE.max_sequence_length, engine)
-    seconds = []
+    seconds, make_updates = [], trainer.updates()
     for step in range(WARM_UP + steps):
         start = time.perf_counter()
-        trainer._step(step, trainer.objective)
+        make_updates(step, trainer.batches(step))
         seconds.append(time.perf_counter() - start)
     if trainer.layout.is_main:
         (folder / "seconds").write_text(json.dumps(seconds[WARM_UP:]))

@@ -30,6 +30,7 @@ from llmtrain.engine.distributed import Layout, arrange, gathered, join, leave, 
 from llmtrain.engine.launching import launch
 from llmtrain.engine.row_orders import whole
 from llmtrain.engine.speed import Speed
+from llmtrain.engine.steps import nothing_adapts
 from llmtrain.engine.tracking import Tracker
 from llmtrain.engine.trainer import Trainer
 from llmtrain.models.experts import expert_layers
@@ -113,16 +114,17 @@ class Running:
             optimizer=self.optimizer, learning_rate=lambda step: 1e-3, steps=1, seed=0, tracker=quiet_tracker(),
             checkpoint=CheckpointConfig(), eval=EvalConfig(), tracking=TrackerConfig(),
             write_extra=lambda folder, step: None, autocast=lambda: torch.autocast("cpu", enabled=False),
-            micro_batch_rows=2, max_grad_norm=0.5, after_update=getattr(self.objective, "after_update", dict),
+            micro_batch_rows=2, max_grad_norm=0.5, after_update=getattr(self.objective, "after_update", nothing_adapts),
             speed=Speed(layout.device, 1.0, 1.0),
         )  # fmt: skip
 
     def losses(self, steps: int) -> list[float]:
         """Of so many steps, over all processes."""
         self.model.train()
-        found = []
+        found, make_updates = [], self.trainer.updates()
         for step in range(steps):
-            metrics, _ = self.trainer._step(step, self.objective)
+            metrics, _, faults = make_updates(step, self.rows(step))
+            assert not faults
             found.append([float(total(part.detach(), self.layout)) for part in metrics["loss"]])
         return [value / weight for value, weight in found]
 
