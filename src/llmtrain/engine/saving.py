@@ -153,15 +153,8 @@ class Saver:
         )
 
     def values(self) -> dict[str, float]:
-<<<<<<< HEAD
         """For the next row of metrics: how many saves in a row have failed, if any."""
         return {"perf/failed_saves": float(self.failed_saves)} if self.failed_saves else {}
-=======
-        """For the next row of metrics: the seconds that training stood still for saving since the row before."""
-        values = {"perf/save_stall_seconds": self._stall}
-        self._stall = 0.0
-        return values | ({"perf/failed_saves": float(self.failed_saves)} if self.failed_saves else {})
->>>>>>> saving
 
     def take_best(self) -> int:
         """Fill the model from the checkpoint that is best by `checkpoint.best_metric`; its step."""
