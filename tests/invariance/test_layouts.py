@@ -26,9 +26,10 @@ from llmtrain.config.schema import (
 )
 from llmtrain.data.batches import share
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, arrange, gathered, join, leave, spread, total
+from llmtrain.engine.distributed import Layout, arrange, barrier, gathered, join, leave, spread, total
 from llmtrain.engine.launching import launch
 from llmtrain.engine.row_orders import whole
+from llmtrain.engine.snapshots import Snapshots
 from llmtrain.engine.speed import Speed
 from llmtrain.engine.steps import nothing_adapts
 from llmtrain.engine.tracking import Tracker
@@ -174,10 +175,9 @@ def measure(folder: Path, processes: int, steps: int, models: tuple[str, ...]) -
         for case in mine:
             running = Running(model, arranged(case, layout))
             found = running.losses(steps)
-            checkpoints.save(
-                folder / model / case.name, steps, running.state, layout, metrics={},
-                write_extra=lambda folder: None,
-            )  # fmt: skip
+            pieces = Snapshots(running.layout, aside=False).take(running.state)
+            checkpoints.save(folder / model / case.name, steps, pieces, layout, metrics={})
+            barrier(layout)
             saved[case.name] = running.whole_state()
             figures[f"{model}/{case.name}"] = {
                 "same rows": running.rows.seen == alone.rows.seen, "loss": expected[-1],

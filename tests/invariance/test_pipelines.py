@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import EngineConfig
 from llmtrain.engine import checkpoints
-from llmtrain.engine.distributed import Layout, arrange, full_state, is_sharded, join, leave, spread
+from llmtrain.engine.distributed import Layout, arrange, barrier, full_state, is_sharded, join, leave, spread
 from llmtrain.engine.launching import launch
 from llmtrain.engine.pipeline import pipeline_of
+from llmtrain.engine.snapshots import Snapshots
 from llmtrain.objectives.next_token import NextToken
 
 DIVIDED = (
@@ -190,7 +191,8 @@ def train(layout: Layout, tied: bool, folder: Path | None = None, load: Path | N
     norms = [updates(step, made.batches(step))[0]["train/grad_norm"][0] for step in range(3)]
     found = gathered(model, state())
     if folder is not None:
-        checkpoints.save(folder, 3, state(), layout, metrics={}, write_extra=lambda folder: None)
+        checkpoints.save(folder, 3, Snapshots(layout, aside=False).take(state()), layout, metrics={})
+        barrier(layout)
         if layout.is_main:
             torch.save(found, folder / "state.pt")
     return found | {"norms": torch.stack(norms)}

@@ -20,6 +20,7 @@ from llmtrain.data.ledger import Ledger
 from llmtrain.data.streaming import read_positions
 from llmtrain.engine import checkpoints
 from llmtrain.engine.distributed import Layout
+from llmtrain.engine.snapshots import Snapshots
 from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.models.heads import make_model
 from llmtrain.models.peft_folders import add_adapter
@@ -169,7 +170,7 @@ ALONE = Layout(rank=0, world=1, device=torch.device("cpu"))
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     state = {"model.weight": torch.ones(4, 2), "optimizer.weight.exp_avg": torch.zeros(4, 2)}
-    return checkpoints.save(tmp_path, 1, state, ALONE, metrics={}, write_extra=lambda folder: None).folder
+    return checkpoints.save(tmp_path, 1, Snapshots(ALONE, aside=False).take(state), ALONE, metrics={}).folder
 
 
 def resign(folder: Path, **more: str) -> None:
