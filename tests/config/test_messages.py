@@ -93,7 +93,7 @@ BAD = [
     ("pretrain train=3", "train: 3 is not allowed; it takes a block with the keys steps, tokens"),
     ("pretrain seed=true", "seed: true is not allowed; it takes a whole number >= 0"),
     # words
-    ("pretrain engine.precision=bf16", "it takes float32 or bfloat16; did you mean bfloat16?"),
+    ("pretrain engine.precision=bf16", "it takes float32, bfloat16 or float16; did you mean bfloat16?"),
     ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
     ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ipo or hinge did you mean"),
     # groups
@@ -215,8 +215,8 @@ BAD = [
         "pretrain model=mixtral_tiny engine.processes=4 engine.expert_parallel=2 engine.tensor_parallel=2",
         "engine.expert_parallel: does not go with engine.tensor_parallel",
     ),
-    ("pretrain engine.processes=2 engine.pipeline_parallel=2", "engine.pipeline_parallel: is not supported"),
-    ("pretrain engine.processes=2 engine.context_parallel=2", "engine.context_parallel: is not supported"),
+    ("pretrain engine.processes=2 engine.pipeline_parallel=2", "a pipeline of 2 wants 2 at least: set it to 8"),
+    ("reward engine.processes=2 engine.context_parallel=2", "engine.context_parallel"),
     # options without effect
     ("pretrain schedule.decay_steps=5", "schedule.decay_steps: has no effect: cosine has no final decay"),
     ("pretrain schedule=constant schedule.min_lr_ratio=0.5", "schedule.min_lr_ratio: has no effect"),

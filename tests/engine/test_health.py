@@ -53,7 +53,8 @@ def losses(count: int, **metrics: Any) -> Rows:
 
 def test_every_key_has_its_rule() -> None:
     assert {*RULES, "overoptimised"} == set(get_args(Rule))
-    assert set(get_args(Rule)) | {"held_out_metric", "stop_on"} == set(HealthConfig.__dataclass_fields__)
+    of_steps = {"max_skipped_in_a_row", "on_spike", "spike_deviations", "spike_window"}  # read by engine/faults.py
+    assert set(get_args(Rule)) | {"held_out_metric", "stop_on"} | of_steps == set(HealthConfig.__dataclass_fields__)
 
 
 def test_runs_that_are_well_are_not_warned(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Saver:
     write_extra: Callable[[Path, int], None]
     """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
     say: Callable[[str], None]
-    phase: Callable[[str], contextlib.AbstractContextManager[None]]
+    phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext()
     """Within, time is that of a phase."""
     mirror: Mirror | None = None
     """Of the main process: where checkpoints are kept a second time."""
