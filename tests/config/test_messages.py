@@ -93,7 +93,7 @@ BAD = [
     ("pretrain train=3", "train: 3 is not allowed; it takes a block with the keys steps, tokens"),
     ("pretrain seed=true", "seed: true is not allowed; it takes a whole number >= 0"),
     # words
-    ("pretrain engine.precision=bf16", "it takes float32 or bfloat16; did you mean bfloat16?"),
+    ("pretrain engine.precision=bf16", "it takes float32, bfloat16 or float16; did you mean bfloat16?"),
     ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
     ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ipo or hinge did you mean"),
     # groups
