@@ -74,7 +74,7 @@ def test_what_is_whole_passes(which: str, run: Path, capsys: pytest.CaptureFixtu
     else:
         assert lines[0] == str(named["checkpoint"])
         assert words == ["files", "weights", "moments", "state", "shapes"]
-    assert "float32" in next(line for line in lines if line.startswith("weights"))
+    assert "float32" in lines[1 + words.index("weights")]
     assert "decoder, 2 x 32, vocabulary 300" in lines[-1]
     assert ("taking the newest" in errors) == (which == "newest")
 
