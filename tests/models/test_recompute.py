@@ -23,7 +23,8 @@ EXPERTS = ExpertsConfig(
     jitter=0.1,
 )  # fmt: skip
 CONFIGS = {
-    "plain": dataclasses.replace(DENSE, dropout=0.0), "dropout": DENSE, "experts": dataclasses.replace(DENSE, experts=EXPERTS),
+    "plain": dataclasses.replace(DENSE, dropout=0.0), "dropout": DENSE,
+    "experts": dataclasses.replace(DENSE, experts=EXPERTS),
     "capped": dataclasses.replace(DENSE, attention_softcap=30.0, dropout=0.0),
     "encoder": dataclasses.replace(DENSE, architecture="encoder"),
 }  # fmt: skip
