@@ -487,3 +487,10 @@ def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config("pretrain", ["engine.sharding=fsdp"]).engine.sharding == "fsdp"
     assert "engine.processes: leave at 1 here" in message("pretrain", "engine.processes=4")
     assert "by 4 processes" in message("sft", "train.batch_rows=6")
+
+
+def test_layouts_that_go_together_are_taken() -> None:
+    dense = ["engine.processes=4", "engine.sharding=fsdp", "engine.tensor_parallel=2"]
+    assert load_config("pretrain", [*dense, "model=qwen3_tiny"]).engine.tensor_parallel == 2
+    sparse = ["engine.processes=4", "engine.sharding=hsdp", "engine.shard_processes=2", "engine.expert_parallel=4"]
+    assert load_config("pretrain", [*sparse, "model=mixtral_tiny"]).engine.expert_parallel == 4

@@ -85,7 +85,7 @@ def tensor_parallel(view: View) -> Iterator[Finding]:
     key, size = "engine.tensor_parallel", view["engine.tensor_parallel"]
     if size == 1:
         return
-    if view["adapter"] is not None:
+    if view["adapter.name"] != "none":
         yield finding("adapters are not shared out: leave one of them away", key, "adapter")
     if view["engine.sharding"] == "ddp" and data_processes(view) > 1:
         problem = "with processes that take different rows it goes with engine.sharding=fsdp or hsdp, not with ddp"
