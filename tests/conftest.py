@@ -5,9 +5,14 @@ others each time, to look for more. LLMTRAIN_DATA is for the tests of real data,
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
+
+# What a shell starts in the background ignores interrupts, and so would every command that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
