@@ -107,7 +107,7 @@ def main() -> None:
         from llmtrain.engine.tracking import read_metrics
 
         run = Path(folder) / "stall"
-        stalls = [row["perf/seconds/saving"] for row in read_metrics(run) if "perf/seconds/saving" in row]
+        stalls = [row["perf/seconds/saving"] for row in read_metrics(run) if row.get("perf/seconds/saving")]
         newest = max((run / "checkpoints").glob("step-*"))
         size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     told = {"model": arguments.model, "rows": arguments.rows, "every": arguments.every, "mb": round(size / 1e6)}

@@ -26,6 +26,7 @@ from llmtrain.config.schema import (
 )
 from llmtrain.data.batches import share
 from llmtrain.engine import checkpoints
+from llmtrain.engine.averages import WeightAverages
 from llmtrain.engine.distributed import Layout, arrange, barrier, gathered, join, leave, spread, total
 from llmtrain.engine.launching import launch
 from llmtrain.engine.row_orders import whole
@@ -109,6 +110,7 @@ class Running:
         if layers := expert_layers(trained):
             self.objective = Routed(self.objective, layers, partial(total, layout=layout), layout.device)
         self.optimizer = build_optimizer(trained, OptimizerConfig(lr=1e-3))
+        self.averages = WeightAverages(self.model, 0.5)
         self.rows = Rows(layout)
         self.trainer = Trainer(
             folder=Path(), layout=layout, model=self.model, batches=self.rows, objective=self.objective,
@@ -126,6 +128,7 @@ class Running:
         for step in range(steps):
             metrics, _, faults = make_updates(step, self.rows(step))
             assert not faults
+            self.averages.update()
             found.append([float(total(part.detach(), self.layout)) for part in metrics["loss"]])
         return [value / weight for value, weight in found]
 
@@ -142,7 +145,7 @@ class Running:
     @property
     def state(self) -> dict[str, Tensor]:
         """As it is saved."""
-        return checkpoints.training_state(self.model, self.optimizer, {})
+        return checkpoints.training_state(self.model, self.optimizer, {}, self.averages.state())
 
     def whole_state(self) -> dict[str, Tensor]:
         """As it is saved, put together."""
@@ -182,6 +185,11 @@ def measure(folder: Path, processes: int, steps: int, models: tuple[str, ...]) -
             figures[f"{model}/{case.name}"] = {
                 "same rows": running.rows.seen == alone.rows.seen, "loss": expected[-1],
                 "largest difference": max(abs(one - other) for one, other in zip(found, expected, strict=True)),
+                "averages": max(
+                    float((value - alone.averages.state()[name.removeprefix("average.")]).abs().max())
+                    for name, value in saved[case.name].items()
+                    if name.startswith("average.")
+                ),
                 "bytes over formula": running.bytes_over_formula(),
             }  # fmt: skip
         others = [*mine, None]
@@ -224,6 +232,7 @@ def test_every_layout_trains_as_one_process_and_reads_the_checkpoints_of_all(
     for name, found in trained.items():
         assert found["same rows"], name
         assert found["largest difference"] <= 1e-4, name
+        assert found["averages"] <= 1e-3, name  # AdamW's first steps go by signs
         if name.endswith("/fsdp 2"):
             assert found["bytes over formula"] == pytest.approx(1.0, abs=0.15), name
     moved = {name: found["same bits"] for name, found in figures.items() if "then" in name}

@@ -25,6 +25,10 @@ def context(view: View) -> Iterator[Finding]:
     if view["engine.compile"] is True:
         problem = "with context parallelism nothing is compiled: set it to auto or false"
         yield finding(problem, "engine.compile", KEY)
+    if view["train.micro_batch_rows"] == "auto":
+        yield finding(
+            "auto measures rows that one process computes whole; give a number", "train.micro_batch_rows", KEY
+        )
     if view["adapter.name"] != "none":
         yield finding("adapters are not trained by positions: leave one of them away", KEY, "adapter.name")
 

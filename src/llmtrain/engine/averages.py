@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from llmtrain.engine.distributed import bare
-from llmtrain.engine.snapshots import local
+from llmtrain.engine.distributed import bare, local
 
 
 class WeightAverages:

@@ -308,7 +308,12 @@ def is_sharded(module: nn.Module) -> bool:
 def num_trained_here(module: nn.Module) -> int:
     """The trained weights that this process holds."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in trained)
+    return sum(local(each).numel() for each in trained)
+
+
+def local(value: Tensor) -> Tensor:
+    """What this process holds of a tensor; changing it changes the tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def leave() -> None:

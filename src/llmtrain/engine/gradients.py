@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llmtrain.engine.distributed import local
 from llmtrain.engine.pipeline import pipeline_of
 
 
@@ -25,7 +26,7 @@ def complete(model: nn.Module) -> None:
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.grad is not None:
-                gradient = _local(parameter.grad)
+                gradient = local(parameter.grad)
                 if lacking.group is not None:
                     dist.all_reduce(gradient, group=lacking.group)
                 gradient.mul_(lacking.factor)
@@ -44,7 +45,7 @@ def clip(model: nn.Module, limit: float | None) -> Tensor:
     norm = _norm(gradients)
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # torch's own clipping has the same small number
     for device in {each.device for each in gradients}:
-        torch._foreach_mul_([_local(each) for each in gradients if each.device == device], scale.to(device))
+        torch._foreach_mul_([local(each) for each in gradients if each.device == device], scale.to(device))
     return norm
 
 
@@ -56,7 +57,7 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
         kinds.setdefault(kind, []).append(each)
     norms = []
     for same in kinds.values():
-        squared = nn.utils.get_total_norm([_local(each) for each in same]).square()
+        squared = nn.utils.get_total_norm([local(each) for each in same]).square()
         first = same[0]
         if isinstance(first, DTensor):
             squared = squared.to(first.device_mesh.device_type)
@@ -65,8 +66,3 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
                     dist.all_reduce(squared, group=first.device_mesh.get_group(dim))
         norms.append(squared)
     return torch.stack(norms).sum().sqrt()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """This process's part; changing it changes the gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

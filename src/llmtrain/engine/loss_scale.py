@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from llmtrain.engine.distributed import local
+
 # GradScaler's: the scale to begin with, and the updates after which it grows.
 FIRST_SCALE, GROWTH_UPDATES = 2.0**16, 2000
 # With a scale of 1 it is not the scale that makes a gradient overflow.
@@ -34,7 +36,7 @@ class LossScale(nn.Module):
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale."""
-        gradients = [each.grad for each in parameters if each.grad is not None]
+        gradients = [local(each.grad) for each in parameters if each.grad is not None]
         torch._foreach_mul_(gradients, 1 / float(self.scale))
 
     def overflows(self, loss_is_finite: bool, gradient_is_finite: bool) -> bool:

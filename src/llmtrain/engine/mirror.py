@@ -21,7 +21,10 @@ from llmtrain.config.schema import CheckpointConfig
 from llmtrain.engine import checkpoints, retention
 from llmtrain.engine.checkpoints import Checkpoint
 
-RUN_FILES = ("config.yaml", "lineage.json", "metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "samples.json")
+RUN_FILES = (
+    "config.yaml", "lineage.json", "metrics.jsonl", "rollouts.jsonl", "warnings.jsonl", "faults.jsonl", "samples.json",
+    "micro_batches.json",
+)  # fmt: skip
 
 
 class Mirror:

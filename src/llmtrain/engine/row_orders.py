@@ -40,7 +40,7 @@ def in_whole_order(state: Mapping[str, Tensor], orders: Mapping[str, Tensor]) ->
     copies: dict[str, Tensor] = {}
     for name, value in state.items():
         kind, _, rest = name.partition(".")
-        parameter = rest if kind == "model" else rest.rpartition(".")[0]  # of an optimizer's, a moment's name follows
+        parameter = rest.rpartition(".")[0] if kind == "optimizer" else rest  # of a moment, its own name follows
         order = orders.get(parameter)
         if order is not None and isinstance(value, DTensor) and len(value) == len(order):
             copy = _everywhere(whole(value, order), value)

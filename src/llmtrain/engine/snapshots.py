@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmtrain.engine.distributed import Layout, of_every
+from llmtrain.engine.distributed import Layout, local, of_every
 
 # As safetensors names them.
 DTYPES = {
@@ -87,12 +87,6 @@ class Snapshots:
         if on_gpu:
             torch.cuda.current_stream(self.layout.device).synchronize()
         return [dataclasses.replace(piece, values=self._memory[piece.name]) for piece in pieces]
-
-
-def local(value: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    own: Tensor = value.to_local() if hasattr(value, "to_local") else value
-    return own
 
 
 def all_finite(values: list[Tensor]) -> bool:
