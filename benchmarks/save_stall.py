@@ -5,8 +5,8 @@
 One run, in which intervals with a save and intervals without take turns, so that a machine whose speed drifts treats
 them alike. An interval begins with the step that the save comes after, so that what stands still counts, and so does
 what the writing thread takes from the steps beside it. Reported are the ratio of mean steps, over all and of each pair
-of intervals, the same of the processor's time, which others on the machine hardly change, and the seconds that the loop
-itself stood still.
+of intervals, the same of the processor's time, which others on the machine hardly change, what a save takes judging by
+the steps next to it alone, and the seconds that the loop itself stood still.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from contenders import report
 
 VOCAB_SIZE = 8192
 LENGTH = 256
+NEAR = 10  # steps after a save in which its file is written
 
 
 def build_config(folder: Path, model: str, rows: int, every: int, rounds: int, overrides: list[str]) -> Any:
@@ -79,12 +80,22 @@ def compare(seconds: list[float], every: int, rounds: int) -> dict[str, Any]:
     begins = [2 * every * (number + 1) - 1 for number in range(rounds)]
     with_save = [seconds[begin : begin + every] for begin in begins]
     without = [seconds[begin - every : begin] for begin in begins]
+    # the same as what a save takes off the steps beside it, which a machine whose speed drifts disturbs least: how much
+    # longer each of the first steps of an interval is than the last ones, its median over the intervals of either kind
+    longer = {}
+    for kind, blocks in (("with", with_save), ("without", without)):
+        late = [statistics.median(block[NEAR:]) for block in blocks]
+        near = [[block[place] - rest for block, rest in zip(blocks, late, strict=True)] for place in range(NEAR)]
+        longer[kind] = sum(map(statistics.median, near))
+    seconds_of_a_save = longer["with"] - longer["without"]
     pairs = [statistics.fmean(a) / statistics.fmean(b) for a, b in zip(with_save, without, strict=True)]
     mean_with, mean_without = (statistics.fmean(itertools.chain(*blocks)) for blocks in (with_save, without))
     return {
         "step_seconds": round(mean_without, 4),
         "with_over_without": round(mean_with / mean_without, 4),
         "median_of_pairs": round(statistics.median(pairs), 4),
+        "seconds_of_a_save": round(seconds_of_a_save, 4),
+        "of_an_interval": round(seconds_of_a_save / (every * mean_without), 4),
         "pairs": [round(pair, 4) for pair in pairs],
     }
 

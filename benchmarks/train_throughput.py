@@ -183,7 +183,7 @@ def ours(config: Any, size: Size) -> None:
     model = LanguageModel(config.model, size.vocab_size).initialise(torch.Generator().manual_seed(0))
     run = Run(config, Path(tempfile.mkdtemp()), join(config.engine.device), time.monotonic())
     model.to(run.layout.device)
-    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, size.rows, {}, {})
+    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, size.rows, {"random": 1}, {"random": ""})
     run.fit(
         model=model, trained=model, batches=Batches(), objective=NextToken(), tokenizer=None, plan=plan,
         fixed_shapes=True,

@@ -106,7 +106,7 @@ def test_batches_keep_the_weights_and_go_on(tmp_path: Path, tokenizer: Tokenizer
         assert batch.tokens.tolist() == both[0] + both[1]
     assert counted == {0: 60, 1: 20}
     assert whole.counts(10)["data/a/tokens"] == 60 * LENGTH
-    whole.write(tmp_path)
+    whole.positions()(tmp_path)
     again = batches(first_step=10)
     for name, position in read_positions(tmp_path).items():
         again.streams[name].begin(position)
@@ -141,8 +141,8 @@ def test_rows_left_out_are_told_at_checkpoints(
     for step in range(20):
         batches(step)
     with caplog.at_level("WARNING"):
-        batches.write(tmp_path)
-        batches.write(tmp_path)  # nothing new
+        batches.positions()(tmp_path)
+        batches.positions()(tmp_path)  # nothing new
     [said] = [record.message for record in caplog.records]
     assert "data.sources.a: of the rows read so far\n  1 x not valid JSON; the first: " in said
 

@@ -322,7 +322,7 @@ def nan_on_one_process(folder: Path) -> None:
             batches=Own({2: "nan"} if layout.rank == 1 else {}),
             optimizer=torch.optim.AdamW(model.parameters(), lr=1.0), learning_rate=lambda step: 0.1 / (step + 1),
             steps=4, seed=0, tracker=tracker, checkpoint=CheckpointConfig(), eval=EvalConfig(),
-            tracking=TrackerConfig(), write_extra=lambda folder, step: None, speed=Speed(layout.device, 1.0, 1.0),
+            tracking=TrackerConfig(), extra=lambda step: lambda folder: None, speed=Speed(layout.device, 1.0, 1.0),
             autocast=lambda: torch.autocast("cpu", enabled=False),
             # on the way: powers of two change nothing, and neither do rows that are found
             scale_loss=True, micro_batch_rows=FoundRows(folder / sharding, layout),

@@ -40,7 +40,7 @@ def train(
     mirror = Mirror(folder, url, keep)
     saver = Saver(
         folder=folder, layout=ALONE, config=keep, steps=steps, state=lambda: {"model.weight": weight},
-        write_extra=lambda folder, step: None, say=said.append, mirror=mirror,
+        extra=lambda step: lambda folder: None, say=said.append, mirror=mirror,
     )  # fmt: skip
     (folder).mkdir(exist_ok=True)
     with saver:
@@ -121,7 +121,7 @@ def test_training_does_not_wait_for_a_slow_network_but_the_end_of_it_does(tmp_pa
     weight = torch.zeros(2)
     saver = Saver(
         folder=tmp_path / "run", layout=ALONE, config=keep, steps=4, state=lambda: {"model.weight": weight},
-        write_extra=lambda folder, step: None, say=print, mirror=mirror,
+        extra=lambda step: lambda folder: None, say=print, mirror=mirror,
     )  # fmt: skip
     with saver:
         for step in range(1, 5):

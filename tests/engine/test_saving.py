@@ -30,7 +30,7 @@ class Run:
         self.weight, self.said, self.seconds = torch.zeros(2), [], 0.0
         self.saver = Saver(
             folder=folder, layout=layout, config=CheckpointConfig(**{"keep_last": 99} | config), steps=steps,
-            state=lambda: {"model.weight": self.weight}, write_extra=lambda folder, step: None, say=self.said.append,
+            state=lambda: {"model.weight": self.weight}, extra=lambda step: lambda folder: None, say=self.said.append,
             phase=self.timed,
         )  # fmt: skip
 
@@ -145,10 +145,10 @@ def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path: Path, monkeypatch
 
 def test_what_belongs_to_a_checkpoint_is_part_of_its_success(tmp_path: Path) -> None:
     run = Run(tmp_path, steps=2)
-    run.saver.write_extra = lambda folder, step: (_ for _ in ()).throw(FULL)
+    run.saver.extra = lambda step: lambda folder: (_ for _ in ()).throw(FULL)
     with pytest.raises(UserError, match="could not save step 2"):
         run.train()
-    run.saver.write_extra = lambda folder, step: (folder / "extra.json").write_text(str(step)) and None
+    run.saver.extra = lambda step: lambda folder: (folder / "extra.json").write_text(str(step)) and None
     run.train()
     assert "extra.json" in (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").read_text()
 

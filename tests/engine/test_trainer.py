@@ -83,7 +83,7 @@ def build(tmp_path: Path) -> Callable[..., Trainer]:
                 "learning_rate": lambda step: 0.1 / (step + 1),
                 "steps": steps, "seed": 0, "tracker": tracker, "checkpoint": CheckpointConfig(**(checkpoint or {})),
                 "eval": EvalConfig(every_steps=eval_every), "tracking": TrackerConfig(),
-                "write_extra": lambda folder, step: None,
+                "extra": lambda step: lambda folder: None,
                 "resume_from": checkpoints.newest_good(tmp_path / "checkpoints", ALONE, tracker.say),
                 "autocast": lambda: torch.autocast("cpu", enabled=False),
                 "speed": Speed(ALONE.device, 1.0, 1.0), **parts,

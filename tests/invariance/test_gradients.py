@@ -386,7 +386,7 @@ def trainer(model: nn.Module, batches: Any, objective: Any, layout: Layout, micr
     made = Trainer(
         folder=Path(), layout=layout, model=model, batches=batches, objective=objective, optimizer=optimizer,
         learning_rate=lambda step: 0.0, steps=1, seed=0, tracker=quiet_tracker(), checkpoint=CheckpointConfig(),
-        eval=EvalConfig(), tracking=TrackerConfig(), write_extra=lambda folder, step: None, autocast=no_autocast,
+        eval=EvalConfig(), tracking=TrackerConfig(), extra=lambda step: lambda folder: None, autocast=no_autocast,
         micro_batch_rows=micro, max_grad_norm=None, after_update=getattr(objective, "after_update", nothing_adapts),
         speed=Speed(layout.device, 1.0, 1.0),
     )  # fmt: skip

@@ -116,7 +116,7 @@ class Running:
             folder=Path(), layout=layout, model=self.model, batches=self.rows, objective=self.objective,
             optimizer=self.optimizer, learning_rate=lambda step: 1e-3, steps=1, seed=0, tracker=quiet_tracker(),
             checkpoint=CheckpointConfig(), eval=EvalConfig(), tracking=TrackerConfig(),
-            write_extra=lambda folder, step: None, autocast=lambda: torch.autocast("cpu", enabled=False),
+            extra=lambda step: lambda folder: None, autocast=lambda: torch.autocast("cpu", enabled=False),
             micro_batch_rows=2, max_grad_norm=0.5, after_update=getattr(self.objective, "after_update", nothing_adapts),
             speed=Speed(layout.device, 1.0, 1.0),
         )  # fmt: skip

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -187,15 +187,19 @@ class StreamedBatches:
                 counts[f"data/{name}/epochs"] = self.streams[name].epochs()
         return counts
 
-    def write(self, folder: Path) -> None:
-        """Put where the streams stand into a checkpoint's folder; the log says what they have left out."""
-        where = {name: dataclasses.asdict(stream.where()) for name, stream in self.streams.items()}
-        (folder / FILE).write_text(json.dumps(where))
+    def positions(self) -> Callable[[Path], None]:
+        """What puts where the streams stand now into a checkpoint's folder; the log says what they have left out."""
+        where = json.dumps({name: dataclasses.asdict(stream.where()) for name, stream in self.streams.items()})
         left_out = {name: stream.left_out() for name, stream in self.streams.items()}
         for name, said in left_out.items():
             if said != self._told.get(name, ""):
                 log.warning("data.sources.%s: of the rows read so far\n  %s", name, said)
         self._told = left_out
+
+        def write(folder: Path) -> None:
+            (folder / FILE).write_text(where)
+
+        return write
 
 
 def read_positions(folder: Path) -> dict[str, Position]:

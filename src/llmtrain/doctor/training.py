@@ -147,7 +147,7 @@ def weights_after_a_step(device: torch.device, micro_batch_rows: int | None) -> 
             folder=folder, layout=layout, model=model, batches=OneBatch(token_batch(device)), objective=NextToken(),
             optimizer=torch.optim.SGD(model.parameters(), lr=1.0), learning_rate=lambda step: 1.0, steps=1, seed=0,
             tracker=tracker, checkpoint=CheckpointConfig(), eval=EvalConfig(), tracking=TrackerConfig(),
-            write_extra=lambda folder, step: None, micro_batch_rows=micro_batch_rows, max_grad_norm=None,
+            extra=lambda step: lambda folder: None, micro_batch_rows=micro_batch_rows, max_grad_norm=None,
             autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=False), speed=Speed(device, 1.0, 1.0),
         ).fit()  # fmt: skip
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -3,7 +3,7 @@
     checkpoints/step-00001000/
         state/*.safetensors    model.*, average.*, optimizer.*, state.* tensors, of each process its own; nothing frozen
         manifest.json          step, time, metrics of the step, sha256 of every file
-        (and what `write_extra` adds, such as the model's config and the tokenizer)
+        (and what the saver's `extra` adds, such as the model's config and the tokenizer)
 
 Nothing is pickled in or out. `torch.distributed.checkpoint` reads them into any other layout. A folder without a
 manifest that matches is not a checkpoint.

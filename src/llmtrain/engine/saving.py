@@ -48,8 +48,9 @@ class Saver:
     steps: int
     state: Callable[[], dict[str, Tensor]]
     """The live tensors of the run's state, by name."""
-    write_extra: Callable[[Path, int], None]
-    """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    extra: Callable[[int], Callable[[Path], None]]
+    """At a step, what will write into its checkpoint's folder all but tensors: what was drawn from the data until then,
+    and what the weights need to be read alone. That is called in a thread, when training has gone on."""
     say: Callable[[str], None]
     phase: Callable[[str], contextlib.AbstractContextManager[None]] = lambda name: contextlib.nullcontext()
     """Within, time is that of a phase."""
@@ -208,11 +209,12 @@ class Saver:
             raise UserError(f"step {step}: the weights are not finite any more ({', '.join(bad[:3])}); not saved.")
         self._say_of_mirror()
         pieces = self._snapshots.take(state)
-        failure = self._extra(step) if self.layout.is_main else None
+        write_extra = self.extra(step) if self.layout.is_main else None
 
         def write(give_up: threading.Event) -> None:
-            if failure is not None:
-                raise failure
+            if write_extra is not None:
+                with checkpoints.writing(self.root, step):
+                    write_extra(checkpoints.aside(self.root, step))
             checkpoints.save(self.root, step, pieces, self.layout, metrics=measured, give_up=give_up)
             if self.layout.is_main:
                 retention.prune(self.root, newest=step, keep=self.config)
@@ -221,15 +223,6 @@ class Saver:
 
         self._writing = Writing(write)
         self._writing.start()
-
-    def _extra(self, step: int) -> NotSaved | None:
-        """Write what belongs to the step besides the state, now: the thread would be too late."""
-        try:
-            with checkpoints.writing(self.root, step):
-                self.write_extra(checkpoints.aside(self.root, step), step)
-        except NotSaved as error:
-            return error
-        return None
 
 
 class Writing(threading.Thread):

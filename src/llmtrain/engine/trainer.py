@@ -68,8 +68,8 @@ class Trainer:
     checkpoint: CheckpointConfig
     eval: EvalConfig
     tracking: TrackerConfig
-    write_extra: Callable[[Path, int], None]
-    """Adds to the checkpoint of a step what its weights need to be read alone, and what was drawn from the data."""
+    extra: Callable[[int], Callable[[Path], None]]
+    """At a step, what writes into its checkpoint what the weights need to be read alone, and what was drawn so far."""
     mirror: Mirror | None = None
     resume_from: checkpoints.Checkpoint | None = None
     """The checkpoint to go on from. None: begin."""
@@ -109,7 +109,7 @@ class Trainer:
         self.averages = WeightAverages(self.model, self.ema_decay)
         self.saver = Saver(
             folder=self.folder, layout=self.layout, config=keep, steps=self.steps, state=self._state,
-            write_extra=self.write_extra, say=self.tracker.say, phase=self.speed.phase,
+            extra=self.extra, say=self.tracker.say, phase=self.speed.phase,
             mirror=self.mirror,
         )  # fmt: skip
 

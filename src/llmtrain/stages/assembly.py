@@ -169,12 +169,12 @@ class Run(Generic[Config]):
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | AnyActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         score: str | None = None, parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
-        write_more: Callable[[Path], None] | None = None,
+        extra: Callable[[], Callable[[Path], None]] | None = None,
     ) -> None:  # fmt: skip
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few.
 
         Ends with the last weights in the model, or with the best ones (`checkpoint.final`; `score` is that of
-        `handover.checkpoint_config`). `write_more` adds to each checkpoint.
+        `handover.checkpoint_config`). `extra`, called at a checkpoint's step, returns what adds to its folder.
         """
         config, device, steps = self.config, self.layout.device, plan.steps
         precision = config.engine.precision
@@ -211,12 +211,17 @@ class Run(Generic[Config]):
         )
         peak = matmul_peak(device, self.autocast_dtype or torch.float32) * self.layout.world
 
-        def write_extra(folder: Path, step: int) -> None:
-            describe(folder, saved_part(trained), tokenizer)
-            handover.write_start(folder, config)
-            plan.ledger(step).write(folder)
-            if write_more:
-                write_more(folder)
+        def extra_at(step: int) -> Callable[[Path], None]:
+            ledger, write_more = plan.ledger(step), extra() if extra else None
+
+            def write(folder: Path) -> None:
+                describe(folder, saved_part(trained), tokenizer)
+                handover.write_start(folder, config)
+                ledger.write(folder)
+                if write_more:
+                    write_more(folder)
+
+            return write
 
         streamed = isinstance(config, PretrainConfig) and config.data.streaming
         # the rows of a stream have no numbers
@@ -236,7 +241,7 @@ class Run(Generic[Config]):
             ),
             steps=steps, stop_after=config.train.stop_after, seed=config.seed, tracker=tracker,
             checkpoint=handover.checkpoint_config(config, score),
-            eval=config.eval, tracking=config.tracker, write_extra=write_extra, resume_from=self.checkpoint,
+            eval=config.eval, tracking=config.tracker, extra=extra_at, resume_from=self.checkpoint,
             mirror=mirror_of(config) if self.layout.is_main else None,
             evaluators=evaluators, parts=parts or {}, autocast=self.autocast,
             micro_batch_rows=self._micro_batch_rows(model, None if fixed_shapes else length),

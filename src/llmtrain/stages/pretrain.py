@@ -62,7 +62,7 @@ def stage(config: PretrainConfig) -> None:
     run.write_samples("before", samples)
     run.fit(
         model=model, trained=trained, batches=warmed_up(config.train, text.batches), tokenizer=tokenizer,
-        plan=text.plan, objective=objective, evaluators=[measure], fixed_shapes=True, write_more=text.write_more,
+        plan=text.plan, objective=objective, evaluators=[measure], fixed_shapes=True, extra=text.extra,
     )  # fmt: skip
     run.write_samples("after", samples)
     run.finish(trained, tokenizer, data=text.said, plan=text.plan)
@@ -77,8 +77,8 @@ class Text(NamedTuple):
     """For the lineage."""
     domains: dict[str, Domain]
     summary: str
-    write_more: Callable[[Path], None] | None = None
-    """Adds to each checkpoint what the batches need to go on."""
+    extra: Callable[[], Callable[[Path], None]] | None = None
+    """At a checkpoint, what writes into its folder what the batches need to go on."""
 
 
 def prepared_text(
@@ -142,7 +142,7 @@ def streamed_text(
         blocks = Blocks(held_out, shorter, config.data.attend_across_documents) if shorter > 1 else None
         domains[name] = domain(config, tokenizer, task, blocks, number, held_out.training_counts)
     trained_on = corrupted(config, task, batches, {})
-    return Text(trained_on, plan, said, measurable(domains), f"{len(streams)} streams", batches.write)
+    return Text(trained_on, plan, said, measurable(domains), f"{len(streams)} streams", batches.positions)
 
 
 def corrupted(
