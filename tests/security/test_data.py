@@ -100,6 +100,7 @@ def test_saved_data_sets_that_are_none(state: str, tmp_path: Path) -> None:
 
 
 NESTED = "[" * 10**6 + "]" * 10**6
+MANY = "[" + "[]," * 2**22 + "0]"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,13 @@ NESTED = "[" * 10**6 + "]" * 10**6
         ("a.json", f'[{{"text": {NESTED}}}]', "line 1: not valid JSON: maximum recursion depth"),
         ("a.jsonl", f'{{"text": {"9" * 10**6}}}', "line 1: not valid JSON (Exceeds the limit"),
         ("a.json", f'[\n{{"text": {"9" * 10**6}}}]', "line 2: not valid JSON: Exceeds the limit"),
+        ("a.jsonl", f'{{"text": {MANY}}}', "line 1: not valid JSON (more than 4,194,304 objects and lists"),
+        ("a.json", f'[{{"text": {MANY}}}]', "line 1: not valid JSON: more than 4,194,304 objects and lists"),
         ("a.json", '[{"text": "a"}', "line 1: not valid JSON: expected ','"),
         ("a.json", '[{"text": "a"}] [', "line 1: not valid JSON: something follows"),
         ("a.json", '[{"text": "a', "line 1: not valid JSON: Unterminated string"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_absurd_json(name: str, text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)

@@ -9,6 +9,14 @@ from llmtrain.config.errors import DataError
 
 READ_BYTES = 64 * 1024  # at a time, or as much again as there is of an item that is longer
 SPACE = " \t\r\n"
+# An object or a list takes some 60 to 300 bytes of memory, and two characters of a file.
+MOST_BRACKETS = 1 << 22
+
+
+def check_brackets(text: str, start: int = 0) -> None:
+    """Raises ValueError for JSON from `start` on that would take many times its own length of memory."""
+    if len(text) - start > MOST_BRACKETS and text.count("[", start) + text.count("{", start) > MOST_BRACKETS:
+        raise ValueError(f"more than {MOST_BRACKETS:,} objects and lists in one row")
 
 
 def array_items(stream: IO[bytes], file: str, limit: int) -> Iterator[Any]:
@@ -57,6 +65,7 @@ class _Text:
         self.next()
         while True:
             try:
+                check_brackets(self.text, self.here)
                 value, end = self.decode_item(self.text, self.here)
             except json.JSONDecodeError as error:
                 fault = self.fault(error.msg, error.pos)  # or the rest of it has not been read

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, TypeVar
 
 from llmtrain.config.errors import DataError
 from llmtrain.data.files import LOADERS, READ_ERRORS, is_compressed, open_bytes, suffix_of
-from llmtrain.data.json_arrays import array_items
+from llmtrain.data.json_arrays import array_items, check_brackets
 from llmtrain.data.pieces import Piece, Place, find_pieces
 from llmtrain.data.tables import cause, check_rows, datasets_library, hub_dataset, open_parquet, saved_dataset
 
@@ -200,6 +200,7 @@ def _parsed(line: bytes | None, place: Place) -> Record | RowError:
         return RowError("line too long", f"{place}: longer than {LINE_BYTES:,} bytes")
     try:
         text = line.decode("utf-8-sig")
+        check_brackets(text)
         # JSON can name halves of characters outside the basic plane, which are no text when they stand alone.
         return _checked(json.loads(text), place, may_hold_surrogates=b"\\ud" in line or b"\\uD" in line)
     except UnicodeDecodeError as error:
