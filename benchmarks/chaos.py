@@ -293,6 +293,7 @@ def live(run: Run, faults: list[str], draw: random.Random, *, change: bool) -> i
     """Start a run again and again, with one fault each time, until it has finished; the most steps that were lost."""
     expected, lost = 0, 0
     for fault in [*faults, None]:
+        rows_before = run.rows()
         run.start()
         code = disturb(run, fault, draw) if fault else run.wait()
         resumed = resumed_at(run)
@@ -302,7 +303,9 @@ def live(run: Run, faults: list[str], draw: random.Random, *, change: bool) -> i
             return lost
         newest = run.newest()
         expected = int(newest.name[5:]) if newest else 0
-        if fault not in (*DAMAGES, "disk full"):
+        # what damage or a full disk cost is not the fault of a kill that comes before training goes on
+        has_trained = resumed is not None or run.rows() != rows_before
+        if fault not in (*DAMAGES, "disk full") and has_trained:
             lost = max(lost, run.rows() - 1 - expected)
         if change:
             run.processes = 3 - run.processes
