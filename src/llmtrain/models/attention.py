@@ -211,6 +211,8 @@ class Context(NamedTuple):
     """What cross-attention looks at, but for what a cache holds of it."""
     share: PositionShare | None = None
     """Where the keys and values of other processes' positions are found."""
+    length: int | None = None
+    """Of rows that tensor parallel layers have filled up, T; None where they have not."""
 
 
 class Attention(nn.Module):
@@ -252,7 +254,7 @@ class Attention(nn.Module):
         keys = even("the number of key-value heads", self.num_kv_heads, mesh) * self.head_size
         if self.crosses:
             split_by_outputs(self.query, mesh, [queries])
-            split_by_outputs(self.key_value, mesh, [keys, keys])
+            split_by_outputs(self.key_value, mesh, [keys, keys], takes_all=True)
         else:
             split_by_outputs(self.qkv, mesh, [queries, keys, keys])
         split_by_inputs(self.output, mesh)
@@ -267,7 +269,7 @@ class Attention(nn.Module):
 
     def _attend_row(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         """Self-attention of hidden states [B, T, H] → [B, Q, T, D]."""
-        heads = self.qkv(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
+        heads = self.qkv(hidden)[:, : context.length].unflatten(-1, (-1, self.head_size))  # [B, T, Q + 2K, D]
         query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.qk_norm != "none":
             query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=2)
@@ -292,7 +294,7 @@ class Attention(nn.Module):
 
     def _attend_source(self, hidden: Tensor, context: Context, cache: KVCache | None) -> Tensor:
         """Cross-attention of hidden states [B, T, H] → [B, Q, T, D]; nothing is rotated, for no distance is between."""
-        query = self.query(hidden).unflatten(-1, (-1, self.head_size))  # [B, T, Q, D]
+        query = self.query(hidden)[:, : context.length].unflatten(-1, (-1, self.head_size))  # [B, T, Q, D]
         if self.qk_norm != "none":
             query = self._normed(self.query_norm, query, hidden)
         if self.query_factor != 1.0:

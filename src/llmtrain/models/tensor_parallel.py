@@ -1,10 +1,14 @@
 """Linear layers of which each process computes a part, for the same rows.
 
-    by outputs   y_p = x W_pᵀ + b_p        x is whole, W_p some rows of W
+    by outputs   y_p = x W_pᵀ + b_p        W_p some rows of W
     by inputs    y = Σ_p x_p W_pᵀ + b      x_p is what a layer by outputs has come to, W_p some columns of W
 
-Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053, section 3): forward, the second adds up over the processes,
-backward, the first. Weights are DTensors, so that whoever saves them knows the whole.
+Between such pairs, where norms and residual sums go position by position, each process has its share of the positions
+alone: x is gathered, and of y each process gets the sum for its own positions (Shoeybi et al. 2019, Megatron-LM, arXiv
+1909.08053, section 3, with the sequence parallelism of Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2).
+What gathers forward adds up backward, and the other way round. Rows that do not divide are filled up with zeros.
+
+Weights are DTensors, so that whoever saves them knows the whole.
 """
 
 from collections.abc import Sequence
@@ -12,7 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.errors import ConfigError
@@ -28,25 +34,44 @@ class GradientSum(NamedTuple):
 
 
 class ByOutputs:
-    """A layer of which this process has some outputs."""
+    """A layer of which this process has some outputs: [B, T / P, I] → [B, T, O / P].
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    With `takes_all`, what it is given has all positions already, and is the same on all P processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, takes_all: bool = False) -> None:
+        self.group, self.takes_all = group, takes_all
 
     def __call__(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        inputs = (_Copied if self.takes_all else _Gathered).apply(inputs, self.group)
         bias = None if linear.bias is None else local(linear.bias)
-        return product(_Copied.apply(inputs, self.group), local(linear.weight), bias)
+        return product(inputs, local(linear.weight), bias)
 
 
 class ByInputs:
-    """A layer of which this process has some inputs; the bias is added once, to the sum."""
+    """A layer of which this process has some inputs, [B, T, I / P] → [B, T / P, O]; the bias is added once."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def __call__(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
-        summed: Tensor = _Summed.apply(product(inputs, local(linear.weight), None), self.group)
-        return summed if linear.bias is None else summed + linear.bias.to(summed.dtype)
+        products = _filled_up(product(inputs, local(linear.weight), None), self.group)
+        summed: Tensor = _SummedShare.apply(products, self.group)
+        # a process sees its positions' gradient of the bias alone
+        bias = None if linear.bias is None else _Copied.apply(linear.bias, self.group)
+        return summed if bias is None else summed + bias.to(summed.dtype)
+
+
+def share_of(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This process's positions of hidden states [B, T, H] that are the same on all: [B, T / P rounded up, H]."""
+    own: Tensor = _Share.apply(_filled_up(hidden, group), group)
+    return own
+
+
+def all_of(hidden: Tensor, group: dist.ProcessGroup, length: int) -> Tensor:
+    """[B, T, H] of each process's share of T = `length` positions; what follows is the same on all processes."""
+    found: Tensor = _All.apply(hidden, group)
+    return found[:, :length]
 
 
 def even(what: str, number: int, mesh: DeviceMesh) -> int:
@@ -56,7 +81,7 @@ def even(what: str, number: int, mesh: DeviceMesh) -> int:
     return number
 
 
-def split_by_outputs(linear: Linear, mesh: DeviceMesh, pieces: Sequence[int]) -> None:
+def split_by_outputs(linear: Linear, mesh: DeviceMesh, pieces: Sequence[int], *, takes_all: bool = False) -> None:
     """Keeps this process's rows: its even share of each of the `pieces`, numbers of rows one below the other."""
     starts = [sum(pieces[:number]) for number in range(len(pieces))]
     shares = [
@@ -70,7 +95,7 @@ def split_by_outputs(linear: Linear, mesh: DeviceMesh, pieces: Sequence[int]) ->
     if linear.bias is not None:
         linear.bias = _parameter(linear.bias, linear.bias[own], mesh, dim=0)
     linear.row_order = order if len(pieces) > 1 else None
-    linear.part = ByOutputs(mesh.get_group())
+    linear.part = ByOutputs(mesh.get_group(), takes_all=takes_all)
 
 
 def split_by_inputs(linear: Linear, mesh: DeviceMesh) -> None:
@@ -108,22 +133,79 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum(grad, ctx.group), None
-
-
-class _Summed(torch.autograd.Function):
-    """The sum over the processes, which is used alike on all of them; so the gradient is that of any."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _sum(inputs, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
         return grad, None
 
 
-def _sum(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    values = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(values, group=group)
-    return values
+class _Gathered(torch.autograd.Function):
+    """All positions, of which each process does something else; the gradient of its own is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(own, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _sum_of_own(grad, ctx.group), None
+
+
+class _SummedShare(torch.autograd.Function):
+    """Of the sum over the processes its own positions; their gradients are needed by all."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_of_own(parts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, ctx.group), None
+
+
+class _Share(torch.autograd.Function):
+    """Its own positions of what all have; each then knows its own positions' gradient, and all are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, everything: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _own(everything, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, ctx.group), None
+
+
+class _All(torch.autograd.Function):
+    """All positions, of which every process does the same; so the gradient of its own is there."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(own, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _own(grad, ctx.group), None
+
+
+def _filled_up(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """With zeros behind the last position, so that all processes have as many."""
+    return F.pad(hidden, (0, 0, 0, -hidden.shape[1] % group.size()))
+
+
+def _own(everything: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return everything.chunk(group.size(), dim=1)[group.rank()].contiguous()
+
+
+def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, P t, H] of [B, t, H]."""
+    gathered: Tensor = wait_tensor(all_gather_tensor(own.contiguous(), 1, group))
+    return gathered
+
+
+def _sum_of_own(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, t, H], the sum over the processes, of [B, P t, H]."""
+    own: Tensor = wait_tensor(reduce_scatter_tensor(parts.contiguous(), "sum", 1, group))
+    return own

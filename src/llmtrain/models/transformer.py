@@ -13,6 +13,7 @@ Shapes: B rows, T positions, S positions of a source, H hidden size, V vocabular
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.errors import ConfigError
@@ -28,6 +29,7 @@ from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import rotary_tables, rotated_size, sinusoids
 from llmtrain.models.recompute import Recompute, recomputed
 from llmtrain.models.shared_rows import SharedRows
+from llmtrain.models.tensor_parallel import all_of, share_of, sum_gradients
 
 
 class Block(nn.Module):
@@ -136,6 +138,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement != "post" else nn.Identity()
         self.share: PositionShare | None = None
+        self.tensor_group: ProcessGroup | None = None
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None,
@@ -193,11 +196,15 @@ class Transformer(nn.Module):
         self, layers: range, hidden: Tensor, contexts: dict[int | None, Context], cache: KVCache | None = None
     ) -> Tensor:
         """The hidden states after these layers, and after the last norm where they are the last ones."""
-        kind = self.recompute if torch.is_grad_enabled() else "none"
+        kind, length, group = self.recompute if torch.is_grad_enabled() else "none", hidden.shape[1], self.tensor_group
+        if group is not None:
+            hidden = share_of(hidden, group)
+            contexts = {window: context._replace(length=length) for window, context in contexts.items()}
         for layer in layers:
             block, inputs = self.blocks[layer], (hidden, contexts[self.windows[layer]], cache)
             hidden = block(*inputs) if kind == "none" else recomputed(block, kind, *inputs)
-        return self.final_norm(hidden) if layers.stop == len(self.blocks) else hidden
+        hidden = self.final_norm(hidden) if layers.stop == len(self.blocks) else hidden
+        return hidden if group is None else all_of(hidden, group, length)
 
     def _forward_share(
         self, share: PositionShare, tokens: Tensor, documents: Tensor | None, prefix: Tensor | None
@@ -234,7 +241,9 @@ class Transformer(nn.Module):
         self.share = PositionShare(mesh.get_group())
 
     def split_tensors(self, mesh: DeviceMesh) -> None:
-        """Keep this process's share of the heads and of the inner sizes, of a model whose embeddings are whole.
+        """Keep this process's share of the heads, of the inner sizes, and between them of the positions.
+
+        Embeddings and head stay whole.
 
         Raises ConfigError where that is not even, and for a model with a part that is not shared out.
         """
@@ -248,9 +257,12 @@ class Transformer(nn.Module):
         for part, present in parts.items():
             if present:
                 raise ConfigError(f"engine.tensor_parallel: it does not go with {part}. Leave it at 1.")
-        for module in self.blocks.modules():
+        self.tensor_group = mesh.get_group()
+        for module in [self.final_norm, *(child for block in self.blocks for child in block.children())]:
             if isinstance(module, Attention | FeedForward | GatedFeedForward):
                 module.split(mesh)
+            else:  # a norm, which sees this process's positions
+                sum_gradients(module, self.tensor_group)
 
     @property
     def matrices(self) -> list[Tensor]:
