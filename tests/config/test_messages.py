@@ -93,7 +93,7 @@ BAD = [
     ("pretrain train=3", "train: 3 is not allowed; it takes a block with the keys steps, tokens"),
     ("pretrain seed=true", "seed: true is not allowed; it takes a whole number >= 0"),
     # words
-    ("pretrain engine.precision=bf16", "it takes float32, bfloat16 or float16; did you mean bfloat16?"),
+    ("pretrain engine.precision=bf16", "it takes float32, bfloat16, float16 or float8; did you mean bfloat16?"),
     ("pretrain schedule.name=cosin", "schedule.name: 'cosin' did you mean cosine?"),
     ("align method.name=dppo", "method: 'dppo': method.name wants dpo or ipo or hinge did you mean"),
     # groups
@@ -270,6 +270,13 @@ BAD = [
     ),
     ("sft train.micro_batch_rows=0", "train.micro_batch_rows"),
     ("align method=grpo engine.precision=float16", "engine.precision: float16 is not for method=grpo, which samples"),
+    ("align engine.precision=float8", "engine.precision: float8 is for pretrain and sft; use bfloat16"),
+    ("sft engine.precision=float8 adapter=lora", "engine.precision: float8 does not go with adapters; use bfloat16"),
+    (
+        "pretrain engine.precision=float8 engine.processes=2 engine.tensor_parallel=2",
+        "engine.precision: float8 does not go with engine.tensor_parallel",
+    ),
+    ("sft engine.float8_scaling=rowwise", "engine.float8_scaling: has no effect: nothing is scaled to float8"),
     ("sft engine.hang_minutes=5", "engine.hang_minutes: has no effect: there is one process"),
     ("sft health.spike_window=20", "health.spike_window: has no effect: health.on_spike is not set"),
     ("reward health.on_spike=skip", "health.on_spike: skip has no effect: only the loss on text is steady enough"),

@@ -161,11 +161,23 @@ def hanging(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "engine.hang_minutes", "there is one process, which waits for no other")
 
 
-def half_precision(view: View) -> Iterator[Finding]:
-    """Loss scaling is for updates; log-probabilities of what is sampled want more than float16's range."""
+def low_precision(view: View) -> Iterator[Finding]:
+    """Loss scaling is for updates; log-probabilities of what is sampled want more than float16's range.
+
+    float8 is for layers that are a product and nothing else, and for losses that no second model is compared in.
+    """
     if view["engine.precision"] == "float16" and view.command == "align" and view["method.name"] in SAMPLING:
         problem = f"float16 is not for method={view['method.name']}, which samples; use bfloat16 or float32"
         yield finding(problem, "engine.precision", "method.name")
+    if view["engine.precision"] != "float8":
+        yield from no_effect(view, "engine.float8_scaling", "nothing is scaled to float8", "engine.precision")
+        return
+    if view.command not in ("pretrain", "sft"):
+        yield finding("float8 is for pretrain and sft; use bfloat16", "engine.precision")
+    if view["engine.tensor_parallel"] > 1:
+        yield finding("float8 does not go with engine.tensor_parallel", "engine.precision", "engine.tensor_parallel")
+    if view["adapter.name"] != "none":
+        yield finding("float8 does not go with adapters; use bfloat16", "engine.precision", "adapter")
 
 
 def found_rows(view: View) -> Iterator[Finding]:
@@ -360,7 +372,7 @@ CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     *PIPELINE_CHECKS,
     *CONTEXT_CHECKS,
     hanging,
-    half_precision,
+    low_precision,
     found_rows,
     profile,
     schedule,

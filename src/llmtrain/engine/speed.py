@@ -43,6 +43,11 @@ def has_float16(device: torch.device) -> bool:
     return device.type == "cuda" or any(capabilities.get(name, False) for name in ("amx_fp16", "avx512_fp16"))
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether the hardware multiplies in float8, as NVIDIA's does from Ada and Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a large square matrix product here and now: the ceiling that MFU is measured against."""
     size = size or (8192 if device.type == "cuda" else 1024)

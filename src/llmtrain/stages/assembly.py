@@ -35,12 +35,13 @@ from llmtrain.engine.mirror import Mirror
 from llmtrain.engine.profiling import Profiler
 from llmtrain.engine.rank_logs import keep_log
 from llmtrain.engine.report import write_report
-from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, has_float16, matmul_peak
+from llmtrain.engine.speed import Speed, compile_pays, has_bfloat16, has_float8, has_float16, matmul_peak
 from llmtrain.engine.steps import BatchSource, Objective
 from llmtrain.engine.tracking import Tracker, check_trackers
 from llmtrain.engine.trainer import Evaluator, Trainer
 from llmtrain.engine.watchdog import Watchdog
 from llmtrain.models.experts import expert_layers
+from llmtrain.models.float8 import to_float8
 from llmtrain.models.formats import save_config, save_model
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic, trained_share
 from llmtrain.models.lora import adapt, initialise_adapters, merged_state
@@ -124,7 +125,7 @@ class Run(Generic[Config]):
     def autocast_dtype(self) -> torch.dtype | None:
         """What was asked for, where the hardware computes in it; elsewhere float32 is faster and as good."""
         wanted, device = self.config.engine.precision, self.layout.device
-        if wanted == "bfloat16":
+        if wanted in ("bfloat16", "float8"):
             return torch.bfloat16 if has_bfloat16(device) else None
         return torch.float16 if wanted == "float16" and has_float16(device) else None
 
@@ -158,7 +159,16 @@ class Run(Generic[Config]):
             print(text, file=sys.stderr, flush=True)
 
     def adapt(self, model: Trained) -> Trained:
-        """The model with new adapters, all else frozen, where the config has them; else as it is."""
+        """The model with new adapters, all else frozen, where the config has them; else as it is.
+
+        Its products are float8's where that was asked for and the hardware has it.
+        """
+        engine = self.config.engine
+        if engine.precision == "float8" and has_float8(self.layout.device):
+            converted = to_float8(model, engine.float8_scaling, emulated=self.layout.device.type == "cpu")
+            self.say(f"engine.precision=float8: {converted} layers, scaled {engine.float8_scaling}")
+        elif engine.precision == "float8":
+            self.say("engine.precision=float8: this device has no float8 units; computing in bfloat16 where it can")
         if isinstance(self.config.adapter, LoraConfig):
             adapt(model, self.config.adapter)
             initialise_adapters(model, self.config.seed, "adapter")

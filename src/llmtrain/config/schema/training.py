@@ -9,6 +9,7 @@ from llmtrain.config.schema.strict import STRICT
 from llmtrain.config.schema.watching import ProfileConfig
 
 PipelineSchedule = Literal["1f1b", "gpipe", "interleaved"]
+Float8Scaling = Literal["tensorwise", "rowwise"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -100,9 +101,12 @@ class EngineConfig:
     """Processes to start on this machine; leave at 1 under torchrun or accelerate launch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live. auto: cuda if there is one."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "float8"] = "float32"
     """Arithmetic of matrix products (autocast); weights and optimizer moments stay float32. float16, for GPUs without
-    bfloat16, scales the loss and leaves out updates that overflow (not with methods that sample)."""
+    bfloat16, scales the loss and leaves out updates that overflow (not with methods that sample). float8, for GPUs
+    from Hopper and Ada on, is bfloat16 but for the blocks' products (torchao; pretrain and sft)."""
+    float8_scaling: Float8Scaling = "tensorwise"
+    """One scale for a tensor, which is faster, or one for each of its rows, which loses less."""
     sharding: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """What processes that take different rows do with the model: replicate it (ddp), shard weights, gradients and
     moments over all of them (fsdp: FSDP2), or over `shard_processes` of them and replicate that (hsdp)."""
