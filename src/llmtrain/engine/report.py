@@ -196,6 +196,9 @@ def _facts(rows: Rows, lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     memory = [value for _, value in _series(rows, "perf/peak_memory_gib")]
     if memory:
         yield "peak memory of a process", f"{max(memory):.3g} GiB"
+    joules = sum(row["perf/watts"] * row["perf/seconds/total"] for row in rows if "perf/watts" in row)
+    if joules:
+        yield "energy of a GPU", f"{joules / 3.6e6:.3g} kWh"
     if lineage.get("seconds") is not None:
         yield "time", clock(lineage["seconds"])
 

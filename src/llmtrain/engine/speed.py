@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from llmtrain.engine.energy import Energy
+
 # What a run's time is divided into; a source of batches may name another phase than data (rollouts).
 PHASES = ("data", "forward_backward", "optimizer", "evaluation", "saving")
 ON_DEVICE, BETWEEN_STEPS = ("forward_backward", "optimizer"), ("evaluation", "saving")
@@ -82,6 +84,7 @@ class Speed:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.tokens = self.predictions = 0
         self._since: float | None = None
+        self._energy = Energy(device)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def start_step(self) -> None:
@@ -131,6 +134,8 @@ class Speed:
             "perf/seconds/total": total,
             **{f"perf/seconds/{name}": seconds for name, seconds in self.seconds.items()},
         }
+        if (joules := self._energy.joules()) is not None:
+            found["perf/watts"] = joules / total
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.tokens, self.predictions, self._since, self._events = 0, 0, now, []
         return found
