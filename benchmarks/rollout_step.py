@@ -102,7 +102,7 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective, tokenizer=None,
-        plan=Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, ANSWERS, {}, {}), parts=learner.parts,
+        plan=Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, ANSWERS, {"random": 1}, {"random": ""}), parts=learner.parts,
     )  # fmt: skip
 
 
