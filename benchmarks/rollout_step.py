@@ -100,9 +100,10 @@ def ours(method: str, folder: Path, arguments: argparse.Namespace) -> None:
         settings=config.method, batch_rows=ANSWERS, group_rows=learner.group_rows, minibatches=learner.minibatches,
         seed=0, layout=run.layout, autocast=run.autocast,
     )  # fmt: skip
+    plan = Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, ANSWERS, {"random": 1}, {"random": ""})
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective, tokenizer=None,
-        plan=Plan(PhasedMixture([Phase(0, {"random": 1.0})]), 100_000, ANSWERS, {"random": 1}, {"random": ""}), parts=learner.parts,
+        plan=plan, parts=learner.parts,
     )  # fmt: skip
 
 
