@@ -11,7 +11,9 @@ Now and then it goes on with the other number of processes. The same command is 
 
 Undisturbed runs of each stage are made first. Asked of each disturbed one: the weights at the end have the same bits,
 or differ by less than `ROUNDING` where the number of processes changed; the metrics too; after a fault it goes on from
-the newest checkpoint that was complete, or where that was damaged from the one before; nothing is left lying about.
+the newest checkpoint that was complete, or where that was damaged from the one before; nothing is left lying about. A
+kill loses no more steps than lie between two saves, or where checkpoints are written while training goes on (half of
+the runs, by draw), than that and those that were made while one was being written, which is before the next begins.
 """
 
 import argparse
@@ -79,6 +81,7 @@ class Run:
     keys: list[str]
     folder: Path
     processes: int = 1
+    asynchronous: bool = True
     process: subprocess.Popen[str] | None = None
     errors: str = ""
     """What the last start wrote on standard error."""
@@ -90,7 +93,7 @@ class Run:
         command = [
             sys.executable, "-m", "llmtrain", *self.keys, f"runs_dir={self.folder.parent}", f"run={self.folder.name}",
             f"engine.processes={self.processes}", "engine.threads=1", f"train.steps={STEPS}",
-            f"checkpoint.every_steps={EVERY}",
+            f"checkpoint.every_steps={EVERY}", f"checkpoint.asynchronous={str(self.asynchronous).lower()}",
         ]  # fmt: skip
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `wait`)
         self.process = subprocess.Popen(
@@ -307,6 +310,8 @@ def live(run: Run, faults: list[str], draw: random.Random, *, change: bool) -> i
         has_trained = resumed is not None or run.rows() != rows_before
         if fault not in (*DAMAGES, "disk full") and has_trained:
             lost = max(lost, run.rows() - 1 - expected)
+            if lost > (2 * EVERY - 1 if run.asynchronous else EVERY):
+                raise Wrong(f"{lost} steps are lost")
         if change:
             run.processes = 3 - run.processes
     raise Wrong(f"exit code {code} though nothing happened")
@@ -316,13 +321,17 @@ def trial(number: int, seed: int, calm: Path) -> dict[str, Any]:
     """One disturbed run, from beginning to end."""
     draw = random.Random(f"{seed} {number}")
     stage, processes, change = draw.choice(list(STAGES)), draw.choice((1, 2)), draw.random() < 0.15
+    asynchronous = draw.random() < 0.5
     folder = calm.parent / f"run-{number}"
     with small_disk(folder, megabytes=24) as is_small:
         usual = [name for name in FAULTS if (is_small or name != "disk full") and (processes > 1 or "one " not in name)]
         faults = draw.choices(usual, k=draw.randrange(1, 4))
-        said = {"run": number, "stage": stage, "processes": processes, "changed": change, "faults": faults}
+        said = {
+            "run": number, "stage": stage, "processes": processes, "asynchronous": asynchronous, "changed": change,
+            "faults": faults,
+        }  # fmt: skip
         (folder / "cache").symlink_to(calm / "cache")
-        run = Run(command(stage, calm), folder / stage, processes)
+        run = Run(command(stage, calm), folder / stage, processes, asynchronous)
         try:
             lost = live(run, faults, draw, change=change)
             difference = compare(run, calm / f"{stage}-{processes}", same_processes=not change)
@@ -372,7 +381,11 @@ def main() -> None:
         "seed": arguments.seed, "runs": len(results), "wrong": [result["run"] for result in wrong],
         "faults": dict(Counter(fault for result in results for fault in result["faults"])),
         "stages": dict(Counter(f"{result['stage']} on {result['processes']}" for result in results)),
-        "most_steps_lost": max((result["lost"] for result in right), default=None), "save_interval": EVERY,
+        "most_steps_lost": {
+            name: max((result["lost"] for result in right if result["asynchronous"] == kind), default=None)
+            for name, kind in (("saving stands still", False), ("saving goes on beside", True))
+        },
+        "save_interval": EVERY,
         "largest_difference_processes_changed": max((result["difference"] for result in right), default=None),
     }  # fmt: skip
     report(summary, arguments.output and arguments.output / "chaos.jsonl")
