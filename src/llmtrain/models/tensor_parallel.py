@@ -11,18 +11,25 @@ What gathers forward adds up backward, and the other way round. Rows that do not
 Weights are DTensors, so that whoever saves them knows the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor, wait_tensor
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_reduce,
+    reduce_scatter_tensor,
+    wait_tensor,
+)
 from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.models.linear import Linear, product
+
+Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 class GradientSum(NamedTuple):
@@ -43,7 +50,8 @@ class ByOutputs:
         self.group, self.takes_all = group, takes_all
 
     def __call__(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
-        inputs = (_Copied if self.takes_all else _Gathered).apply(inputs, self.group)
+        # each does something else with them: the gradient is the sum of theirs
+        inputs = _exchanged(inputs, self.group, *((_same, _sum) if self.takes_all else (_gather, _sum_of_own)))
         bias = None if linear.bias is None else local(linear.bias)
         return product(inputs, local(linear.weight), bias)
 
@@ -56,22 +64,20 @@ class ByInputs:
 
     def __call__(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         products = _filled_up(product(inputs, local(linear.weight), None), self.group)
-        summed: Tensor = _SummedShare.apply(products, self.group)
+        summed = _exchanged(products, self.group, _sum_of_own, _gather)
         # a process sees its positions' gradient of the bias alone
-        bias = None if linear.bias is None else _Copied.apply(linear.bias, self.group)
+        bias = None if linear.bias is None else _exchanged(linear.bias, self.group, _same, _sum)
         return summed if bias is None else summed + bias.to(summed.dtype)
 
 
 def share_of(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This process's positions of hidden states [B, T, H] that are the same on all: [B, T / P rounded up, H]."""
-    own: Tensor = _Share.apply(_filled_up(hidden, group), group)
-    return own
+    return _exchanged(_filled_up(hidden, group), group, _own, _gather)
 
 
 def all_of(hidden: Tensor, group: dist.ProcessGroup, length: int) -> Tensor:
     """[B, T, H] of each process's share of T = `length` positions; what follows is the same on all processes."""
-    found: Tensor = _All.apply(hidden, group)
-    return found[:, :length]
+    return _exchanged(hidden, group, _gather, _own)[:, :length]
 
 
 def even(what: str, number: int, mesh: DeviceMesh) -> int:
@@ -123,71 +129,31 @@ def local(weight: Tensor) -> Tensor:
     return part
 
 
-class _Copied(torch.autograd.Function):
-    """The same on every process; the gradient is the sum of theirs."""
+class _Exchange(torch.autograd.Function):
+    """there(values, group); the gradient is back(its gradient, group)."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return inputs.view_as(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Gathered(torch.autograd.Function):
-    """All positions, of which each process does something else; the gradient of its own is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(own, group)
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(values, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum_of_own(grad, ctx.group), None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _SummedShare(torch.autograd.Function):
-    """Of the sum over the processes its own positions; their gradients are needed by all."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _sum_of_own(parts, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.group), None
+def _exchanged(values: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> Tensor:
+    found: Tensor = _Exchange.apply(values, group, there, back)
+    return found
 
 
-class _Share(torch.autograd.Function):
-    """Its own positions of what all have; each then knows its own positions' gradient, and all are wanted."""
-
-    @staticmethod
-    def forward(ctx: Any, everything: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _own(everything, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.group), None
+def _same(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return values.view_as(values)
 
 
-class _All(torch.autograd.Function):
-    """All positions, of which every process does the same; so the gradient of its own is there."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(own, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _own(grad, ctx.group), None
+def _sum(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed: Tensor = wait_tensor(all_reduce(values.contiguous(), "sum", group))
+    return summed
 
 
 def _filled_up(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
