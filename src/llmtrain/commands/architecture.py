@@ -101,7 +101,8 @@ def _print_memory(console: Console, model: LanguageModel, config: PretrainConfig
     data_processes = mesh_shape(config.engine, config.engine.processes).data
     rows = rows or math.ceil(rows_per_step(config.train) / data_processes)
     device = "cpu" if config.engine.device == "cpu" else "cuda"
-    precision = config.engine.precision
+    # what float8's products keep for the backward pass is bfloat16: they round it again
+    precision = "bfloat16" if config.engine.precision == "float8" else config.engine.precision
     in_half = precision != "float32"
     kept = activation_bytes(model.config, rows * length, length, 2 if in_half else 4)
     lines = {
