@@ -29,6 +29,7 @@ GPT2_GROUPED = dataclasses.replace(GPT2, num_kv_heads=2, activation="gelu")
 WINDOWS = dataclasses.replace(GROUPED, sliding_window=7, attention_pattern=["sliding", "full"], qk_norm="head")
 ALIBI = dataclasses.replace(MULTI_HEAD, positions="alibi")
 ALIBI_GROUPED = dataclasses.replace(GROUPED, positions="alibi", sliding_window=20)
+SINKS = dataclasses.replace(WINDOWS, attention_sinks=True)
 CAPPED = dataclasses.replace(WINDOWS, attention_softcap=5.0, logit_softcap=4.0, norm="zero_centred_rmsnorm")
 DYNAMIC = dataclasses.replace(
     GROUPED, rope_scaling=DynamicScalingConfig(factor=4.0, original_max_sequence_length=16), attention_scale=0.5
@@ -66,7 +67,7 @@ KINDS = {
     "gpt2-grouped": GPT2_GROUPED, "windows": WINDOWS, "alibi": ALIBI, "alibi-grouped": ALIBI_GROUPED,
     "capped": CAPPED, "dynamic": DYNAMIC, "neox": NEOX, "falcon": FALCON, "first": FIRST, "olmo": OLMO,
     "t5": T5, "first-both": FIRST_BOTH, "cross-capped": CROSS_CAPPED,
-    "experts": EXPERTS, "switch": SWITCH,
+    "sinks": SINKS, "experts": EXPERTS, "switch": SWITCH,
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 PACKED = pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(

@@ -30,7 +30,7 @@ CONTEXT = ["engine.processes=2", "engine.context_parallel=2"]
 BATCHES = ("next_token", "sft", "packed", "prefix")
 PARTS: dict[str, dict[str, Any]] = {
     "rotary": {}, "windows": {"sliding_window": 5, "attention_pattern": ["sliding", "full"]},
-    "alibi": {"positions": "alibi"}, "relative": {"positions": "relative"},
+    "alibi": {"positions": "alibi"}, "sinks": {"attention_sinks": True}, "relative": {"positions": "relative"},
     "learned": {"positions": "learned", "tied_embeddings": True, "max_sequence_length": 33},
     "sinusoidal, capped": {"positions": "sinusoidal", "attention_softcap": 3.0, "qk_norm": "head"},
 }  # fmt: skip

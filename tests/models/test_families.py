@@ -285,6 +285,7 @@ COMBINED = {
     "alibi and a gate": {"positions": "alibi"},
     "no positions": {"positions": "none"},
     "softcap alone": {"attention_softcap": 20.0},
+    "sinks": {"attention_sinks": True},
     "scaled logits": {"logit_scale": 0.25},
     "window and norms": {"sliding_window": 8, "norm_placement": "reordered"},
     "scaled rotation and part of it": {"partial_rotary_factor": 0.5, "qk_norm": "head"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.models.small import CONFIG, LENGTH, drawn, normal, with_parts
 from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig, YarnScalingConfig
-from llmtrain.models.attend import attend_one, attend_one_capped
+from llmtrain.models.attend import attend_one, attend_one_capped, with_sinks
 from llmtrain.models.attention import Attention, Context
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.experts import make_feed_forward
@@ -40,7 +41,7 @@ def bucket_by_hand(distance: int, count: int, farthest: int, *, both_ways: bool)
 
 def attended_by_loops(
     config: ModelConfig, query: Tensor, key: Tensor, value: Tensor, window: int | None, documents: Tensor | None,
-    prefix: Tensor | None = None, relative: Tensor | None = None,
+    prefix: Tensor | None = None, relative: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Queries [B, Q, T, D] over [B, K, T, D], one number after the other."""
     found, group = torch.zeros_like(query), query.shape[1] // key.shape[1]
@@ -62,7 +63,9 @@ def attended_by_loops(
                 )
                 score += float(relative[bucket, head])
             scores.append(score)
-        weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        if sinks is not None:
+            scores.append(float(sinks[head]))
+        weights = torch.tensor(scores, dtype=torch.float64).softmax(0)[: len(seen)]
         found[row, head, i] = sum(w * value[row, head // group, j] for w, j in zip(weights, seen, strict=True))
     return found
 
@@ -77,6 +80,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "softcap": {"attention_softcap": 1.5},
     "softcap in a window": {"attention_softcap": 1.5, "sliding_window": 4},
     "softcap and alibi": {"attention_softcap": 1.5, "positions": "alibi"},
+    "sinks": {"attention_sinks": True},
+    "sinks, alibi in a window": {"attention_sinks": True, "positions": "alibi", "sliding_window": 4},
+    "sinks, scale, softcap": {"attention_sinks": True, "attention_scale": 0.9, "attention_softcap": 1.5},
     "scale": {"attention_scale": 0.9},
     "scale, softcap, window": {"attention_scale": 0.9, "attention_softcap": 1.5, "sliding_window": 4},
     "relative": {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 9},
@@ -100,6 +106,14 @@ def table_of(config: ModelConfig) -> Tensor | None:
     return None if table is None else table.detach()
 
 
+def with_random_sinks(attention: Attention) -> Tensor | None:
+    """Those of the layer, now no zeros any more."""
+    if attention.sink_bias is not None:
+        attention.sink_bias.data = normal(len(attention.sink_bias), seed=4).to(attention.sink_bias.dtype)
+        return attention.sink_bias.detach()
+    return None
+
+
 @pytest.mark.parametrize("kind", [*KINDS, *BOTH_WAYS])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "several"])
 @pytest.mark.parametrize("has_prefix", [False, True], ids=["", "prefix"])
@@ -109,8 +123,11 @@ def test_attention_is_that_of_loops(kind: str, packed: bool, has_prefix: bool) -
     prefix = torch.arange(LENGTH) < torch.tensor([[9], [3]]) if has_prefix else None
     attention = Attention(config, 0).double()
     query, key, value = normal(2, 6, LENGTH, 4), normal(2, 2, LENGTH, 4, seed=2), normal(2, 2, LENGTH, 4, seed=3)
+    sinks = with_random_sinks(attention)
     found = attention._attend_all(query * attention.query_factor, key, value, context_of(config, documents, prefix))
-    expected = attended_by_loops(config, query, key, value, config.windows[0], documents, prefix, table_of(config))
+    expected = attended_by_loops(
+        config, query, key, value, config.windows[0], documents, prefix, table_of(config), sinks
+    )
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
@@ -135,17 +152,19 @@ def test_one_query_at_a_time_is_the_last_row(kind: str, kv_heads: int) -> None:
     seen = score_mask(config, config.windows[0], places, torch.arange(32), relative=relative)
     mask = added(seen, torch.float32).detach()
     attention = Attention(dataclasses.replace(config, num_kv_heads=kv_heads), 0)
-    scaled = query.float() * attention.query_factor
+    scaled, keys, values = query.float() * attention.query_factor, key.float(), value.float()
+    if (sinks := with_random_sinks(attention)) is not None:
+        keys, values, mask = with_sinks(keys, values, mask, sinks)
     if config.attention_softcap:
-        found = attend_one_capped(scaled, key.float(), value.float(), mask, config.attention_softcap)
+        found = attend_one_capped(scaled, keys, values, mask, config.attention_softcap)
     else:
-        found = attend_one(scaled, key.float(), value.float(), mask)
+        found = attend_one(scaled, keys, values, mask)
     for row, place in enumerate(places.flatten().tolist()):
         queries = torch.zeros(1, 6, place + 1, 4, dtype=torch.float64)
         queries[0, :, place] = query[row, :, 0]
         before = slice(row, row + 1), slice(None), slice(place + 1)
         expected = attended_by_loops(
-            config, queries, key[before], value[before], config.windows[0], None, None, relative
+            config, queries, key[before], value[before], config.windows[0], None, None, relative, sinks
         )
         torch.testing.assert_close(found[row, :, 0].double(), expected[0, :, place], atol=2e-6, rtol=0)
 
@@ -304,6 +323,7 @@ WHOLE = {
     "first": with_parts(norm_placement="post", positions="sinusoidal", activation="relu", norm="layernorm"),
     "bloom": with_parts(positions="alibi", norm="layernorm", activation="gelu_tanh", bias=True, embedding_norm="added"),
     "relative": with_parts(positions="relative", attention_scale=1.0, embedding_norm="first", relative_buckets=8),
+    "sinks": with_parts(attention_sinks=True, sliding_window=5, attention_pattern=["sliding", "full"]),
     "scaled": with_parts(rope_scaling=YarnScalingConfig(factor=2.0, original_max_sequence_length=16)),
 }  # fmt: skip
 EVERY_MODEL = pytest.mark.parametrize("name", WHOLE)
@@ -367,3 +387,17 @@ def test_dropout_acts_in_training_only(name: str) -> None:
     dropped.load_state_dict(model.state_dict())
     torch.testing.assert_close(dropped.eval()(tokens), model(tokens))
     assert not torch.allclose(dropped.train()(tokens), model(tokens))
+
+
+def test_sinks_are_those_of_gpt_oss() -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    config = with_parts(positions="none", attention_sinks=True)
+    attention = Attention(config, 0).double()
+    sinks = with_random_sinks(attention)
+    query, key, value = normal(2, 6, LENGTH, 4), normal(2, 2, LENGTH, 4, seed=2), normal(2, 2, LENGTH, 4, seed=3)
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
+    theirs = SimpleNamespace(sinks=sinks, num_key_value_groups=3, training=False)
+    expected, _ = eager_attention_forward(theirs, query, key, value, added(seen, torch.float64), scaling=0.5)
+    found = attention._attend_all(query, key, value, context_of(config))
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-12, rtol=0)

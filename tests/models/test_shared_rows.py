@@ -28,6 +28,7 @@ COMBINED = {
     "no positions": {"positions": "none", "attention_scale": 0.3},
     "alibi in windows": {"positions": "alibi", **WINDOWS},
     "capped alibi": {"positions": "alibi", "attention_softcap": 2.0, "logit_softcap": 3.0, "num_kv_heads": None},
+    "sinks in windows": {"attention_sinks": True, **WINDOWS},
     "experts": {"experts": EXPERTS},
     "dynamic rotation": {"rope_scaling": DynamicScalingConfig(factor=4.0, original_max_sequence_length=16), **WINDOWS},
 }

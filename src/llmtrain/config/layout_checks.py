@@ -108,6 +108,7 @@ def _not_shared_out(view: View, key: str) -> Iterator[Finding]:
     parts = {
         "model.positions": (view["model.positions"] in ("alibi", "relative"), "their biases belong to single heads"),
         "model.qk_norm": (view["model.qk_norm"] == "full", "it is over the heads of all processes"),
+        "model.attention_sinks": (view["model.attention_sinks"], "they belong to single heads"),
         "model.dropout": (view["model.dropout"] > 0, "heads of different processes would drop the same"),
         "model.experts": (view["model.experts"] is not None, "experts go with engine.expert_parallel"),
     }

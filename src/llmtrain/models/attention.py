@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
-from llmtrain.models.attend import attend_capped, attend_one, attend_one_capped
+from llmtrain.models.attend import attend_capped, attend_one, attend_one_capped, with_sinks
 from llmtrain.models.context_parallel import PositionShare
 from llmtrain.models.document_attention import document_attention
 from llmtrain.models.linear import Linear
@@ -82,13 +82,18 @@ class KVCache:
         """Writes a layer's keys and values of the prompts, [R, T, K, D]."""
         self.layers[layer][:, :, : key.shape[1]] = torch.cat((key, value), dim=2).transpose(1, 2)
 
-    def attend(self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Adds one position [B, 1, K, D] and attends to those it sees: queries [B, 1, Q, D] → [B, Q, 1, D]."""
         rows, head_size = len(self.lengths), key.shape[3]
         new = torch.cat((key, value), dim=2)[:rows]
         self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
         keys, values = self.views[layer]
-        return _attend_rows(self.config, query, keys, values, self.masks[window])
+        mask = self.masks[window]
+        if sinks is not None:
+            keys, values, mask = with_sinks(keys, values, mask.expand(rows, -1, -1, -1), sinks)
+        return _attend_rows(self.config, query, keys, values, mask)
 
     def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
         """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
@@ -247,6 +252,8 @@ class Attention(nn.Module):
             whole = config.qk_norm == "full"
             self.query_norm = make_norm(config, self.head_size * (self.num_heads if whole else 1))
             self.key_norm = make_norm(config, self.head_size * (self.num_kv_heads if whole else 1))
+        has_sinks = config.attention_sinks and not crosses
+        self.sink_bias = nn.Parameter(torch.zeros(self.num_heads)) if has_sinks else None
 
     def split(self, mesh: DeviceMesh) -> None:
         """Keep this process's share of the heads; raises ConfigError where that is not even."""
@@ -284,7 +291,7 @@ class Attention(nn.Module):
             heads = context.share.gathered(torch.cat((key, value), dim=2))
             key, value = heads.split(self.num_kv_heads, dim=2)
         if cache is not None and cache.adding:
-            return cache.attend(self.layer, self.window, query, key, value)
+            return cache.attend(self.layer, self.window, query, key, value, self.sink_bias)
         if context.rows is not None:
             return self._attend_shared(query[0], key[0], value[0], context.rows, context.mask)
         attended = self._attend_all(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
@@ -349,6 +356,9 @@ class Attention(nn.Module):
         No mask: they see all, or where attention is causal and they are the last T, all before them.
         """
         dropout = self.dropout if self.training else 0.0
+        if self.sink_bias is not None:
+            assert mask is not None, "`needs_mask` sees to it"
+            key, value, mask = with_sinks(key, value, mask, self.sink_bias)
         masks_ahead = mask is None and self.is_causal
         if masks_ahead and dropout == 0.0 and cpu_attention.is_faster(key):
             return cpu_attention.causal_attention(query, key, value)

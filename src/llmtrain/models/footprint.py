@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
+from llmtrain.models.attend import SINK_COLUMNS
 from llmtrain.models.experts import expert_size
 from llmtrain.models.feed_forward import GATES, inner_size
 from llmtrain.models.heads import LanguageModel
@@ -113,6 +114,12 @@ def _bytes_per_token(config: ModelConfig, length: int, product_bytes: int) -> di
         "cross-attention": crosses * (cross_attention + config.num_heads * (score * length if capped else 4)),
         "dropout": (2 + crosses) * hidden if config.dropout else 0,  # a mask of a byte for each branch
     }
+    if (
+        config.attention_sinks and not capped
+    ):  # torch's kernel for a mask that learns has float32, and a key for each query
+        columns = length + SINK_COLUMNS
+        per_token["queries, keys, values"] = 4 * queries + 8 * queries * columns // length
+        per_token["attended values"], per_token["scores"] = size * queries, 4 * config.num_heads * columns
     kept = {part: config.num_layers * number for part, number in per_token.items()}
     kept["feed-forward"] = (config.num_layers - sparse) * size * _kept_inside(config, inner_size(config))
     if config.experts is not None:

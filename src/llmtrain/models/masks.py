@@ -14,7 +14,8 @@ from llmtrain.models.positions import alibi_slopes, relative_buckets
 def needs_mask(config: ModelConfig, window: int | None, length: int) -> bool:
     """Whether a layer with this window takes `score_mask` for sequences of this length, rather than all or "causal"."""
     reaches = window is None or window >= length
-    return not reaches or config.positions in ("alibi", "relative") or config.attention_softcap is not None
+    changed = config.attention_softcap is not None or config.attention_sinks
+    return not reaches or changed or config.positions in ("alibi", "relative")
 
 
 def score_mask(

@@ -252,6 +252,7 @@ class Transformer(nn.Module):
             f"model.positions={config.positions}": config.positions in ("alibi", "relative"),
             "model.qk_norm=full": config.qk_norm == "full",
             "model.dropout above 0": config.dropout > 0,
+            "model.attention_sinks": config.attention_sinks,
             "experts, which engine.expert_parallel shares out": config.experts is not None,
         }
         for part, present in parts.items():

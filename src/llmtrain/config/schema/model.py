@@ -71,6 +71,8 @@ class ModelConfig:
     """What scores are multiplied by. Null: 1 / sqrt(head_dim)."""
     attention_softcap: float | None = Field(default=None, gt=0)
     """Scores s become c tanh(s / c) (Gemma 2: 50). Null: they stay."""
+    attention_sinks: bool = False
+    """A learned number of each head joins its scores, so that it can attend to nothing (gpt-oss)."""
     norm: Literal["rmsnorm", "layernorm", "zero_centred_rmsnorm"] = "rmsnorm"
     """Normalisation; the weight of zero_centred_rmsnorm is what is added to 1 (Gemma)."""
     norm_placement: Literal["pre", "post", "reordered", "sandwich"] = "pre"
