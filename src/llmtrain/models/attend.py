@@ -17,13 +17,11 @@ def with_sinks(keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> tup
     """Keys and values [B, K, S + 16, D] and a mask [B or 1, Q, T, S + 16] with which a head can attend to nothing.
 
     Behind the others comes a key of zeros, whose value is zeros too, and to whose score the mask adds a learned number,
-    `sinks` [Q]: softmax(s)_j becomes exp(s_j) / (exp(sink) + Σ exp(s)) (gpt-oss, arXiv 2508.10925, section 2.2; Xiao
+    `sinks` [Q]: softmax(s)_j becomes exp(s_j) / (exp(sink) + Σ exp(s)) (gpt-oss, arXiv 2508.10925, section 2; Xiao
     et al. 2024, arXiv 2309.17453, learn such a token). Columns are read in multiples of 16; the rest are not seen.
     """
     mask = added(mask, keys.dtype)
-    columns = torch.cat(
-        (sinks[:, None, None], sinks.new_full((len(sinks), 1, SINK_COLUMNS - 1), float("-inf"))), dim=-1
-    )
+    columns = F.pad(sinks[:, None, None], (0, SINK_COLUMNS - 1), value=float("-inf"))  # [Q, 1, 16]
     shape = (len(mask), len(sinks), mask.shape[2])
     mask = torch.cat((mask.expand(*shape, -1), columns.to(mask.dtype).expand(*shape, -1)), dim=-1)
     behind = (0, 0, 0, SINK_COLUMNS)

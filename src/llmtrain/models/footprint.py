@@ -114,9 +114,8 @@ def _bytes_per_token(config: ModelConfig, length: int, product_bytes: int) -> di
         "cross-attention": crosses * (cross_attention + config.num_heads * (score * length if capped else 4)),
         "dropout": (2 + crosses) * hidden if config.dropout else 0,  # a mask of a byte for each branch
     }
-    if (
-        config.attention_sinks and not capped
-    ):  # torch's kernel for a mask that learns has float32, and a key for each query
+    # torch's kernel for a mask that learns takes float32, and a key for each query head
+    if config.attention_sinks and not capped:
         columns = length + SINK_COLUMNS
         per_token["queries, keys, values"] = 4 * queries + 8 * queries * columns // length
         per_token["attended values"], per_token["scores"] = size * queries, 4 * config.num_heads * columns
