@@ -95,7 +95,8 @@ LLAMA = {"num_kv_heads": 2, "ffn_hidden_size": 192}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [
     GPT, LLAMA, GPT | {"activation": "gelu"}, {**GPT, "positions": "rope"}, GPT | {"activation": "relu"},
-    LLAMA | {"attention_sinks": True}, LLAMA | {"attention_scale": 0.3, "norm_placement": "post"}, GPT | {"activation": "relu_squared", "bias": False},
+    LLAMA | {"attention_sinks": True},
+    LLAMA | {"attention_scale": 0.3, "norm_placement": "post"}, GPT | {"activation": "relu_squared", "bias": False},
 ])  # fmt: skip
 def test_activations_are_what_autograd_keeps(
     parts: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
