@@ -67,7 +67,7 @@ def make_trainer(config: ModelConfig, vocab_size: int, rows: int, length: int, e
         folder=Path(), layout=layout, model=model, batches=batches, objective=NextToken(),
         optimizer=build_optimizer(trained, OptimizerConfig()), learning_rate=lambda step: 1e-4, steps=1, seed=0,
         tracker=quiet, checkpoint=CheckpointConfig(), eval=EvalConfig(), tracking=TrackerConfig(),
-        write_extra=lambda folder, step: None, autocast=lambda: torch.autocast("cpu", enabled=False),
+        extra=lambda step: lambda folder: None, autocast=lambda: torch.autocast("cpu", enabled=False),
         speed=Speed(layout.device, 1.0, 1.0),
     )  # fmt: skip
 
