@@ -18,17 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import (
-    all_gather_tensor,
-    all_reduce,
-    reduce_scatter_tensor,
-    wait_tensor,
-)
 from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.models.linear import Linear, product
 
+# Of tensors one behind the other, under the names that torch has had since 2.13.
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
@@ -152,7 +149,8 @@ def _same(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _sum(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    summed: Tensor = wait_tensor(all_reduce(values.contiguous(), "sum", group))
+    summed = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
     return summed
 
 
@@ -167,11 +165,14 @@ def _own(everything: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, P t, H] of [B, t, H]."""
-    gathered: Tensor = wait_tensor(all_gather_tensor(own.contiguous(), 1, group))
-    return gathered
+    shares = own.new_empty(group.size() * len(own), *own.shape[1:])
+    ALL_GATHER(shares, own.contiguous(), group=group)
+    return shares.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _sum_of_own(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, t, H], the sum over the processes, of [B, P t, H]."""
-    own: Tensor = wait_tensor(reduce_scatter_tensor(parts.contiguous(), "sum", 1, group))
+    shares = parts.unflatten(1, (group.size(), -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    own = parts.new_empty(len(parts), *shares.shape[1:])
+    REDUCE_SCATTER(own, shares, group=group)
     return own
