@@ -181,6 +181,7 @@ def test_killing_the_launcher_ends_the_processes_and_the_run_goes_on(pretrained:
 @pytest.mark.slow
 def test_a_fault_of_the_user_is_told_once_and_without_traceback(tmp_path: Path) -> None:
     command = [*pretrain_command(tmp_path, "wild"), "optimizer.lr=1e30", "train.max_grad_norm=null", *DDP]
+    command += ["health.max_skipped_in_a_row=1"]
     errors = finish(command, expect=1)
     assert errors.count("error:") == 1
     assert "stopped before it could be saved" in errors
@@ -222,7 +223,9 @@ def assert_same_run(folder: Path, expected: Path) -> None:
             if name.startswith("data/") and not name.endswith("/loss"):
                 assert row[name] == value, name
             elif not name.startswith("perf/"):
-                assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} at step {row['step']}"
+                # margins are differences of scores that are fifty times as large
+                nearly = pytest.approx(value, rel=1e-4, abs=5e-5 if "margin" in name else 1e-5)
+                assert row[name] == nearly, f"{name} at step {row['step']}"
 
 
 def assert_same_samples(folder: Path, expected: Path) -> None:
