@@ -276,6 +276,10 @@ BAD = [
         "pretrain engine.precision=float8 engine.processes=2 engine.tensor_parallel=2",
         "engine.precision: float8 does not go with engine.tensor_parallel",
     ),
+    (
+        "pretrain engine.processes=2 engine.tensor_parallel=2 model.attention_sinks=true",
+        "engine.tensor_parallel: does not go with model.attention_sinks=True: they belong to single heads",
+    ),
     ("sft engine.float8_scaling=rowwise", "engine.float8_scaling: has no effect: nothing is scaled to float8"),
     ("sft engine.hang_minutes=5", "engine.hang_minutes: has no effect: there is one process"),
     ("sft health.spike_window=20", "health.spike_window: has no effect: health.on_spike is not set"),

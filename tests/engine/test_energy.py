@@ -12,11 +12,15 @@ from llmtrain.engine.report import _facts
 GPU = torch.device("cuda", 1)
 
 
+class DriverError(Exception):
+    """NVML's own."""
+
+
 class Driver(SimpleNamespace):
     """NVML, of one GPU that takes 250 W while somebody counts seconds."""
 
     def __init__(self) -> None:
-        super().__init__(millijoules=5e9, asked=[], fails=False)
+        super().__init__(millijoules=5e9, asked=[], fails=False, NVMLError=DriverError)
 
     def nvmlInit(self) -> None:
         self.asked.append("init")
@@ -28,7 +32,7 @@ class Driver(SimpleNamespace):
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         assert handle == "handle"
         if self.fails:
-            raise RuntimeError("NVMLError_GpuIsLost")
+            raise DriverError("GPU is lost")
         return int(self.millijoules)
 
 
@@ -50,6 +54,8 @@ def test_joules_are_those_since_the_last_call(driver: Driver) -> None:
     assert energy.joules() is None
     driver.fails = False
     assert energy.joules() is None, "what lies between is not known"
+    driver.millijoules += 100_000
+    assert energy.joules() == pytest.approx(100.0)
 
 
 def test_without_a_counter_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

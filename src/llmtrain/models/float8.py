@@ -24,21 +24,19 @@ def to_float8(model: nn.Module, scaling: Float8Scaling, *, emulated: bool = Fals
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8.float8_linear import Float8Linear
     except ImportError:
         raise UserError(
             "engine.precision=float8 needs torchao: pip install 'llmtrain[float8]', or use bfloat16"
         ) from None
     # rows of any number: what a product adds up over is filled up to a multiple
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(scaling), emulate=emulated, pad_inner_dim=True)
-    chosen: list[nn.Module] = []
 
-    def is_converted(module: nn.Module, name: str) -> bool:
-        fits = isinstance(module, nn.Linear) and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
-        chosen.extend([module] if fits else [])
-        return fits
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
 
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
-                convert_to_float8_training(block, config=config, module_filter_fn=is_converted)
-    return len(chosen)
+                convert_to_float8_training(block, config=config, module_filter_fn=fits)
+    return sum(isinstance(module, Float8Linear) for module in model.modules())
