@@ -92,7 +92,7 @@ class KVCache:
         keys, values = self.views[layer]
         mask = self.masks[window]
         if sinks is not None:
-            keys, values, mask = with_sinks(keys, values, mask.expand(rows, -1, -1, -1), sinks)
+            keys, values, mask = with_sinks(keys, values, mask, sinks)
         return _attend_rows(self.config, query, keys, values, mask)
 
     def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
