@@ -12,8 +12,9 @@ Now and then it goes on with the other number of processes. The same command is 
 Undisturbed runs of each stage are made first. Asked of each disturbed one: the weights at the end have the same bits,
 or differ by less than `ROUNDING` where the number of processes changed; the metrics too; after a fault it goes on from
 the newest checkpoint that was complete, or where that was damaged from the one before; nothing is left lying about. A
-kill loses no more steps than lie between two saves, or where checkpoints are written while training goes on (half of
-the runs, by draw), than that and those that were made while one was being written, which is before the next begins.
+kill loses no more steps than lie between two saves, where training stands still for a save and where it goes on beside
+with `checkpoint.max_lost_steps` of as many; without that, no more than these and those that were made while a
+checkpoint was being written, which is before the next begins. The way of saving is drawn too.
 """
 
 import argparse
@@ -39,6 +40,11 @@ from contenders import report
 from safetensors.numpy import load_file
 
 STEPS, EVERY = 24, 4
+SAVING = {  # how, and the most steps that a kill may then cost
+    "training stands still": (["checkpoint.asynchronous=false"], EVERY),
+    "beside training, bounded": ([f"checkpoint.max_lost_steps={EVERY}"], EVERY),
+    "beside training": ([], 2 * EVERY - 1),
+}
 ROUNDING = 1e-4
 SECONDS = 240  # one command takes five to twenty
 MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.max_sequence_length=128"]
@@ -81,7 +87,7 @@ class Run:
     keys: list[str]
     folder: Path
     processes: int = 1
-    asynchronous: bool = True
+    saving: str = "beside training"
     process: subprocess.Popen[str] | None = None
     errors: str = ""
     """What the last start wrote on standard error."""
@@ -93,7 +99,7 @@ class Run:
         command = [
             sys.executable, "-m", "llmtrain", *self.keys, f"runs_dir={self.folder.parent}", f"run={self.folder.name}",
             f"engine.processes={self.processes}", "engine.threads=1", f"train.steps={STEPS}",
-            f"checkpoint.every_steps={EVERY}", f"checkpoint.asynchronous={str(self.asynchronous).lower()}",
+            f"checkpoint.every_steps={EVERY}", *SAVING[self.saving][0],
         ]  # fmt: skip
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `wait`)
         self.process = subprocess.Popen(
@@ -311,7 +317,7 @@ def live(run: Run, faults: list[str], draw: random.Random, *, change: bool) -> i
         has_trained = resumed is not None or run.rows() != rows_before
         if fault not in (*DAMAGES, "disk full") and has_trained:
             lost = max(lost, run.rows() - 1 - expected)
-            if lost > (2 * EVERY - 1 if run.asynchronous else EVERY):
+            if lost > SAVING[run.saving][1]:
                 raise Wrong(f"{lost} steps are lost")
         if change:
             run.processes = 3 - run.processes
@@ -322,17 +328,17 @@ def trial(number: int, seed: int, calm: Path) -> dict[str, Any]:
     """One disturbed run, from beginning to end."""
     draw = random.Random(f"{seed} {number}")
     stage, processes, change = draw.choice(list(STAGES)), draw.choice((1, 2)), draw.random() < 0.15
-    asynchronous = draw.random() < 0.5
+    saving = draw.choice(list(SAVING))
     folder = calm.parent / f"run-{number}"
     with small_disk(folder, megabytes=24) as is_small:
         usual = [name for name in FAULTS if (is_small or name != "disk full") and (processes > 1 or "one " not in name)]
         faults = draw.choices(usual, k=draw.randrange(1, 4))
         said = {
-            "run": number, "stage": stage, "processes": processes, "asynchronous": asynchronous, "changed": change,
+            "run": number, "stage": stage, "processes": processes, "saving": saving, "changed": change,
             "faults": faults,
         }  # fmt: skip
         (folder / "cache").symlink_to(calm / "cache")
-        run = Run(command(stage, calm), folder / stage, processes, asynchronous)
+        run = Run(command(stage, calm), folder / stage, processes, saving)
         try:
             lost = live(run, faults, draw, change=change)
             difference = compare(run, calm / f"{stage}-{processes}", same_processes=not change)
@@ -383,8 +389,8 @@ def main() -> None:
         "faults": dict(Counter(fault for result in results for fault in result["faults"])),
         "stages": dict(Counter(f"{result['stage']} on {result['processes']}" for result in results)),
         "most_steps_lost": {
-            name: max((result["lost"] for result in right if result["asynchronous"] == kind), default=None)
-            for name, kind in (("saving stands still", False), ("saving goes on beside", True))
+            saving: max((result["lost"] for result in right if result["saving"] == saving), default=None)
+            for saving in SAVING
         },
         "save_interval": EVERY,
         "largest_difference_processes_changed": max((result["difference"] for result in right), default=None),

@@ -13,6 +13,14 @@ CASES = {
         ["checkpoint.every_steps=null", "checkpoint.keep_every_hours=2"],
         "checkpoint.keep_every_hours: has no effect: only the end of the run is saved",
     ),
+    "lost sooner than saved": (
+        [OFTEN, "checkpoint.max_lost_steps=9"],
+        "9 is less than lies between two saves, with checkpoint.every_steps=10",
+    ),
+    "nothing beside": (
+        [OFTEN, "checkpoint.max_lost_steps=10", "checkpoint.asynchronous=false"],
+        "checkpoint.max_lost_steps: has no effect",
+    ),
     "no URL": (["checkpoint.mirror=backup"], "checkpoint.mirror: 'backup' is no URL, such as s3://"),
     "decay": (["train.ema_decay=1"], "train.ema_decay"),
 }
@@ -31,6 +39,7 @@ def test_wrong_combinations(name: str) -> None:
     [
         [OFTEN, "checkpoint.keep_every_steps=30", "checkpoint.keep_every_hours=1"],
         ["checkpoint.every_steps=null", "checkpoint.every_minutes=5", "checkpoint.keep_every_hours=1"],
+        [OFTEN, "checkpoint.max_lost_steps=10"],
         ["train.ema_decay=0.999", "checkpoint.asynchronous=false"],
     ],
 )

@@ -43,10 +43,11 @@ class Run:
         self.seconds += time.monotonic() - began
 
     def train(self, at_step: Callable[[int], None] = lambda step: None) -> None:
-        """Train to the end; `at_step` is called within each step."""
+        """Train to the end; `at_step` is called when a step counts."""
         with self.saver:
             for step in range(1, self.saver.steps + 1):
                 self.weight += 1
+                self.saver.before_counting(step)
                 at_step(step)
                 self.saver.after_step(step, {})
 
@@ -106,6 +107,29 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     assert 2 in seen[-1][1], "the save at step 4 has waited for that at step 2"
     assert run.seconds >= 0.05
     assert saved(tmp_path) == {2: 2.0, 4: 4.0, 5: 5.0}
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_no_more_steps_are_at_risk_than_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    write, at_risk = snapshots.write, []
+
+    def slow(path: Path, pieces: list[snapshots.Piece]) -> str:
+        time.sleep(0.1)
+        return write(path, pieces)
+
+    monkeypatch.setattr(snapshots, "write", slow)
+    run = Run(tmp_path, every_steps=2, max_lost_steps=most)
+    run.train(lambda step: at_risk.append(step - max(saved(tmp_path), default=0)))
+    assert max(at_risk) == most, "training goes on beside the file as long as it may"
+    assert saved(tmp_path) == {2: 2.0, 4: 4.0, 6: 6.0}
+
+
+def test_a_full_disk_makes_nobody_wait_for_what_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, None, FULL)
+    run = Run(tmp_path, every_steps=2, max_lost_steps=2)
+    run.train()
+    assert saved(tmp_path) == {2: 2.0, 6: 6.0}
+    assert len(run.said) == 1
 
 
 def test_a_failure_is_told_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

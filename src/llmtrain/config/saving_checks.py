@@ -18,6 +18,17 @@ def kept_for_ever(view: View) -> Iterator[Finding]:
         yield from no_effect(view, "checkpoint.keep_every_hours", why)
 
 
+def lost_steps(view: View) -> Iterator[Finding]:
+    """No fewer steps may be lost than lie between two saves."""
+    every, most = view["checkpoint.every_steps"], view["checkpoint.max_lost_steps"]
+    if most is not None and (every is None or most < every):
+        problem = f"{most} is less than lies between two saves, with checkpoint.every_steps={every}"
+        yield finding(problem, "checkpoint.max_lost_steps", "checkpoint.every_steps")
+    elif not view["checkpoint.asynchronous"]:
+        why = "with checkpoint.asynchronous=false no kill costs more than what lies between two saves"
+        yield from no_effect(view, "checkpoint.max_lost_steps", why)
+
+
 def mirror(view: View) -> Iterator[Finding]:
     """A mirror is named by a URL."""
     url = view["checkpoint.mirror"]
@@ -25,4 +36,4 @@ def mirror(view: View) -> Iterator[Finding]:
         yield finding(f"{url!r} is no URL, such as s3://bucket/folder or file:///mnt/folder", "checkpoint.mirror")
 
 
-SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever, mirror)
+SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever, lost_steps, mirror)

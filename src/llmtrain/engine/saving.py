@@ -64,6 +64,8 @@ class Saver:
         self._snapshots = Snapshots(self.layout, aside=self.config.asynchronous)
         self._signals = Signals()
         self._writing: Writing | None = None
+        self._complete = 0
+        """The step of the newest checkpoint that is known to be complete."""
         self._last = time.monotonic()
         self._group = group_beside() if self.layout.world > 1 else None
 
@@ -92,6 +94,17 @@ class Saver:
         there = {name: each for name, each in state.items() if saved.get(name) == each.shape}
         others = {name: each for name, each in state.items() if not name.startswith(may_lack)}
         checkpoints.load(found, there | others, self.layout)
+        self._complete = found.step
+
+    def before_counting(self, step: int) -> None:
+        """Before the run counts `step` steps: wait where a kill would cost more of them than it may.
+
+        One step is computed beside the file in any case. Raises UserError as `wait` does.
+        """
+        most = self.config.max_lost_steps
+        if most is not None and self._writing is not None and step - self._complete > most:
+            with self.phase("saving"):
+                self.wait()
 
     def after_step(self, step: int, measured: dict[str, float], *, now: bool = False) -> None:
         """Save the state after `step` steps where it is due; `measured` is what ranks checkpoints.
@@ -141,7 +154,7 @@ class Saver:
                 raise writing.error
         errors = [error for error in of_every(writing.error, self.layout) if error]
         if not errors:
-            self.failed_saves = 0
+            self.failed_saves, self._complete = 0, writing.step
             return
         # a main process that has given up tells of another's failure
         error = errors[-1]
@@ -221,16 +234,16 @@ class Saver:
             if self.mirror is not None:
                 self.mirror.push_later(step)
 
-        self._writing = Writing(write)
+        self._writing = Writing(step, write)
         self._writing.start()
 
 
 class Writing(threading.Thread):
     """A checkpoint that is being written."""
 
-    def __init__(self, write: Callable[[threading.Event], None]) -> None:
+    def __init__(self, step: int, write: Callable[[threading.Event], None]) -> None:
         super().__init__(name="checkpoint")
-        self.write = write
+        self.step, self.write = step, write
         self.give_up = threading.Event()
         """Set: do not wait for other processes any longer."""
         self.error: Exception | None = None

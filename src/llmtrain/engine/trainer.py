@@ -143,6 +143,7 @@ class Trainer:
                 metrics, tokens, faults = make_updates(step, batch)
             step += 1
             self.averages.update()
+            self.saver.before_counting(step)
             self.speed.end_step(tokens)
             self._remedy(step, faults)
             values = {}
