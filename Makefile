@@ -6,7 +6,7 @@ WORKERS ?= 2
 
 # One thread for each test worker: otherwise the workers fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS)
+PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: help setup demo check lint test test-all bench
 
