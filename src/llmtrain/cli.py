@@ -17,7 +17,10 @@ from llmtrain.config.commands import COMMANDS
 from llmtrain.config.errors import ConfigError, UserError
 
 # What the machine refuses; other errors of the operating system are faults of ours.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
+REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

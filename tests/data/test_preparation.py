@@ -333,6 +333,7 @@ def test_waiting_for_another_process_is_said(
     other = threading.Thread(target=finish_elsewhere)
     other.start()
     is_held.wait()
+    caplog.clear()
     with caplog.at_level("INFO"):
         assert prepare(path, tokenizer, tmp_path / "cache").train.folder == folder
     other.join()

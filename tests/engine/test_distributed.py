@@ -1,6 +1,9 @@
 """Several processes: they find each other, agree, shard, and the first failure ends all with its own message."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -124,6 +127,39 @@ def fail(how: str) -> None:
 def test_the_first_failure_ends_all_and_is_the_one_told(how: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         launch(fail, (how,), 2)
+
+
+def go_on(folder: str) -> None:
+    """Trains for ever, as a process in the middle of a step does."""
+    layout = distributed.join("cpu", threads=1)
+    (Path(folder) / f"pid-{layout.rank}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.05)
+
+
+def test_nobody_trains_on_when_the_launcher_alone_is_interrupted(tmp_path: Path) -> None:
+    code = f"""
+if __name__ == "__main__":
+    from llmtrain.engine.launching import launch
+    from tests.engine.test_distributed import go_on
+    try:
+        launch(go_on, ({str(tmp_path)!r},), 2)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    (tmp_path / "main.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(pids := [path.read_text() for path in tmp_path.glob("pid-*")]) < 2 or "" in pids:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "interrupted\n"
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from llmtrain.config.folders import CACHE
 from llmtrain.config.schema import PrepareConfig
 from llmtrain.data.corpus import corpus_tokenizer
 from llmtrain.data.preparation import prepare_sources
@@ -15,7 +16,7 @@ from llmtrain.engine.display import show_log
 def run(config: PrepareConfig) -> None:
     """Prepare all sources; what is there already is used again. Raises DataError for what cannot be read."""
     show_log(is_main=True)
-    cache = Path(config.runs_dir) / "cache"
+    cache = Path(config.runs_dir) / CACHE
     tokenizer = corpus_tokenizer(config.data, config.tokenizer, cache)
     prepared = prepare_sources(
         config.data, tokenizer=tokenizer, cache_dir=cache, processes=config.processes

@@ -20,6 +20,7 @@ from llmtrain.commands.rows import config_of, run_folder
 from llmtrain.commands.seen import as_if_here
 from llmtrain.config.compose import to_yaml
 from llmtrain.config.errors import ConfigError, Stopped, UserError
+from llmtrain.config.folders import CACHE
 from llmtrain.config.schema import StageConfig, TrackerConfig
 from llmtrain.engine import checkpoints, launching
 from llmtrain.engine.checkpoints import GROUPS, Checkpoint
@@ -34,7 +35,7 @@ def verify_run(run: str, runs_dir: str, step: int | None, processes: int | None)
     if launching.launched_by_others():
         raise ConfigError("run: start it alone; it starts as many processes as the run had (processes=N)")
     folder = run_folder(run, runs_dir)
-    saved = {each.step: each for each in map(checkpoints.read, sorted((folder / "checkpoints").glob("step-*")))}
+    saved = _saved(folder)
     if not saved or (step is not None and step not in saved):
         known = ", ".join(map(str, sorted(saved))) or "none"
         raise ConfigError(f"step: {folder} has no checkpoint of step {step}; it has {known}")
@@ -52,11 +53,22 @@ def verify_run(run: str, runs_dir: str, step: int | None, processes: int | None)
         _compare(saved[step].folder, again / "checkpoints" / saved[step].folder.name, f"{folder}, step {step}")
 
 
+def _saved(folder: Path) -> dict[int, Checkpoint]:
+    """The checkpoints of a run, by step; what is none is named and passed over."""
+    saved = {}
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        if checkpoint := checkpoints.readable(path):
+            saved[checkpoint.step] = checkpoint
+        else:
+            print(f"passed over: {path} has no manifest that can be read", file=sys.stderr)
+    return saved
+
+
 def _config(folder: Path, aside: Path, step: int, processes: int | None) -> StageConfig:
     """The run's config, but for where it writes, whom it tells, and when it stops."""
     config: StageConfig = as_if_here(config_of(folder), folder)
     engine = config.engine if processes is None else dataclasses.replace(config.engine, processes=processes)
-    (aside / "cache").symlink_to((Path(config.runs_dir) / "cache").absolute(), target_is_directory=True)
+    (aside / CACHE).symlink_to((Path(config.runs_dir) / CACHE).absolute(), target_is_directory=True)
     return dataclasses.replace(
         config, runs_dir=str(aside), engine=engine, tracker=TrackerConfig(samples=config.tracker.samples),
         train=dataclasses.replace(config.train, stop_after=step),

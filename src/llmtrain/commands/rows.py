@@ -95,8 +95,10 @@ def run_folder(run: str, runs_dir: str) -> Path:
 
 def config_of(folder: Path) -> PretrainConfig | SftConfig | RewardConfig | AlignConfig:
     """The config that a run was started with. Raises ConfigError where it is none any more."""
-    schema = SCHEMAS[handover.read_lineage(folder)["stage"]]
-    found, findings = validate(schema, read_yaml(str(folder / "config.yaml")))
+    stage = handover.read_lineage(folder).get("stage")
+    if stage not in SCHEMAS:
+        raise ConfigError(f"{folder / 'lineage.json'}: stage: expected one of {', '.join(SCHEMAS)}, found {stage!r}")
+    found, findings = validate(SCHEMAS[stage], read_yaml(str(folder / "config.yaml")))
     if findings:
         first = findings[0]
         raise ConfigError(f"{folder / 'config.yaml'}: {'.'.join(first.path)}: {first.problem}")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.errors import ConfigError
+from llmtrain.config.folders import CACHE
 from llmtrain.config.schema import AlignConfig, PretrainConfig, RewardConfig, SamplingMethod, SftConfig
 from llmtrain.data.batches import RowOrder, collate_text
 from llmtrain.data.corruption import row_key
@@ -80,7 +81,7 @@ class SeenText:
     """Rows of pretraining text."""
 
     def __init__(self, config: PretrainConfig, ledger: Ledger | None = None) -> None:
-        cache = Path(config.runs_dir) / "cache"
+        cache = Path(config.runs_dir) / CACHE
         self.config, self.tokenizer = config, pretrain.build_tokenizer(config, cache)
         self.task = build_task(config, self.tokenizer)
         self.length = self.task.row_length
@@ -215,7 +216,7 @@ def _is(place: str, wanted: tuple[str, ...]) -> bool:
 
 
 def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, Sequence[Any]]:
-    options: dict[str, Any] = {"split": "train", "max_length": length, "cache_dir": Path(config.runs_dir) / "cache"}
+    options: dict[str, Any] = {"split": "train", "max_length": length, "cache_dir": Path(config.runs_dir) / CACHE}
     if isinstance(config, SftConfig):
         return load_conversations(config.data, tokenizer, **options)
     if isinstance(config, AlignConfig) and isinstance(config.method, SamplingMethod):

@@ -11,6 +11,7 @@ from llmtrain.config.context_checks import CONTEXT_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
+from llmtrain.config.folders import CACHE
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.layout_checks import LAYOUT_CHECKS, data_processes, num_processes
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
@@ -27,6 +28,7 @@ LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_para
 NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
+LONGEST_NAME = 200
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
@@ -51,8 +53,13 @@ def run_name(view: View) -> Iterator[Finding]:
     if view.command in ("show", "verify"):  # the name or folder of a run that is there
         return
     run = view["run"]
-    if not all(NAME.fullmatch(part) and set(part) != {"."} for part in run.split("/")):
+    parts = run.split("/")
+    if not all(NAME.fullmatch(part) and set(part) != {"."} for part in parts):
         yield finding(f"{run!r} is not {RUN_NAME}", "run")
+    elif max(map(len, parts)) > LONGEST_NAME:
+        yield finding(f"a name of {max(map(len, parts))} letters: file systems take some {LONGEST_NAME}", "run")
+    elif parts[0] == CACHE:
+        yield finding(f"{run!r} is where the prepared data of all runs is kept; choose another name", "run")
 
 
 def _from_folder(view: View) -> bool:

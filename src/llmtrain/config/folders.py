@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+# Below `runs_dir`: what is prepared from data, for all runs.
+CACHE = "cache"
+
 
 def packaged_configs() -> Path:
     """The folder of the shipped YAML: inside the package when installed, at the root of a checkout otherwise."""

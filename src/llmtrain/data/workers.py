@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmtrain.config.errors import DataError
+from llmtrain.config.interrupts import interrupts_held_back
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def run_all(
             pickle.dump(shared, file)
         pool = ProcessPoolExecutor(workers, context, _begin, (file.name, _bytes_done, threads))
         try:
-            with _interrupts_held_back():
+            with interrupts_held_back():  # a terminal sends Ctrl-C to all: this process alone answers it
                 futures = {
                     pool.submit(_call, work, *task): size for task, size in zip(tasks, sizes, strict=True)
                 }  # fmt: skip
@@ -87,19 +87,6 @@ def run_all(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             os.unlink(file.name)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C, which a terminal sends to all: this one alone answers it, later."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for(futures: dict[Future[None], int], show: Callable[[int], None]) -> None:

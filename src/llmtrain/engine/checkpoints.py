@@ -199,6 +199,14 @@ def read(folder: Path) -> Checkpoint:
     return from_manifest(folder, read_object(folder / "manifest.json"))
 
 
+def readable(folder: Path) -> Checkpoint | None:
+    """`read`, but None where there is no manifest, or a damaged one."""
+    try:
+        return read(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def from_manifest(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     """What a manifest says. Raises KeyError, TypeError or ValueError for one that is damaged."""
     metrics = {name: float(value) for name, value in dict(manifest["metrics"]).items()}

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -193,9 +194,10 @@ def spread(model: nn.Module, layout: Layout) -> nn.Module:
     if layout.mesh is None or layout.size("shard") == 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(shared))
         # buffers are the same everywhere by construction: sending them at each pass would be for nothing
-        return DistributedDataParallel(
-            model, process_group=layout.token_group, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        known = inspect.signature(DistributedDataParallel).parameters
+        # torch 2.11 has the older name alone, 2.13 complains of it
+        sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return DistributedDataParallel(model, process_group=layout.token_group, gradient_as_bucket_view=True, **sync)
     options: dict[str, Any] = {
         "mesh": layout.mesh["shard"] if layout.size("replicate") == 1 else layout.mesh["replicate", "shard"],
         "ignored_params": set(shared.values()),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llmtrain.config.schema import HealthConfig
 from llmtrain.engine.row_files import RowFile
-from llmtrain.engine.tracking import read_metrics
+from llmtrain.engine.tracking import read_metrics, read_rows
 
 WARNINGS_FILE = "warnings.jsonl"
 
@@ -98,9 +98,8 @@ class Health:
 
 def read_warnings(folder: Path) -> list[HealthWarning]:
     """The warnings in a run's folder, in the order of steps; none where there is no file."""
-    path = folder / WARNINGS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [HealthWarning(**json.loads(line)) for line in lines if line.endswith("}")]
+    rows = read_rows(folder / WARNINGS_FILE)
+    return [HealthWarning(row["step"], str(row.get("rule")), str(row.get("text"))) for row in rows]
 
 
 def _line(warning: HealthWarning) -> str:

@@ -8,16 +8,23 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from llmtrain.config.errors import Preempted, UserError
+from llmtrain.config.interrupts import interrupts_held_back, let_interrupt
 from llmtrain.engine import rank_logs
 from llmtrain.engine.distributed import leave
+
+# Seconds in which processes that were interrupted along with this one end by themselves; and seconds for those that
+# this one has to interrupt to write what they have begun to write.
+OWN_END, LEAVE = 1.0, 20.0
 
 
 def launched_by_others() -> bool:
@@ -39,7 +46,8 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     arguments_of_all = (function, arguments, processes, _free_port(), failures)
-    running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
+    with interrupts_held_back():  # while they start, a traceback of theirs would be all that is seen
+        running = start_processes(_run_as, arguments_of_all, nprocs=processes, join=False, start_method="spawn")
     try:
         with _handed_on([each.pid for each in running.processes]) as signals:
             while not running.join():
@@ -50,13 +58,38 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], processes: 
         if isinstance(failure, UserError) or (failure and not killed):
             raise failure from None
         if signal.SIGTERM in signals:
-            raise Preempted("stopped by SIGTERM before training had begun. The same command begins again.") from None
+            raise Preempted(
+                "stopped by SIGTERM while no step was being trained. The same command goes on from the last "
+                "checkpoint, or begins where there is none."
+            ) from None
         # it had no time to say why; what the others said is only that they lost it
         number, reason = (killed[0], "SIGKILL") if killed else (ended.error_index, f"exit code {ended.exit_code}")
         raise UserError(
             f"process {number} of {processes} was ended from outside ({reason}); the others were stopped. "
             "Was there too little memory? The same command goes on from the last checkpoint."
         ) from None
+    finally:
+        _end(running.processes)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """End those that are still there, where this process was interrupted: they would train on in a folder left free."""
+    try:
+        _join(processes, OWN_END)
+        for each in processes:
+            if each.is_alive() and each.pid:
+                os.kill(each.pid, signal.SIGINT)
+        _join(processes, LEAVE)
+    finally:  # interrupted once more
+        for each in processes:
+            each.kill()
+            each.join()
+
+
+def _join(processes: Sequence[BaseProcess], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for each in processes:
+        each.join(max(0.0, until - time.monotonic()))
 
 
 # Where a process that `launch` has started puts what ended it.
@@ -102,6 +135,7 @@ def _run_as(
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
+        let_interrupt()
         function(*arguments)
         leave()
     except Exception as error:

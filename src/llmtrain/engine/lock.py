@@ -127,7 +127,8 @@ def _parsed(path: Path) -> dict[str, Any]:
         said = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    says = isinstance(said, dict) and isinstance(said.get("pid"), int) and isinstance(said.get("started"), int | float)
+    return said if says else {}
 
 
 def _said(owner: dict[str, Any]) -> str:

@@ -91,7 +91,15 @@ class FoundRows:
             os.replace(aside, self.path)
 
     def _read(self) -> list[dict[str, int]]:
-        return json.loads(self.path.read_text()) if self.path.is_file() else []
+        """Raises UserError where the file does not say what was found: other numbers would give other bits."""
+        try:
+            found = json.loads(self.path.read_text()) if self.path.is_file() else []
+            return [{key: int(each[key]) for key in ("step", "rows", "processes")} for each in found]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{self.path} cannot be read. Restore it, or remove it: the number of rows is then found anew, and the "
+                "run goes on within rounding of what it would have been."
+            ) from None
 
 
 TOO_LITTLE = (

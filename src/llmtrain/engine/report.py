@@ -150,7 +150,7 @@ def _view(folder: Path, name: str) -> RunView:
 
 
 def _fault(row: Mapping[str, Any]) -> ShownFault:
-    rows = "; ".join(f"{source} {', '.join(map(str, numbers))}" for source, numbers in row["rows"].items())
+    rows = "; ".join(f"{source} {', '.join(map(str, numbers))}" for source, numbers in (row.get("rows") or {}).items())
     return ShownFault(row["step"], row["text"], in_words(row["remedy"], row.get("back_to")), rows)
 
 

@@ -26,7 +26,7 @@ def prune(root: Path, *, newest: int, keep: CheckpointConfig) -> None:
     must not count among the last.
     """
     remove_litter(root)
-    saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
+    saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := checkpoints.readable(folder))]
     kept = kept_steps(saved, newest, keep)
     for checkpoint in saved:
         if checkpoint.step not in kept:
@@ -66,7 +66,7 @@ def best_good(root: Path, layout: Layout, say: Say, *, metric: str, mode: str, n
     """
     found = None
     if layout.is_main:
-        saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := _readable(folder))]
+        saved = [checkpoint for folder in sorted(root.glob("step-*")) if (checkpoint := checkpoints.readable(folder))]
         for checkpoint in _ranked([each for each in saved if each.step <= newest], metric, mode):
             fault = checkpoints.inspect(checkpoint.folder)
             if fault is None:
@@ -80,11 +80,3 @@ def _ranked(saved: list[Checkpoint], metric: str, mode: str) -> list[Checkpoint]
     """Those that were measured, the best first; of equal ones the earliest."""
     measured = [checkpoint for checkpoint in saved if math.isfinite(checkpoint.metrics.get(metric, math.nan))]
     return sorted(measured, key=lambda checkpoint: checkpoint.metrics[metric], reverse=mode == "max")
-
-
-def _readable(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder; None where its manifest is damaged."""
-    try:
-        return checkpoints.read(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

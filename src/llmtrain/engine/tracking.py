@@ -128,27 +128,33 @@ class Tracker:
             return None
 
 
+Number = int | float
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl` in the order of steps; none where there is no file.
 
-    Null is read as NaN.
+    Null is read as NaN, and what is no number not at all.
     """
-    rows = _read_rows(folder / METRICS_FILE)
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    rows = read_rows(folder / METRICS_FILE)
+    return [
+        {name: math.nan if value is None else value for name, value in row.items() if isinstance(value, Number | None)}
+        for row in rows
+    ]
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `rollouts.jsonl` in the order of steps; none where there is no file."""
-    return _read_rows(folder / SAMPLES_FILE)
+    return read_rows(folder / SAMPLES_FILE)
 
 
 def read_faults(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `faults.jsonl` in the order of steps; none where there is no file."""
-    return _read_rows(folder / FAULTS_FILE)
+    return read_rows(folder / FAULTS_FILE)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a line that is not complete, as a kill or a running writer leaves it, is passed over."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that have a step; a line cut short by a kill, or not yet whole, is passed over."""
     rows = []
     # not splitlines: JSON may hold other separators of lines, such as U+2028, as they are
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
@@ -168,7 +174,7 @@ def until_step(rows: list[dict[str, Any]], step: int | None) -> list[dict[str, A
 
 def _keep_rows(path: Path, step: int) -> None:
     """Drop the rows beyond `step`, which are about to be written again; step 0 measures anew, so it drops all."""
-    rows = until_step(_read_rows(path), step) if step else []
+    rows = until_step(read_rows(path), step) if step else []
     if not rows:
         path.unlink(missing_ok=True)
         return

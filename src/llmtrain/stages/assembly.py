@@ -21,6 +21,8 @@ from torch import nn
 
 from llmtrain.config.compose import to_dict
 from llmtrain.config.errors import UserError
+from llmtrain.config.folders import CACHE
+from llmtrain.config.json_files import read_object
 from llmtrain.config.schema import CorpusConfig, LoraConfig, PretrainConfig, RowsConfig, StageConfig
 from llmtrain.data.ledger import Ledger
 from llmtrain.data.plans import describe_plan
@@ -119,7 +121,7 @@ class Run(Generic[Config]):
     @property
     def cache(self) -> Path:
         """Where prepared data lies, shared by all runs."""
-        return Path(self.config.runs_dir) / "cache"
+        return Path(self.config.runs_dir) / CACHE
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -311,13 +313,20 @@ class Run(Generic[Config]):
             mixture = describe_plan(plan.mixture, plan.steps * plan.batch_rows)
             said = {"data": data, "mixture": mixture, "step": self.step, "finished": time.time(), "seconds": seconds}
             handover.write_lineage(self.folder, lineage | said)
-            print(f"finished: model in {final}, report {write_report(self.folder)}", file=sys.stderr)
+            print(f"finished: model in {final}, report {self._report()}", file=sys.stderr)
         distributed.barrier(self.layout)
+
+    def _report(self) -> str:
+        """Where it is, or why it is not: files that somebody has changed are not worth a run."""
+        try:
+            return str(write_report(self.folder))
+        except Exception as error:
+            return f"not written ({type(error).__name__}: {error})"
 
     def write_samples(self, moment: str, make: Callable[[], Samples]) -> None:
         """Keep what the model answers `before` or `after` the run, for the report; a resumed run keeps its first."""
         path = self.folder / "samples.json"
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = read_object(path) if path.is_file() else {}
         if distributed.agree(moment == "after" or moment not in kept, self.layout):
             samples = make()
             if self.layout.is_main:

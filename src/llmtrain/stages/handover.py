@@ -230,6 +230,8 @@ def open_run(config: StageConfig) -> dict[str, Any]:
         for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
     lineage = read_lineage(folder) if has_begun(folder) else {}
+    if not lineage and has_begun(folder):
+        raise ConfigError(_lacks(folder, "lineage.json"))
     now = parents(config)
     for role, parent in (lineage.get("parents") or {}).items():
         if role in now and parent["sha256"] != now[role]["sha256"]:
@@ -255,6 +257,8 @@ def _changes(config: StageConfig) -> list[str]:
     """Where the config differs from the run's own in what matters. Raises ConfigError if that run has begun."""
     folder = run_folder(config)
     before = _saved_config(config)
+    if not before and has_begun(folder):
+        raise ConfigError(_lacks(folder, "config.yaml"))
     # keys that are newer than the run have their defaults in it
     lines = differences(filled(type(config), before), to_dict(config)) if before else []
     changed = [line for line in lines if not line.startswith(MAY_DIFFER)]
@@ -264,6 +268,13 @@ def _changes(config: StageConfig) -> list[str]:
             + "\nChoose another run= name, or go back to that config to resume it."
         )  # fmt: skip
     return changed
+
+
+def _lacks(folder: Path, name: str) -> str:
+    return (
+        f"{folder} holds a run that has begun, but its {name} is gone: whether this is the same run cannot be told. "
+        "Restore the file, or choose another run= name."
+    )
 
 
 def has_begun(folder: Path) -> bool:
@@ -283,10 +294,16 @@ def _remove(path: Path) -> None:
 def read_lineage(folder: Path) -> dict[str, Any]:
     """What `lineage.json` says; empty when there is none. Raises UserError where it cannot be read."""
     path = folder / "lineage.json"
+    cure = "Restore it, or name another folder."
     try:
-        return read_object(path) if path.is_file() else {}
+        lineage = read_object(path) if path.is_file() else {}
     except UserError as error:
-        raise UserError(f"{error}. Restore it, or name another folder.") from None
+        raise UserError(f"{error}. {cure}") from None
+    parents = lineage.get("parents") or {}
+    for role, parent in parents.items() if isinstance(parents, dict) else [("", parents)]:
+        if not (isinstance(parent, dict) and all(isinstance(parent.get(key), str) for key in ("folder", "sha256"))):
+            raise UserError(f"{path}: parents.{role}: expected a folder and its sha256, found {parent!r}. {cure}")
+    return lineage
 
 
 def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
