@@ -6,7 +6,8 @@ WORKERS ?= 2
 
 # One thread for each test worker: otherwise the workers fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+# What the tests of a file share may take minutes to make: one worker runs them all. xdist_group does nothing with pytest 9.
+PYTEST := $(TEST_ENV) $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo check lint test test-all bench
 

@@ -13,9 +13,6 @@ from tests.tiny import COMMANDS
 
 from llmtrain import cli
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("bad_input")
-
 SHORT = ["train.steps=1", "schedule.warmup_steps=0"]
 PRETRAIN = [*COMMANDS["pretrain"], *SHORT]
 FILES = ["pretrain", "data=files", *SHORT, "train.batch_tokens=64", "train.sequence_length=8", "eval.max_rows=4",

@@ -10,9 +10,6 @@ from tests.tiny import COMMANDS
 
 from llmtrain import cli
 
-# the run that all of them begin with takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("damaged_runs")
-
 PRETRAIN = [
     *COMMANDS["pretrain"], "train.steps=4", "schedule.warmup_steps=0", "checkpoint.every_steps=1",
     "train.micro_batch_rows=auto",

@@ -19,9 +19,6 @@ from llmtrain.models.formats import load_language_model, save_model
 from llmtrain.models.heads import make_model
 from llmtrain.stages.assembly import token_ids
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("generate")
-
 Answer = Callable[..., str]
 
 

@@ -13,9 +13,6 @@ from tests.tiny import COMMANDS
 
 from llmtrain import cli
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("verify")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

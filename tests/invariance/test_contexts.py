@@ -26,9 +26,6 @@ from llmtrain.engine.launching import launch
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.own_positions import OwnPositions, own_columns, padded_length
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("contexts")
-
 CONTEXT = ["engine.processes=2", "engine.context_parallel=2"]
 BATCHES = ("next_token", "sft", "packed", "prefix")
 PARTS: dict[str, dict[str, Any]] = {

@@ -66,9 +66,6 @@ from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages.kto import Baseline
 from llmtrain.stages.preference import build_objective
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("gradients")
-
 VOCAB, ROWS, WIDTH = 61, 8, 32
 LENGTHS = [32, 3, 17, 2, 5, 31, 4, 9]
 MICRO_BATCHES = (1, 2, 4, None)

@@ -34,9 +34,6 @@ from llmtrain.engine.pipeline import pipeline_of
 from llmtrain.engine.snapshots import Snapshots
 from llmtrain.objectives.next_token import NextToken
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("pipelines")
-
 DIVIDED = (
     "next_token", "sft", "packed", "prefix", "masked", "two segments", "mup", "bradley_terry", "rankings", *PREFERENCE,
     "kto",

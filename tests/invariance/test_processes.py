@@ -14,9 +14,6 @@ from tests.tiny import COMMANDS, finish, make_parents, start, starting_from
 from llmtrain.engine.tracking import read_samples
 from llmtrain.stages import starts
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("processes")
-
 ALONE: list[str] = []
 DDP = ["engine.processes=2", "engine.sharding=ddp"]
 FSDP = ["engine.processes=2", "engine.sharding=fsdp"]

@@ -16,9 +16,6 @@ from tests.tiny import COMMANDS, OBJECTIVES, TINY, finish, make_parents, start, 
 
 from llmtrain.engine.health import read_warnings
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("resume")
-
 WARMUP = ["train.length_warmup.start_length=4", "train.length_warmup.steps=7"]
 # the worst, so that it is not the last
 BEST = [

@@ -22,9 +22,6 @@ from llmtrain.objectives.masked import MaskedTokens
 from llmtrain.objectives.next_token import NextToken
 from llmtrain.objectives.sequence_to_sequence import SequenceToSequence
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("tensors")
-
 BASE = dataclasses.replace(CONFIG, num_kv_heads=2)
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rotary, gated": ("next_token", {}),

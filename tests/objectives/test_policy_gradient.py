@@ -10,9 +10,6 @@ from torch import nn
 from llmtrain.objectives.policy_gradient import Grpo, Reinforce, clipped_policy_loss, policy_logprobs
 from llmtrain.objectives.trajectories import JudgedAnswers
 
-# what its tests share takes seconds to make: once, by one worker
-pytestmark = pytest.mark.xdist_group("policy_gradient")
-
 PROMPT, TEMPERATURE = 2, 0.7
 
 
