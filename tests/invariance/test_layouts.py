@@ -102,7 +102,7 @@ class Rows:
 class Running:
     """A model in training, in some layout."""
 
-    def __init__(self, model: str, layout: Layout, seed: int = 1) -> None:
+    def __init__(self, model: str, layout: Layout, seed: int = 1, *, compiled: bool = False) -> None:
         self.layout = layout
         trained = make_model(MODELS[model], VOCAB).initialise(torch.Generator().manual_seed(seed))
         self.model = spread(trained, layout)
@@ -118,7 +118,7 @@ class Running:
             checkpoint=CheckpointConfig(), eval=EvalConfig(), tracking=TrackerConfig(),
             extra=lambda step: lambda folder: None, autocast=lambda: torch.autocast("cpu", enabled=False),
             micro_batch_rows=2, max_grad_norm=0.5, after_update=getattr(self.objective, "after_update", nothing_adapts),
-            speed=Speed(layout.device, 1.0, 1.0),
+            speed=Speed(layout.device, 1.0, 1.0), compile=compiled, fixed_shapes=True,
         )  # fmt: skip
 
     def losses(self, steps: int) -> list[float]:
@@ -238,6 +238,29 @@ def test_every_layout_trains_as_one_process_and_reads_the_checkpoints_of_all(
     moved = {name: found["same bits"] for name, found in figures.items() if "then" in name}
     assert moved
     assert all(moved.values()), moved
+
+
+def measure_compiled(folder: Path, processes: int) -> None:
+    """In each process: the largest difference of three losses, compiled, from those of one process that is not."""
+    layout, figures = join("cpu", threads=1), {}
+    for case in (each for each in CASES if each.processes == processes):
+        for model in [each for each in case.models if each in ("llama", "limited")]:
+            expected = Running(model, ALONE).losses(3)
+            found = Running(model, arranged(case, layout), compiled=True).losses(3)
+            figures[f"{model}/{case.name}"] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    if layout.is_main:
+        (folder / "figures.json").write_text(json.dumps(figures))
+    leave()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_layout_can_be_compiled(processes: int, tmp_path: Path) -> None:
+    launch(measure_compiled, (tmp_path, processes), processes)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len(figures) >= 3
+    assert max(figures.values()) < 1e-4, figures
 
 
 if __name__ == "__main__":

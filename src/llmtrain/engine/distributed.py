@@ -31,9 +31,6 @@ from llmtrain.engine.memory import keep_freed_memory
 from llmtrain.engine.pipeline import Divisible, Pipeline, pipeline_of
 from llmtrain.engine.row_orders import row_orders, whole
 
-DATA = "data"  # the dimension of a mesh that holds both replicas and shards
-TOKENS = "tokens"  # that which holds the processes of one context too
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -50,6 +47,10 @@ class Layout:
     device: torch.device
     mesh: DeviceMesh | None = None
     """All processes, in the dimensions of `MeshShape`. None: each takes rows of its own and nothing is shared out."""
+    data_mesh: DeviceMesh | None = None
+    """The data processes that this one is among, in one dimension. None: those are all."""
+    token_mesh: DeviceMesh | None = None
+    """The token processes that this one is among. None: those are all."""
     pipeline_schedule: PipelineSchedule = "1f1b"
     """The order in which the stages of a pipeline take micro-batches."""
     experts: DeviceMesh | None = None
@@ -77,9 +78,7 @@ class Layout:
     @functools.cached_property
     def data_group(self) -> dist.ProcessGroup | None:
         """The data processes that this one is among; None where those are all."""
-        if self.mesh is None or self.data_world == self.world:
-            return None
-        return self.mesh[DATA].get_group()
+        return None if self.data_mesh is None else self.data_mesh.get_group()
 
     @property
     def token_rank(self) -> int:
@@ -96,9 +95,7 @@ class Layout:
     @property
     def token_group(self) -> dist.ProcessGroup | None:
         """The token processes that this one is among; None where those are all."""
-        if self.mesh is None or self.token_world == self.world:
-            return None
-        return self.mesh[TOKENS].get_group() if self.size("context") > 1 else self.data_group
+        return None if self.token_mesh is None else self.token_mesh.get_group()
 
     def size(self, dimension: str) -> int:
         """How many processes there are along a dimension of the mesh."""
@@ -139,16 +136,23 @@ def arrange(layout: Layout, engine: EngineConfig) -> Layout:
     if layout.world == 1:
         return layout
     mesh = init_device_mesh(layout.device.type, tuple(shape), mesh_dim_names=MeshShape._fields)
-    if shape.data < layout.world:
-        mesh["replicate", "shard"]._flatten(DATA)  # one group of both, found under this name
-        if shape.context > 1:
-            mesh["replicate", "shard", "context"]._flatten(TOKENS)
+    data = mesh["replicate", "shard"]._flatten("data") if shape.data < layout.world else None
+    tokens = data
+    if data is not None and shape.context > 1:
+        everywhere = shape.data * shape.context == layout.world
+        tokens = None if everywhere else mesh["replicate", "shard", "context"]._flatten("tokens")
     experts = None
     if engine.expert_parallel > 1:
         sizes = (shape.data // engine.expert_parallel, engine.expert_parallel)
         experts = init_device_mesh(layout.device.type, sizes, mesh_dim_names=("same_experts", "experts"))
     return dataclasses.replace(
-        layout, mesh=mesh, experts=experts, pipeline_schedule=engine.pipeline_schedule, cpu_offload=engine.cpu_offload
+        layout,
+        mesh=mesh,
+        data_mesh=data,
+        token_mesh=tokens,
+        experts=experts,
+        pipeline_schedule=engine.pipeline_schedule,
+        cpu_offload=engine.cpu_offload,
     )
 
 

@@ -122,7 +122,9 @@ def _parameter(whole: Tensor, own: Tensor, mesh: DeviceMesh, dim: int) -> nn.Par
 
 def local(weight: Tensor) -> Tensor:
     """This process's part of a weight."""
-    part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    from torch.distributed.tensor import DTensor
+
+    part: Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
     return part
 
 
