@@ -1,6 +1,7 @@
 """Kill the process at any instant, run the same command again: the same bits at the end, and the same metrics."""
 
 import hashlib
+import contextlib
 import json
 import random
 import re
@@ -240,7 +241,9 @@ def kill_when(moment: Callable[[], bool], command: list[str]) -> None:
 def count_rows(folder: Path) -> int:
     """Rows of metrics written so far."""
     path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.is_file() else 0
+    with contextlib.suppress(FileNotFoundError):  # a run that begins anew removes it
+        return path.read_text().count("\n")
+    return 0
 
 
 def weights_digest(folder: Path) -> str:

@@ -41,10 +41,19 @@ def compute_elsewhere(rows: Tensor, ends: Tensor, group: dist.ProcessGroup, comp
     arrived: Tensor = _Exchanged.apply(rows[: sum(sent)], received, sent, group)  # [M, H], by process, then by expert
     numbers = torch.arange(coming.shape[1], device=rows.device).expand_as(coming)
     experts, order = numbers.flatten().repeat_interleave(coming.flatten()).sort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    places = inverse(order)
     computed = compute(reordered(arrived, order, places), experts, coming.sum(dim=0).cumsum(dim=0))
     returned: Tensor = _Exchanged.apply(reordered(computed, places, order), sent, received, group)
     return F.pad(returned, (0, 0, 0, len(rows) - len(returned)))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation [N] that undoes another.
+
+    Sorted, which costs a little: where numbers are scattered to their places, torch 2.13's compiler for processors
+    fuses the loop with one that reads them, and so reads places before they are written (capacities were ignored).
+    """
+    return order.argsort()
 
 
 def reordered(values: Tensor, order: Tensor, places: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ExpertsConfig, ModelConfig
 from llmtrain.kernels.grouped_product import grouped_product
-from llmtrain.models.expert_parallel import compute_elsewhere, own_experts, reordered
+from llmtrain.models.expert_parallel import compute_elsewhere, inverse, own_experts, reordered
 from llmtrain.models.feed_forward import ACTIVATIONS, GATES, inner_size, make_dense
 from llmtrain.models.shared_rows import SharedRows
 from llmtrain.models.tensor_parallel import local, sum_gradients
@@ -151,7 +151,7 @@ class Experts(nn.Module):
     def _mix(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each token through its experts: [N, H], experts [N, K] (E for none) and weights [N, K] → [N, H]."""
         experts, order = chosen.flatten().sort(stable=True)  # [N K]
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        places = inverse(order)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=order.device), right=True)
         rows = _Spread.apply(hidden.to(working_dtype(self.expert_up.weight)), order, places, chosen.shape[1])
         if self.group is None:
@@ -224,7 +224,7 @@ def within_capacity(chosen: Tensor, num_experts: int, capacity: int, group_token
     group = row[:, None] * groups + position // group_tokens  # [B, T]
     keys, order = (group[..., None] * num_experts + chosen).flatten().sort(stable=True)
     queued = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys)
-    return torch.empty_like(queued).scatter_(0, order, queued).view_as(chosen) < capacity
+    return queued[inverse(order)].view_as(chosen) < capacity
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
