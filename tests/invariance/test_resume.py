@@ -1,7 +1,7 @@
 """Kill the process at any instant, run the same command again: the same bits at the end, and the same metrics."""
 
-import hashlib
 import contextlib
+import hashlib
 import json
 import random
 import re

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from llmtrain.config.errors import ConfigError
+from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import GenerateConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.conversations import encode_prompt
@@ -15,7 +15,7 @@ from llmtrain.stages import handover, starts
 
 def run(config: GenerateConfig) -> None:
     """Answer the prompt `samples` times."""
-    text = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
+    text = _standard_input() if config.prompt == "-" else config.prompt
     folder, chat = _model(config)
     tokenizer = load_tokenizer(handover.model_folder(folder))
     model = starts.load_policy(folder).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,6 +33,13 @@ def run(config: GenerateConfig) -> None:
     )  # fmt: skip
     for answer in answers:
         print(tokenizer.decode(answer))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from None
 
 
 def _model(config: GenerateConfig) -> tuple[str, bool]:

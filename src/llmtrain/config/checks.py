@@ -29,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
 LONGEST_NAME = 200
+LEAST_TEMPERATURE = 0.001
 RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
@@ -317,6 +318,9 @@ def margins(view: View) -> Iterator[Finding]:
 
 def greedy(view: View) -> Iterator[Finding]:
     """Temperature 0 takes the likeliest token."""
+    if 0 < view["temperature"] < LEAST_TEMPERATURE:
+        problem = f"{view['temperature']} is too near to 0 to divide by: 0 takes the likeliest token"
+        yield finding(f"{problem}; else it is at least {LEAST_TEMPERATURE}", "temperature")
     if view["temperature"] == 0:
         for key in ("top_k", "top_p"):
             yield from no_effect(view, key, "temperature=0 always takes the likeliest token", "temperature")

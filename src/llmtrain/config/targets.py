@@ -44,7 +44,7 @@ def resolve_callable(path: str, key: str) -> Callable[..., Any]:
 def _imported(path: str, key: str, fits: Callable[[Any], bool]) -> Any:
     """What stands at the import path; names of the module that fit are suggested where it does not."""
     module_name, _, name = path.rpartition(".")
-    if not module_name or not name:
+    if not all(path.split(".")) or not module_name:
         raise ConfigError(f"{key}={path!r}: expected an import path such as package.module.Name")
     try:
         module = importlib.import_module(module_name)
@@ -52,6 +52,8 @@ def _imported(path: str, key: str, fits: Callable[[Any], bool]) -> Any:
         raise ConfigError(
             f"{key}={path!r}: cannot import {module_name!r} ({problem}); install it or add its folder to PYTHONPATH"
         ) from problem
+    except Exception as problem:  # what a module of the user's own does when it is imported
+        raise ConfigError(f"{key}={path!r}: {module_name} fails: {type(problem).__name__}: {problem}") from problem
     names = [name for name, value in vars(module).items() if fits(value)]
     if not hasattr(module, name):
         raise ConfigError(f"{key}={path!r}: {module_name} has no {name!r}{suggestion(name, names)}")

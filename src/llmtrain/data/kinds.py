@@ -158,6 +158,9 @@ def _pair(fields: Fields) -> list[Pair]:
         raise DataError("`chosen` and `rejected` must differ in the assistant's last turn only")
     if not prompt:
         raise DataError("there is no prompt, neither in a column of its own nor at the beginning of `chosen`")
+    if chosen[0]["content"] == rejected[0]["content"]:
+        reason = "chosen and rejected are the same"
+        raise LeftOut(reason, f"{fields.place}: {reason}")
     margin = finite(fields.get("margin"))
     return [Pair(prompt, chosen[0]["content"], rejected[0]["content"], _answer(fields), fields.place, margin)]
 
@@ -265,7 +268,10 @@ def _with_system(messages: Messages, fields: Fields) -> Messages:
 def _history(fields: Fields) -> Messages:
     """Earlier turns as LLaMA-Factory writes them beside an instruction: [[question, answer], ...]."""
     turns: Messages = []
-    for pair in fields.get("history") or []:
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{fields.called('history')} must be a list of [question, answer], found {short(history)}")
+    for pair in history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)):
             raise DataError(f"{fields.called('history')} must be a list of [question, answer], found {short(pair)}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

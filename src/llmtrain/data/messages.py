@@ -47,7 +47,9 @@ def _message(message: Any, keys: MessageKeys) -> Message:
     content = _key(message, keys.content)
     if role is None or content is None:
         raise DataError(f"a message needs {_said(keys.role)} and {_said(keys.content)}, found {short(message)}")
-    name = str(message[role])
+    name = message[role]
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{role} must be a name, found {short(name)}")
     read = {"role": {**ROLES, **keys.roles}.get(name, name), "content": _text(message[content])}
     flag = _key(message, keys.train)
     return read if flag is None or message[flag] is None else read | {"train": yes_or_no(message[flag], flag)}

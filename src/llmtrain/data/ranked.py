@@ -7,7 +7,6 @@ pairs of different rank are made, in the order of the answers, as for InstructGP
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
@@ -22,6 +21,8 @@ from llmtrain.data.records import Faults, RowError
 TEXTS = ("content", "text", "answer", "response", "completion", "output", "value")
 SCORES = ("score", "overall_score", "pm_score", "reward", "rating")
 RANKS = ("rank",)
+# Scores and margins become float32, and so do differences of them.
+LARGEST = 1e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +196,12 @@ def number(value: Any, name: str) -> float:
     """A score or rank. Raises DataError for what is no finite number."""
     found = finite(value)
     if found is None:
-        raise DataError(f"{name} must be a number, found {short(value)}")
+        raise DataError(f"{name} must be a number of at most {LARGEST:.0e}, found {short(value)}")
     return found
 
 
 def finite(value: Any) -> float | None:
-    """A finite number; None for all else, also for an integer beyond all floating-point numbers."""
+    """A number that float32 can hold, and twice of it too; None for all else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= LARGEST else None

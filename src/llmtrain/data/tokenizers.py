@@ -93,6 +93,11 @@ class Tokenizer:
         content = json.dumps([json.loads(self._template_backend.to_str()), self.chat_template], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, special ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @functools.cached_property
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of text that each id stands for, [vocab_size]; 0 for special tokens."""

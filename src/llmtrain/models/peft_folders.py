@@ -5,6 +5,7 @@ that were trained as they are.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,6 +137,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is no folder of LoRA weights as peft saves them: {error!r}") from error
-    if faults or not rank > 0 or not alpha > 0:
-        raise UserError(f"{path} asks for what is not supported: {', '.join(faults) or f'r={rank}, alpha={alpha}'}")
+    are_numbers = isinstance(rank, int) and isinstance(alpha, int | float) and math.isfinite(alpha)
+    if faults or not are_numbers or not rank > 0 or not alpha > 0:
+        raise UserError(f"{path} asks for what is not supported: {', '.join(faults) or f'r={rank!r}, alpha={alpha!r}'}")
     return said, {name.removeprefix(PREFIX): value for name, value in tensors.items()}

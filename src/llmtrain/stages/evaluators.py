@@ -19,7 +19,7 @@ from llmtrain.data.encoding import PromptRow, encoded_prompt
 from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.steps import Objective
-from llmtrain.generation.engines import sampling_from
+from llmtrain.generation.engines import Replica, sampling_from
 from llmtrain.generation.rollouts import answer, final_rewards
 from llmtrain.generation.sampler import generate
 from llmtrain.generation.selection import best_rows
@@ -108,13 +108,14 @@ def unigram_bits(counts: Tensor, tokens: Tensor) -> float:
     return -float(logprobs[tokens.flatten()].sum())
 
 
-def build_problems(
-    config: SftConfig | AlignConfig, tokenizer: Tokenizer, model: Callable[[], LanguageModel], cache: Path
-) -> "Problems":
+def build_problems(config: SftConfig | AlignConfig, tokenizer: Tokenizer, model: Replica, cache: Path) -> "Problems":
     """The held-out problems of `eval.problems`; none where it is not set."""
     rows: list[PromptRow] = []
     if config.eval.problems:
-        room = config.train.sequence_length
+        length, longest = model.part.config.max_sequence_length, config.eval.max_new_tokens
+        # an answer stands behind its prompt, where that is no source of its own
+        is_source = model.part.config.architecture == "encoder_decoder"
+        room = min(config.train.sequence_length, length if is_source else max(length - longest, length // 2))
         found = read_problems(config.eval.problems, config.eval.max_problems, cache)
         encoded = [encoded_prompt(tokenizer, problem, room, "cut") for problem in found]
         rows = [row for row in encoded if row is not None]

@@ -229,16 +229,7 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     if _changes(config):
         for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
-    lineage = read_lineage(folder) if has_begun(folder) else {}
-    if not lineage and has_begun(folder):
-        raise ConfigError(_lacks(folder, "lineage.json"))
-    now = parents(config)
-    for role, parent in (lineage.get("parents") or {}).items():
-        if role in now and parent["sha256"] != now[role]["sha256"]:
-            raise ConfigError(
-                f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. "
-                "Choose another run= name."
-            )
+    lineage, now = check_same(config)
     _write(folder / "config.yaml", to_yaml(config))
     if not lineage:
         lineage = {
@@ -251,6 +242,26 @@ def open_run(config: StageConfig) -> dict[str, Any]:
         }
         write_lineage(folder, lineage)
     return lineage
+
+
+def check_same(config: StageConfig) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """The lineage of a run that has begun, else nothing, and its parents now.
+
+    Raises ConfigError where its config differs in what matters, or where its parents' weights have changed since.
+    """
+    folder = run_folder(config)
+    _changes(config)
+    lineage = read_lineage(folder) if has_begun(folder) else {}
+    if not lineage and has_begun(folder):
+        raise ConfigError(_lacks(folder, "lineage.json"))
+    now = parents(config)
+    for role, parent in (lineage.get("parents") or {}).items():
+        if role in now and parent["sha256"] != now[role]["sha256"]:
+            raise ConfigError(
+                f"{folder}: the weights in {parent['folder']} ({role}) have changed since the run began. "
+                "Choose another run= name."
+            )
+    return lineage, now
 
 
 def _changes(config: StageConfig) -> list[str]:

@@ -28,7 +28,9 @@ def run(config: PipelineConfig) -> None:
     for name, stage_config in stages.items():
         finished = handover.read_lineage(handover.run_folder(stage_config)).get("finished")
         print(f"\n[{name}] {'finished earlier' if finished else stage_config.run}", file=sys.stderr, flush=True)
-        if not finished:
+        if finished:  # by this config, and from the parents that are there now?
+            handover.check_same(handover.resolve_parents(stage_config))
+        else:
             importlib.import_module(f"llmtrain.stages.{config.stages[name].command}").run(stage_config)
     if int(os.environ.get("RANK", "0")) == 0:
         summary = {name: summarise(handover.run_folder(stage_config)) for name, stage_config in stages.items()}
@@ -43,7 +45,8 @@ def summarise(folder: Path) -> dict[str, Any]:
     rows = until_step(read_metrics(folder), lineage.get("step"))
     measured = [{key: row[key] for key in row if key.startswith("eval/")} for row in rows]
     measured = [{key.removeprefix("eval/"): value for key, value in row.items()} for row in measured if row]
-    return measured[-1] | {"before": measured[0], "seconds": lineage["seconds"]}
+    first, last = (measured[0], measured[-1]) if measured else ({}, {})
+    return last | {"before": first, "seconds": lineage["seconds"]}
 
 
 def print_table(summary: dict[str, dict[str, Any]]) -> None:

@@ -97,7 +97,8 @@ def _read(path: Path, rows: int) -> Tensor | None:
         found = load_file(path)["logprobs"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return found if found.shape == (rows, 2) else None
+    is_whole = found.shape == (rows, 2) and found.dtype == torch.float32 and bool(found.isfinite().all())
+    return found if is_whole else None
 
 
 def _write(path: Path, logprobs: Tensor) -> None:

@@ -34,6 +34,7 @@ from llmtrain.generation.estimators import AnswerEstimator, PpoEstimator
 from llmtrain.generation.rollouts import Rollouts, SampledAnswers
 from llmtrain.generation.selection import best_and_worst, best_answers
 from llmtrain.generation.vllm_engine import VllmEngine, check_fits
+from llmtrain.models.formats import read_config
 from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel, SharedActorCritic
 from llmtrain.models.lora import VALUE_SET, AdaptedActorCritic, initialise_adapters
 from llmtrain.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages, whiten
@@ -76,6 +77,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     assert config.train.batch_rows is not None
     if config.reward_model is not None:
         check_same_tokenizer(config.reward_model, tokenizer)
+        check_same_length(config, policy)
     engine = build_engine(run, policy)
     reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
     rows = load_rows(run, method, policy, tokenizer, "train")
@@ -328,10 +330,22 @@ LEARNERS: dict[type, Callable[[Run[AlignConfig], Any, LanguageModel], Learner]] 
 def check_same_tokenizer(reward_model: str, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where the reward model reads other tokens than the policy writes."""
     other = load_tokenizer(handover.model_folder(reward_model))
-    if other.encode_batch(PROBE) != tokenizer.encode_batch(PROBE) or other.vocab_size != tokenizer.vocab_size:
+    if other.encode_batch(PROBE) != tokenizer.encode_batch(PROBE) or other.vocabulary != tokenizer.vocabulary:
         raise ConfigError(
             f"reward_model: {reward_model} has another tokenizer than the policy. "
             "Train it from the policy's model, with llmtrain reward."
+        )
+
+
+def check_same_length(config: AlignConfig, policy: LanguageModel) -> None:
+    """Raises ConfigError where the reward model was not built for rows as long as the policy may write."""
+    assert config.reward_model is not None
+    most = read_config(handover.model_folder(config.reward_model))[0].max_sequence_length
+    longest = starts.fitting_length(config, policy)
+    if most < longest:
+        raise ConfigError(
+            f"reward_model: {config.reward_model} reads {most} tokens, and prompts with their answers may have "
+            f"{longest}. Set train.sequence_length={most}, or train a longer reward model."
         )
 
 

@@ -211,7 +211,7 @@ class SampledPairsConfig:
     """Prompts to answer."""
     samples: int = Field(default=4, ge=1)
     """Answers sampled for each prompt."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.001)
     """Sampling temperature."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer in tokens."""

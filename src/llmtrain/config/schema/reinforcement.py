@@ -14,7 +14,7 @@ class SampledAnswersConfig:
 
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest sampled answer in tokens."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.001)
     """Sampling temperature; it also divides the logits wherever log-probabilities of samples are taken."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Taken from the score of an answer that was cut off before its end token."""
