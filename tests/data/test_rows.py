@@ -166,7 +166,10 @@ def test_ties_are_counted(tmp_path: Path) -> None:
     [
         ({"prompt": "q", "answers": ["a", "b"]}, "these columns are no preference pairs"),
         ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, "2 answers, but 1 scores or ranks"),
-        ({"prompt": "q", "answers": ["a", "b"], "scores": [1, float("nan")]}, "`scores` must be a number of at most 1e.38, found nan"),
+        (
+            {"prompt": "q", "answers": ["a", "b"], "scores": [1, float("nan")]},
+            "`scores` must be a number of at most 1e.38, found nan",
+        ),
         ({"prompt": "q", "answers": "a", "scores": [1]}, "`answers` must be a list"),
         ({"prompt": "q", "answers": ["a", "b"], "ranks": 1}, "`ranks` must be a list of numbers"),
         ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, "b"]}, "this answer has neither a score nor a rank"),
