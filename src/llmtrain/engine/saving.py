@@ -101,7 +101,7 @@ class Saver:
 
         One step is computed beside the file in any case. Raises UserError as `wait` does.
         """
-        most = self.config.max_lost_steps
+        most = self.config.max_lost_steps or self.config.every_steps
         if most is not None and self._writing is not None and step - self._complete > most:
             with self.phase("saving"):
                 self.wait()

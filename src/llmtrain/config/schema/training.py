@@ -153,7 +153,8 @@ class CheckpointConfig:
     """Go on training while files are written; each process keeps a copy of its part of the state in main memory."""
     max_lost_steps: int | None = Field(default=None, ge=1)
     """With `asynchronous`: the most steps that a kill may cost. Training waits for a checkpoint that is being written
-    before it has done so many more than the one before has; at least `every_steps`. Null: it waits at the next save."""
+    before it has done so many more than the one before has; at least `every_steps`. Null: as many as those; more let it
+    go on where a file takes longer than a step."""
     keep_last: int = Field(default=2, ge=1)
     """Keep this many of the newest checkpoints."""
     keep_best: int = Field(default=0, ge=0)
