@@ -333,8 +333,7 @@ def trial(number: int, seed: int, calm: Path) -> dict[str, Any]:
         usual = [name for name in FAULTS if (is_small or name != "disk full") and (processes > 1 or "one " not in name)]
         faults = draw.choices(usual, k=draw.randrange(1, 4))
         said = {
-            "run": number, "stage": stage, "processes": processes, "saving": saving, "changed": change,
-            "faults": faults,
+            "run": number, "stage": stage, "processes": processes, "saving": saving, "changed": change, "faults": faults
         }  # fmt: skip
         (folder / "cache").symlink_to(calm / "cache")
         run = Run(command(stage, calm), folder / stage, processes, saving)

@@ -3,7 +3,6 @@
 A check is a generator of findings. It reads keys from a `View` and ends by itself where a key is faulty already.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator
 
 from llmtrain.config.adapter_checks import ADAPTER_CHECKS
@@ -11,7 +10,6 @@ from llmtrain.config.context_checks import CONTEXT_CHECKS
 from llmtrain.config.data_checks import DATA_CHECKS
 from llmtrain.config.expert_checks import EXPERT_CHECKS
 from llmtrain.config.fields import fields_of
-from llmtrain.config.folders import CACHE
 from llmtrain.config.health_checks import HEALTH_CHECKS
 from llmtrain.config.layout_checks import LAYOUT_CHECKS, data_processes, num_processes
 from llmtrain.config.method_checks import METHOD_CHECKS, SAMPLING
@@ -20,17 +18,14 @@ from llmtrain.config.objective_checks import OBJECTIVE_CHECKS
 from llmtrain.config.paths import path_findings
 from llmtrain.config.pipeline_checks import PIPELINE_CHECKS
 from llmtrain.config.plain import Finding
-from llmtrain.config.saving_checks import SAVING_CHECKS
+from llmtrain.config.saving_checks import NAME, SAVING_CHECKS
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.view import NotValid, View, finding, no_effect
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs", "train.tokens_per_parameter")
-NAME = re.compile(r"[A-Za-z0-9._=-]+")
 # Lengths of a length warm-up, the full one included: torch.compile takes as many shapes and falls back beyond them.
 MAX_LENGTHS = 8
-LONGEST_NAME = 200
 LEAST_TEMPERATURE = 0.001
-RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
 
 
 def run_checks(view: View, later: Collection[str] = ()) -> list[Finding]:
@@ -47,20 +42,6 @@ def _collect(findings: Iterator[Finding], found: list[Finding]) -> None:
         found.extend(findings)
     except NotValid:
         return
-
-
-def run_name(view: View) -> Iterator[Finding]:
-    """The run names a folder below `runs_dir`."""
-    if view.command in ("show", "verify"):  # the name or folder of a run that is there
-        return
-    run = view["run"]
-    parts = run.split("/")
-    if not all(NAME.fullmatch(part) and set(part) != {"."} for part in parts):
-        yield finding(f"{run!r} is not {RUN_NAME}", "run")
-    elif max(map(len, parts)) > LONGEST_NAME:
-        yield finding(f"a name of {max(map(len, parts))} letters: file systems take some {LONGEST_NAME}", "run")
-    elif parts[0] == CACHE:
-        yield finding(f"{run!r} is where the prepared data of all runs is kept; choose another name", "run")
 
 
 def _from_folder(view: View) -> bool:
@@ -368,7 +349,6 @@ def pipeline_overrides(view: View) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    run_name,
     shown_run,
     verified_run,
     *MODEL_CHECKS,

@@ -1,10 +1,29 @@
-"""What is kept of a run: combinations that do not fit, or have no effect."""
+"""What is kept of a run, and under which name: what is none, does not fit, or has no effect."""
 
 import re
 from collections.abc import Callable, Iterator
 
+from llmtrain.config.folders import CACHE
 from llmtrain.config.plain import Finding
 from llmtrain.config.view import View, finding, no_effect
+
+NAME = re.compile(r"[A-Za-z0-9._=-]+")
+RUN_NAME = "a name of letters, digits and . _ - =, or several joined by /"
+LONGEST_NAME = 200
+
+
+def run_name(view: View) -> Iterator[Finding]:
+    """The run names a folder below `runs_dir`."""
+    if view.command in ("show", "verify"):  # the name or folder of a run that is there
+        return
+    run = view["run"]
+    parts = run.split("/")
+    if not all(NAME.fullmatch(part) and set(part) != {"."} for part in parts):
+        yield finding(f"{run!r} is not {RUN_NAME}", "run")
+    elif max(map(len, parts)) > LONGEST_NAME:
+        yield finding(f"a name of {max(map(len, parts))} letters: file systems take some {LONGEST_NAME}", "run")
+    elif parts[0] == CACHE:
+        yield finding(f"{run!r} is where the prepared data of all runs is kept; choose another name", "run")
 
 
 def kept_for_ever(view: View) -> Iterator[Finding]:
@@ -36,4 +55,4 @@ def mirror(view: View) -> Iterator[Finding]:
         yield finding(f"{url!r} is no URL, such as s3://bucket/folder or file:///mnt/folder", "checkpoint.mirror")
 
 
-SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (kept_for_ever, lost_steps, mirror)
+SAVING_CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (run_name, kept_for_ever, lost_steps, mirror)

@@ -229,7 +229,7 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     if _changes(config):
         for name in ("samples.json", "tokenizer", "micro_batches.json"):
             _remove(folder / name)
-    lineage, now = check_same(config)
+    lineage, now = check_parents(config)
     _write(folder / "config.yaml", to_yaml(config))
     if not lineage:
         lineage = {
@@ -244,13 +244,12 @@ def open_run(config: StageConfig) -> dict[str, Any]:
     return lineage
 
 
-def check_same(config: StageConfig) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+def check_parents(config: StageConfig) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
     """The lineage of a run that has begun, else nothing, and its parents now.
 
-    Raises ConfigError where its config differs in what matters, or where its parents' weights have changed since.
+    Raises ConfigError where the parents' weights have changed since.
     """
     folder = run_folder(config)
-    _changes(config)
     lineage = read_lineage(folder) if has_begun(folder) else {}
     if not lineage and has_begun(folder):
         raise ConfigError(_lacks(folder, "lineage.json"))

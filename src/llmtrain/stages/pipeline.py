@@ -29,7 +29,9 @@ def run(config: PipelineConfig) -> None:
         finished = handover.read_lineage(handover.run_folder(stage_config)).get("finished")
         print(f"\n[{name}] {'finished earlier' if finished else stage_config.run}", file=sys.stderr, flush=True)
         if finished:  # by this config, and from the parents that are there now?
-            handover.check_same(handover.resolve_parents(stage_config))
+            stage_config = handover.resolve_parents(stage_config)
+            handover.check_start(stage_config)
+            handover.check_parents(stage_config)
         else:
             importlib.import_module(f"llmtrain.stages.{config.stages[name].command}").run(stage_config)
     if int(os.environ.get("RANK", "0")) == 0:
