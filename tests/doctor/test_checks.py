@@ -15,7 +15,7 @@ from llmtrain.doctor.measurement import Check, Measurement, Skipped
 from llmtrain.engine import trainer
 from llmtrain.engine.snapshots import Piece
 from llmtrain.generation import estimators
-from llmtrain.models.attention import KVCache
+from llmtrain.models.cache import KVCache
 from llmtrain.models.document_attention import Documents
 from llmtrain.models.heads import LanguageModel
 

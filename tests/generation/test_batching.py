@@ -15,12 +15,12 @@ from llmtrain.generation import batching, decoder
 from llmtrain.generation.batching import ContinuousBatch, enough_rows
 from llmtrain.generation.decoder import Decoder, PreparedLinear
 from llmtrain.generation.sampler import generate
-from llmtrain.models.attention import WIDTH_MULTIPLE, KVCache
+from llmtrain.models.cache import PROMPT_MULTIPLE, KVCache
 from llmtrain.models.heads import LanguageModel, make_model
 
 VOCAB_SIZE = 61
-GROUPED = ModelConfig(num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, max_sequence_length=64, init_std=0.3)
-MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=None, hidden_size=64)
+GROUPED = ModelConfig(num_layers=2, hidden_size=80, num_heads=4, num_kv_heads=2, max_sequence_length=160, init_std=0.3)
+MULTI_HEAD = dataclasses.replace(GROUPED, num_kv_heads=None, hidden_size=96)
 MULTI_QUERY = dataclasses.replace(GROUPED, num_kv_heads=1, tied_embeddings=True)
 GPT2 = dataclasses.replace(
     MULTI_HEAD, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True, tied_embeddings=True
@@ -82,9 +82,9 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def make_prompts(count: int = 11) -> list[list[int]]:
-    """Of 1 to 40 tokens; the last three repeat the first and the second."""
+    """Of 1 to 40 tokens, and two of more; the last three repeat the first and the second."""
     generator = torch.Generator().manual_seed(1)
-    lengths = [1 + (17 * row) % 40 for row in range(count)]
+    lengths = [1 + (17 * row) % 40 for row in range(count - 2)] + [60, 125]  # these grow beyond 64 and 128 columns
     prompts = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [*prompts, prompts[0], prompts[1], prompts[0]]
 
@@ -165,7 +165,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"max_new_tokens": 6, "stop_tokens": set(range(20))}
     answers = generate(model, prompts, batch_rows=5, **arguments)
     assert sorted(prompt for prompts in read for prompt in prompts) == sorted({tuple(prompt) for prompt in prompts})
-    assert all(len({-(-len(prompt) // WIDTH_MULTIPLE) for prompt in prompts}) == 1 for prompts in read)
+    assert all(len({-(-len(prompt) // PROMPT_MULTIPLE) for prompt in prompts}) == 1 for prompts in read)
     assert len({tuple(answer) for answer in answers[:7]}) > 3, "rows of a group have draws of their own"
     read.clear()
     assert generate(model, prompts, **arguments) == answers
@@ -175,7 +175,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_prompts_are_read_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = build(GROUPED), make_prompts()
     whole = generate(model, prompts, max_new_tokens=5, stop_tokens=set())
-    monkeypatch.setattr(batching, "PROMPT_TOKENS", WIDTH_MULTIPLE)
+    monkeypatch.setattr(batching, "PROMPT_TOKENS", PROMPT_MULTIPLE)
     assert generate(model, prompts, max_new_tokens=5, stop_tokens=set()) == whole
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
-from llmtrain.models.attention import KVCache
+from llmtrain.models.cache import KVCache
 from llmtrain.models.document_attention import Documents, _forward, document_attention
 from llmtrain.models.heads import LanguageModel
 

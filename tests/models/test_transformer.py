@@ -1,6 +1,7 @@
 """The trunk: what positions may see, sizes, initial weights, the cache."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.schema import ModelConfig
 from llmtrain.models.attend import attend_one
-from llmtrain.models.attention import KVCache
+from llmtrain.models.cache import KVCache
 from llmtrain.models.feed_forward import inner_size
 from llmtrain.models.heads import LanguageModel
 from llmtrain.models.positions import rotary_tables, rotate
@@ -131,6 +132,30 @@ def test_a_single_query_attends_as_the_formula_says(heads: int, kv_heads: int, d
     found = attend_one(query, keys, values, mask)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="kernels are chosen by processor")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(4, 4, 24), (8, 1, 64), (4, 2, 128), (2, 1, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_single_query_attends_alike_beside_any_rows(
+    heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """The same bits for any number of rows, and of masked columns behind its own."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"query": (9, heads, 1), "keys": (9, kv_heads, 1216), "values": (9, kv_heads, 1216)}
+    query, keys, values = (torch.randn(*s, head_size, generator=generator).to(dtype) for s in sizes.values())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for length in (1, 60, 129, 1000):
+        found = []
+        for rows, width in itertools.product((1, 2, 4, 9), (64, 128, 192, 512, 1024, 1088, 1216)):
+            if width >= length:
+                mask = torch.zeros(rows, 1, 1, width, dtype=dtype)
+                mask[..., length:] = float("-inf")
+                seen = (each[:rows, :, :width].contiguous() for each in (keys, values))
+                found.append(attend_one(query[:rows], *seen, mask)[0])
+        assert all(torch.equal(found[0], each) for each in found[1:])
+    torch.set_num_threads(threads)
 
 
 def test_flops_follow_the_products() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmtrain.generation.choice import Choice, row_uniforms
 from llmtrain.generation.decoder import Decoder
-from llmtrain.models.attention import KVCache, rounded_up
+from llmtrain.models.cache import PROMPT_MULTIPLE, KVCache, rounded_up
 
 # New prompts are read once this share of the rows is free: a few together cost less than one by one.
 FREE_SHARE = 0.125
@@ -108,9 +108,9 @@ class ContinuousBatch:
 
     def _read(self, waiting: list[int]) -> _Read:
         """Reads the first of these requests' prompts, and others that are padded to the same length."""
-        width = rounded_up(len(self.requests[waiting[0]].prompt))
+        width = rounded_up(len(self.requests[waiting[0]].prompt), PROMPT_MULTIPLE)
         prompts = dict.fromkeys(self.requests[row].prompt for row in waiting)
-        together = list(takewhile(lambda prompt: rounded_up(len(prompt)) == width, prompts))
+        together = list(takewhile(lambda prompt: rounded_up(len(prompt), PROMPT_MULTIPLE) == width, prompts))
         together = together[: max(1, PROMPT_TOKENS // width)]
         logits, cache = self.decoder.read_prompts(together)
         return _Read({prompt: row for row, prompt in enumerate(together)}, logits, cache)

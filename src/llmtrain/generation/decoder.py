@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.models.attention import WIDTH_MULTIPLE, KVCache, SourceCache, rounded_up
+from llmtrain.models.cache import PROMPT_MULTIPLE, KVCache, SourceCache, rounded_up
 from llmtrain.models.experts import ExpertLinear
 from llmtrain.models.heads import EncoderDecoder, LanguageModel, capped
 from llmtrain.models.linear import Linear
@@ -66,7 +66,7 @@ class Decoder:
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The prompts as rows [R, T], filled up with zeros on the right."""
-        width = rounded_up(max(map(len, prompts)))
+        width = rounded_up(max(map(len, prompts)), PROMPT_MULTIPLE)
         return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
 
     def _first_logits(self, tokens: Tensor, cache: KVCache, **source: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class SourceDecoder(Decoder):
         sources, lengths = self._padded(prompts), [len(prompt) for prompt in prompts]
         cache = self._beside_sources(self.new_cache([1] * len(prompts), 1), lengths, sources.shape[1])
         # as many columns as are read together, so that no product has a few rows alone
-        tokens = torch.full((len(prompts), WIDTH_MULTIPLE), self.start_token, device=self.device)
+        tokens = torch.full((len(prompts), PROMPT_MULTIPLE), self.start_token, device=self.device)
         source_lengths = torch.tensor(lengths, device=self.device)
         return self._first_logits(tokens, cache, source=sources, source_lengths=source_lengths), cache
 

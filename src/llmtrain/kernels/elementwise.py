@@ -19,6 +19,8 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Zhang and Sennrich 2019 (arXiv 1910.07467, eq. 4).
     """
+    if not torch.is_grad_enabled():
+        return (inputs * _inverse_rms(inputs, eps)).mul_(weight)
     normed: Tensor = _RMSNorm.apply(inputs, weight, eps)
     return normed
 
@@ -29,6 +31,8 @@ def rotate_halves(heads: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tenso
     Heads [B, T, N, R] and tables [B or 1, T, 1, R] that repeat in both halves (Su et al. 2021, arXiv 2104.09864,
     eq. 34); what the tables are made of gets no gradient.
     """
+    if not torch.is_grad_enabled():
+        return _turned(heads, cosines, signed_sines)
     rotated: Tensor = _RotateHalves.apply(heads, cosines, signed_sines)
     return rotated
 
@@ -38,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = inputs.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = _inverse_rms(inputs, eps)
         unit = inputs * inverse
         ctx.save_for_backward(unit, weight, inverse)
         return unit * weight
@@ -66,6 +70,10 @@ class _RotateHalves(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cosines, signed_sines = ctx.saved_tensors
         return _turned(grad, cosines, -signed_sines), None, None
+
+
+def _inverse_rms(inputs: Tensor, eps: float) -> Tensor:
+    return inputs.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _turned(heads: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Shapes: B rows, T queries, S keys, D head size, Q query heads, K key-value heads (Q a multiple of K), G = Q / K.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,10 @@ from llmtrain.models.masks import added
 
 # Behind the keys with sinks: the one that is attended to, and as many as make a multiple.
 SINK_COLUMNS = 16
+# A product in bfloat16 sums up so many columns in one go; beyond, where it is cut depends on how many there are.
+SUMMED_COLUMNS = 1024
+# Smaller products torch does not give to oneDNN, or to it if there are enough rows: all heads' sizes, and that of one.
+PRODUCTS_FROM, PRODUCTS_FROM_HEAD_SIZE = 72, 8
 
 
 def with_sinks(keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,20 +38,39 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Ten
     """One query for each row and head [B, Q, 1, D] over keys and values [B, K, S, D], `mask` [B, 1 or Q, 1, S] added.
 
     The queries that share a key-value head are taken as so many queries of that head: nothing is expanded, and the
-    keys are read once. In bfloat16 torch's CPU kernel is slow for a single query (3.5 times slower than for two), so
-    there is a copy beside a lone one. In float32 it is as fast either way, but depends on S for more than two.
+    keys are read once. In float32 torch's CPU kernel depends on S for more than two of them, so each is taken alone.
     """
-    batch, heads, _, head_size = query.shape
     kv_heads = keys.shape[1]
-    if query.device.type == "cpu" and query.dtype == torch.float32:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_size)
-    if mask.shape[1] != 1:
-        mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
-    if heads == kv_heads and query.device.type == "cpu":
-        grouped = grouped.expand(-1, -1, 2, -1)
-    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-    return attended[:, :, : heads // kv_heads].reshape(query.shape)
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+    grouped = query.reshape(len(query), kv_heads, -1, query.shape[3])
+    mask = mask if mask.shape[1] == 1 else mask.view(len(mask), kv_heads, -1, mask.shape[3])
+    if on_cpu and _goes_by_products(query):
+        attended = _attend_by_products(grouped, keys, values, mask)
+    else:
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+    return attended.reshape(query.shape)
+
+
+def _goes_by_products(query: Tensor) -> bool:
+    """Whether `_attend_by_products` is faster for [B, Q, 1, D], and one kernel computes any number of rows."""
+    wide_enough = query.shape[1] * query.shape[3] >= PRODUCTS_FROM and query.shape[3] >= PRODUCTS_FROM_HEAD_SIZE
+    return query.dtype == torch.bfloat16 and wide_enough and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """G queries for each key-value head [B, K, G, D] over keys and values [B, K, S, D], as products over all heads.
+
+    torch's fused CPU kernel calls a product for each head of each row, and calls cost more than such products do.
+    They are the operators of `kernels/cpu_attention.py`, which training goes through.
+    """
+    rows = (query * query.shape[-1] ** -0.5).flatten(0, 1)  # [B K, G, D]
+    scores = torch.bmm(rows, keys.flatten(0, 1).mT).view(*query.shape[:3], -1)
+    probabilities = scores.add_(mask).softmax(dim=-1).flatten(0, 1)  # [B K, G, S]
+    parts = probabilities.split(SUMMED_COLUMNS, dim=2), values.flatten(0, 1).split(SUMMED_COLUMNS, dim=1)
+    attended = [torch.bmm(*part) for part in zip(*parts, strict=True)]
+    return functools.reduce(torch.Tensor.add_, attended).view(query.shape)
 
 
 def attend_capped(

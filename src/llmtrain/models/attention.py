@@ -1,10 +1,9 @@
-"""Attention with grouped queries, to the row itself or to a source, and what generation keeps of keys and values.
+"""Attention with grouped queries, to the row itself or to a source.
 
-Shapes: B rows, T positions, S positions in the cache or of a source, H hidden size, D head size,
+Shapes: B rows, T positions, S positions of a source, H hidden size, D head size,
 Q query heads, K key-value heads (Q a multiple of K).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,183 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.kernels import cpu_attention
-from llmtrain.models.attend import attend_capped, attend_one, attend_one_capped, with_sinks
+from llmtrain.models.attend import attend_capped, with_sinks
+from llmtrain.models.cache import KVCache
 from llmtrain.models.context_parallel import PositionShare
 from llmtrain.models.document_attention import document_attention
 from llmtrain.models.linear import Linear
-from llmtrain.models.masks import added, score_mask
 from llmtrain.models.norms import make_norm
 from llmtrain.models.positions import RotaryTables, rotate
 from llmtrain.models.shared_rows import SharedRows, taken
 from llmtrain.models.tensor_parallel import even, split_by_inputs, split_by_outputs, sum_gradients
-
-# Columns of a cache are read, and prompts padded, in multiples of this: torch's CPU kernels then give a row the same
-# bits whatever stands behind its own columns.
-WIDTH_MULTIPLE = 16
-
-
-class KVCache:
-    """Keys and values of the tokens that rows have seen, per layer [R, 2K, S, D]: position p of a row in column p.
-
-    The first forward pass takes right-padded prompts, every later one a single token more for each row. Columns behind
-    a row's own tokens hold padding, or what other rows have left there: finite, and masked.
-
-    `lengths` are the unpadded lengths of the prompts, 0 for rows that `adopt` fills; `capacity` is the longest that a
-    row may grow, `dtype` that of the projections.
-    """
-
-    def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config, self.windows = config, {*config.windows}
-        self.source: SourceCache | None = None  # of a decoder beside an encoder
-        shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.lengths = torch.tensor(lengths, device=device)  # [R]
-        self.longest = max(lengths)  # known without asking the device
-        self.last = min(config.max_sequence_length, shape[2]) - 1
-        self.width = 0  # columns that are read
-        self.written = 0  # columns that hold numbers
-        self.adding = False  # single tokens, no longer prompts
-
-    def begin(self, tokens: Tensor, relative: Tensor | None = None) -> Tensor:
-        """Positions of the tokens [B, T] that come next, [1, T] for prompts, [B, 1] for one token more of each row.
-
-        There may be more rows of tokens than the cache has: what is added to fill them up is not kept.
-        `relative` is that of `score_mask`.
-        """
-        if self.width == 0:
-            self._set_width(tokens.shape[1])
-            return torch.arange(tokens.shape[1], device=tokens.device)[None]
-        self.adding = True
-        self._set_width(self.longest + 1)
-        rows, kv_heads, capacity, _ = self.layers[0].shape
-        # A row that has ended may be computed along with the others: its position must exist.
-        columns = self.lengths.clamp(max=self.last)[:, None]  # [R, 1]
-        starts = torch.arange(0, rows * kv_heads * capacity, capacity, device=tokens.device)
-        self.places = (starts.view(rows, kv_heads) + columns).flatten()  # [R 2K], of R 2K S
-        keys, dtype = torch.arange(self.width, device=tokens.device), self.layers[0].dtype
-        self.masks = {  # of each kind of layer, [R, 1 or Q, 1, width]
-            window: added(score_mask(self.config, window, columns, keys, relative=relative), dtype)
-            for window in self.windows
-        }
-        self.lengths = columns[:, 0] + 1
-        self.longest += 1
-        return F.pad(columns, (0, 0, 0, len(tokens) - rows)) if len(tokens) > rows else columns
-
-    def keep_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Writes a layer's keys and values of the prompts, [R, T, K, D]."""
-        self.layers[layer][:, :, : key.shape[1]] = torch.cat((key, value), dim=2).transpose(1, 2)
-
-    def attend(
-        self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
-        """Adds one position [B, 1, K, D] and attends to those it sees: queries [B, 1, Q, D] → [B, Q, 1, D]."""
-        rows, head_size = len(self.lengths), key.shape[3]
-        new = torch.cat((key, value), dim=2)[:rows]
-        self.layers[layer].view(-1, head_size).index_copy_(0, self.places, new.view(-1, head_size))
-        keys, values = self.views[layer]
-        mask = self.masks[window]
-        if sinks is not None:
-            keys, values, mask = with_sinks(keys, values, mask, sinks)
-        return _attend_rows(self.config, query, keys, values, mask)
-
-    def adopt(self, rows: Tensor, other: "KVCache", which: Tensor) -> None:
-        """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
-        self._set_width(other.width)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine[rows, :, : other.width] = theirs[which, :, : other.width]
-        self.lengths[rows] = other.lengths[which]
-        self.longest = int(self.lengths.max())
-        if self.source is not None and other.source is not None:
-            self.source.adopt(rows, other.source, which)
-
-    def release(self, rows: Tensor) -> None:
-        """Forgets what the given rows ([N] indices) have seen; they are computed on as if they were new."""
-        self.lengths[rows] = 0
-        self.longest = int(self.lengths.max())
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows ([new R] indices, each at most once) only, in this order."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-        for layer, columns in enumerate(self.layers):
-            columns[moved, :, : self.longest] = columns[rows[moved], :, : self.longest]
-            self.layers[layer] = columns[: len(rows)]
-        self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max())
-        self.width = 0
-        self._set_width(self.longest)
-        if self.source is not None:
-            self.source.select(rows)
-
-    def _set_width(self, columns: int) -> None:
-        """Makes at least so many columns readable. Memory is touched only when it is first needed."""
-        width = min(rounded_up(columns), self.layers[0].shape[2])
-        if width == self.width:
-            return
-        for layer in self.layers if width > self.written else ():
-            layer[:, :, self.written : width] = 0
-        self.width, self.written = width, max(self.written, width)
-        self.views = [layer[:, :, :width].chunk(2, dim=1) for layer in self.layers]  # keys, values [R, K, width, D]
-
-
-class SourceCache:
-    """Keys and values of each row's source, per layer [R, 2K, S, D]: written once, attended to by every token.
-
-    `lengths` are those of the sources without padding, 0 for rows that `adopt` fills; `capacity` is the longest.
-    """
-
-    def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.config = config
-        shape = (len(lengths), 2 * config.kv_heads, rounded_up(capacity), config.head_size)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self._set_lengths(torch.tensor(lengths, device=device))
-
-    def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Writes a layer's keys and values of the sources, [R, S, K, D]."""
-        self.layers[layer][:, :, : key.shape[1]] = torch.cat((key, value), dim=2).transpose(1, 2)
-
-    def attend(self, layer: int, query: Tensor) -> Tensor:
-        """One query of each row [B, 1, Q, D] over its source → [B, Q, 1, D]."""
-        keys, values = self.layers[layer][:, :, : self.width].chunk(2, dim=1)
-        return _attend_rows(self.config, query, keys, values, self.mask)
-
-    def adopt(self, rows: Tensor, other: "SourceCache", which: Tensor) -> None:
-        """Puts rows `which` ([N] indices) of another cache in place of the given rows [N]."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine[rows, :, : other.width] = theirs[which, :, : other.width]
-        self._set_lengths(self.lengths.index_copy(0, rows, other.lengths[which]))
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows ([new R] indices) only, in this order."""
-        self.layers = [layer[rows] for layer in self.layers]
-        self._set_lengths(self.lengths[rows])
-
-    def _set_lengths(self, lengths: Tensor) -> None:
-        self.lengths = lengths  # [R]
-        self.width = rounded_up(max(int(lengths.max()), 1))
-        # A row without a request is computed along with the others: it must see something.
-        seen = torch.arange(self.width, device=lengths.device) < lengths.clamp(min=1)[:, None, None, None]
-        self.mask = added(seen, self.layers[0].dtype)  # [R, 1, 1, width]
-
-
-def _attend_rows(config: ModelConfig, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Queries [B, 1, Q, D] over the keys and values of the first R of B rows [R, K, S, D] → [B, Q, 1, D], or zeros."""
-    rows = len(keys)
-    one = query[:rows].transpose(1, 2)
-    if config.attention_softcap is None:
-        attended = attend_one(one, keys, values, mask)
-    else:
-        attended = attend_one_capped(one, keys, values, mask, config.attention_softcap)
-    lacking = len(query) - rows
-    return F.pad(attended, (0, 0, 0, 0, 0, 0, 0, lacking)) if lacking else attended
-
-
-def rounded_up(columns: int) -> int:
-    """The next multiple of WIDTH_MULTIPLE."""
-    return -(-columns // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 class Source(NamedTuple):
