@@ -194,6 +194,17 @@ def test_rows_that_the_template_refuses_are_counted(
         load_rows(config(tmp_path, refused, SHORT, on_error="skip"), strict, **options)
 
 
+@pytest.mark.parametrize("load_rows", [load_conversations, load_prompts])
+def test_a_speaker_that_the_template_does_not_know(tmp_path: Path, tokenizer: Tokenizer, load_rows: Loader) -> None:
+    """Unless the source says who that is."""
+    says = [{"role": "customer", "content": "a"}, {"role": "assistant", "content": "b"}]
+    options = {"split": "train", "max_length": 50, "cache_dir": tmp_path}
+    with pytest.raises(DataError, match=r"'customer' speaks, .* the source's `roles`, such as \{customer: user\}"):
+        load_rows(config(tmp_path, {"messages": says}), tokenizer, **options)
+    source = RowSourceConfig(path=str(tmp_path / "a.jsonl"), weight=2.0, roles={"customer": "user"})
+    assert len(load_rows(RowsConfig(sources={"a": source}), tokenizer, **options)["a"]) == 1
+
+
 # Judged answers ---------------------------------------------------------------------------------------------------
 
 

@@ -304,6 +304,9 @@ def test_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         config.write_text(json.dumps(said | option))
         with pytest.raises(UserError, match=f"asks for what is not supported: {next(iter(option))}="):
             add_adapter(plain(), tmp_path)
+    config.write_text(json.dumps(said | {"r": 4}))
+    with pytest.raises(UserError, match=r"adapter_config.json says r=4, but .* has matrices of rank 2"):
+        add_adapter(plain(), tmp_path)
     config.write_text(json.dumps(said))
     tensors = load_file(weights)
     for change in ("missing", "unknown"):

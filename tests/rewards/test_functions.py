@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from llmtrain.config.errors import ConfigError, UserError
 from llmtrain.config.schema import RewardFunctionConfig
@@ -95,11 +96,20 @@ def test_a_reward_of_weight_one_is_given_as_it_is() -> None:
     ("reward", "message"),
     [
         (lambda answers: [1.0], "rewards.a gave 1 numbers for 2 answers"),
-        (lambda answers: [1.0, float("nan")], "rewards.a gave nan, which is no finite number, for the answer 'cc'"),
+        (lambda answers: [1.0, float("nan")], "rewards.a gave nan, which float32 does not hold, for the answer 'cc'"),
         (lambda answers: 1 / 0, r"rewards.a failed at .*test_functions.py:\d+: ZeroDivisionError"),
-        (lambda answers: ["x", "y"], "rewards.a failed at .*could not convert string to float"),
+        (lambda answers: ["x", "y"], r"rewards.a gave \['x', 'y'\]; expected a list with one number for each answer"),
+        (lambda answers: None, "rewards.a gave None; expected a list with one number for each answer"),
+        (lambda answers: torch.zeros(2, 3), "rewards.a gave .*; expected a list with one number for each answer"),
+        (lambda answers: (1 / 0 for _ in answers), r"rewards.a failed at .*test_functions.py:\d+: ZeroDivisionError"),
+        (lambda answers: [1e39, 0.0], "rewards.a gave 1e.39, which float32 does not hold"),
     ],
 )
 def test_rewards_that_give_no_numbers(reward: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         WeightedSum({"a": reward}, {"a": 1.0})(ANSWERS)  # type: ignore[dict-item]
+
+
+def test_a_sum_beyond_float32_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the sum of the rewards is 3e.39, which float32 does not hold"):
+        WeightedSum({"a": lambda answers: [3e38, 0.0]}, {"a": 10.0})(ANSWERS)

@@ -88,6 +88,9 @@ def add_adapter(model: LanguageModel, folder: Path) -> None:
     layout = layout_for(model.config)
     scale = said["lora_alpha"] / (said["r"] ** 0.5 if said.get("use_rslora") else said["r"])
     weights = to_theirs(layout, model.config, model.state_dict())
+    ranks = {value.shape[0] for name, value in tensors.items() if name.endswith(".lora_A.weight") and value.ndim == 2}
+    if ranks - {said["r"]}:
+        raise UserError(f"{folder / CONFIG} says r={said['r']}, but {WEIGHTS} has matrices of rank {max(ranks)}")
     faults = []
     for name, value in tensors.items():
         module, is_a, _ = name.partition(".lora_A.weight")

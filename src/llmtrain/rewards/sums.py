@@ -1,12 +1,14 @@
 """A weighted sum of named rewards."""
 
 import dataclasses
-import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmtrain.config.errors import UserError
+from llmtrain.data.messages import short
 from llmtrain.rewards.answers import Answer, Reward
+
+LARGEST = 3.4028234663852886e38  # that float32 holds, in which losses are computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +36,33 @@ class WeightedSum:
         return {name: _values(name, reward, answers) for name, reward in self.rewards.items()}
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
-        """The weighted sum of what `components` has given, [B]."""
+        """The weighted sum of what `components` has given, [B]. Raises UserError where it is beyond float32."""
         weighted = ([self.weights[name] * value for value in values] for name, values in components.items())
-        return [sum(values) for values in zip(*weighted, strict=True)]
+        totals = [sum(values) for values in zip(*weighted, strict=True)]
+        beyond = [total for total in totals if not abs(total) <= LARGEST]
+        if beyond:
+            raise UserError(f"the sum of the rewards is {beyond[0]}, which float32 does not hold: lower their weights")
+        return totals
 
 
 def _values(name: str, reward: Reward, answers: Sequence[Answer]) -> list[float]:
     try:
-        values = [float(value) for value in reward(answers)]
+        given = reward(answers)
+        given = list(given) if isinstance(given, Iterable) else given
     except UserError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}:{place.lineno}"
         raise UserError(f"rewards.{name} failed at {where}: {type(error).__name__}: {error}") from error
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last by a tensor of several numbers
+        expected = "expected a list with one number for each answer"
+        raise UserError(f"rewards.{name} gave {short(given)}; {expected}") from None
     if len(values) != len(answers):
         raise UserError(f"rewards.{name} gave {len(values)} numbers for {len(answers)} answers; expected one for each")
     for value, answer in zip(values, answers, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"rewards.{name} gave {value}, which is no finite number, for the answer {answer.text!r}")
+        if not abs(value) <= LARGEST:
+            raise UserError(f"rewards.{name} gave {value}, which float32 does not hold, for the answer {answer.text!r}")
     return values
