@@ -282,6 +282,7 @@ def main() -> None:
     rows = [row | ({"seconds": None} if arguments.shared else {}) for row in rows]
     print(table(rows), *(told(row) for row in rows if row["method"] == "overoptimised"), sep="\n")
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (arguments.output / "alignment.jsonl").write_text("".join(lines))
         (arguments.output / "alignment.svg").write_text(drawing(rows))
