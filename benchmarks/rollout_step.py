@@ -5,12 +5,13 @@ optimizer. All contenders start from the same random weights with prompts of as 
 tokens, 32 answers to 4 prompts (PPO: to 32), the same learning rate and KL coefficient, each in a process of its own,
 and take turns (`contenders.py`). Reported are the median step of each, and the median over rounds of the ratios.
 
-    python benchmarks/rollout_step.py --dtype bfloat16 --stops 128
+    python benchmarks/rollout_step.py                                       # trl as it comes
+    python benchmarks/rollout_step.py --stops 128 --trl-keeps-activations   # mixed lengths, trl made faster
 
-`--stops N`: N of the 8192 tokens end an answer; with 0 all answers have 64 tokens, the most. `--kl 0`, trl's default:
-no reference. Without `--micro-batch-rows` each computes as many rows at a time as it does unasked, trl 8 and ours all.
-trl's optimizer is its default, fused AdamW. Unasked it would compute activations again in the backward pass; here it
-does so with `--trl-recomputes` alone, for it is faster without, and memory is no matter at this size.
+What nothing is said about is as trl has it unasked: no KL and so no reference, fused AdamW, 8 rows at a time (ours:
+all, `--micro-batch-rows` for both), and activations computed again in the backward pass, which costs time and saves
+memory; with `--trl-keeps-activations` they are not. `--stops N`: N of the 8192 tokens end an answer; with 0 all answers
+have 64 tokens, the most.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def trl(folder: Path, arguments: argparse.Namespace) -> None:
         gradient_accumulation_steps=ANSWERS // rows, num_generations=GROUP_ROWS,
         max_completion_length=NEW_TOKENS, max_steps=100_000, learning_rate=LEARNING_RATE, beta=arguments.kl,
         bf16=arguments.dtype == "bfloat16", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant", gradient_checkpointing=arguments.trl_recomputes,
+        lr_scheduler_type="constant", gradient_checkpointing=not arguments.trl_keeps_activations,
     )  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
     # A folder by name: the reference is loaded from it anew.
@@ -155,8 +156,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Let them take turns; the first turn of each is not counted."""
     settings = {name: getattr(arguments, name) for name in ("dtype", "stops", "kl", "micro_batch_rows")}
     keys = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
-    keys += ["--trl-recomputes"] if arguments.trl_recomputes else []
-    settings["trl_recomputes"] = arguments.trl_recomputes
+    keys += ["--trl-keeps-activations"] if arguments.trl_keeps_activations else []
+    settings["trl_recomputes"] = not arguments.trl_keeps_activations
     rounds, steps = arguments.rounds, arguments.steps
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), arguments.stops)
@@ -183,9 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--stops", type=int, default=0, help="how many tokens end an answer")
-    parser.add_argument("--kl", type=float, default=0.04, help="coefficient of the KL to the reference")
+    parser.add_argument("--kl", type=float, default=0.0, help="coefficient of the KL to the reference")
     parser.add_argument("--micro-batch-rows", type=int, help="answers computed at a time by all, PPO's too")
-    parser.add_argument("--trl-recomputes", action="store_true", help="trl with gradient_checkpointing, its default")
+    parser.add_argument("--trl-keeps-activations", action="store_true", help="no gradient_checkpointing, trl's default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
