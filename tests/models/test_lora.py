@@ -27,6 +27,7 @@ from llmtrain.models.lora import (
     using,
 )
 from llmtrain.models.peft_folders import add_adapter, save_adapter
+from llmtrain.models.recompute import Recompute
 
 VOCAB = 61
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -230,6 +231,28 @@ def test_a_value_model_has_adapters_of_its_own_on_the_policys_trunk() -> None:
     now = {name for name, each in both.named_parameters() if each.grad is not None} - moved_by
     assert now == {name for name, _ in both.named_parameters() if ".adapters.default." in name}
     assert both.flops_per_token(8) == policy.flops_per_token(8) + policy.trunk.flops_per_token(8)
+
+
+def actor_critic_gradients(kind: Recompute) -> dict[str, Tensor]:
+    """Of what values and log-probabilities alike add to, both with adapters that have been trained."""
+    settings = LoraConfig(rank=4)
+    policy = adapted(LLAMA, settings)
+    both = AdaptedActorCritic(policy, settings)
+    initialise_adapters(policy, 0, "value adapter", adapters=VALUE_SET)
+    moved(both, seed=3)
+    policy.trunk.recompute = kind
+    logits, values = both(some_tokens())
+    (loss_of(logits) + values.square().sum()).backward()
+    return {name: each.grad for name, each in both.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_what_the_backward_pass_makes_again_has_the_adapters_that_it_had(kind: Recompute) -> None:
+    expected, found = actor_critic_gradients("none"), actor_critic_gradients(kind)
+    assert any(".adapters.value." in name and bool(grad.any()) for name, grad in expected.items())
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
 
 
 def test_frozen_weights_cost_a_third_less() -> None:

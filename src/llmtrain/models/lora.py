@@ -11,7 +11,7 @@ Shapes: O outputs and I inputs of a layer, r rank, P adapted parts of the layer.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from llmtrain.models.experts import ExpertLinear, Router
 from llmtrain.models.heads import LanguageModel, Read, ScalarModel, SharedActorCritic
 from llmtrain.models.layouts import layout_for, their_parts
 from llmtrain.models.linear import Linear
+from llmtrain.models.switched import Switched, switched_layers, switched_to
 
 OWN_SET, VALUE_SET = "default", "value"  # the names of a model's own adapters, and of those of a value model on it
 
@@ -68,7 +69,7 @@ class LowRank(nn.Module):
         return torch.block_diag(*(next(pieces) if each.adapted else b.new_zeros(each.rows, 0) for each in self.parts))
 
 
-class AdaptedLinear(Linear):
+class AdaptedLinear(Linear, Switched):
     """A linear layer with the weight of another, frozen, and adapters beside it; those called `active` are added."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -76,7 +77,7 @@ class AdaptedLinear(Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.adapters = nn.ModuleDict()
-        self.active: str | None = OWN_SET
+        self.active = OWN_SET
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
@@ -134,17 +135,9 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
 
 
-@contextmanager
-def using(model: nn.Module, adapters: str | None) -> Iterator[None]:
+def using(model: nn.Module, adapters: str | None) -> AbstractContextManager[None]:
     """Within, the adapters of this name are added, or with None no adapters."""
-    before = {layer: layer.active for _, layer in adapted_layers(model)}
-    for layer in before:
-        layer.active = adapters
-    try:
-        yield
-    finally:
-        for layer, active in before.items():
-            layer.active = active
+    return switched_to(dict.fromkeys(switched_layers(model), adapters))
 
 
 class WithoutAdapters(nn.Module):
