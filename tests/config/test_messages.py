@@ -346,6 +346,10 @@ BAD = [
         "align method=ppo method.value_model=shared method.value_warmup_steps=2",
         "method.value_warmup_steps: has no effect: values and policy share their weights",
     ),
+    (
+        "align method=ppo train.steps=30 method.value_warmup_steps=30",
+        "method.value_warmup_steps: the policy would learn in none of 30 steps",
+    ),
     ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
     ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
     ("sft tracker.samples=2", "tracker.samples: has no effect: only align with method=ppo, grpo,"),

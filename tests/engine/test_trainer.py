@@ -139,6 +139,17 @@ def test_the_schedule_is_multiplied_by_the_scale_of_a_group(build: Callable[...,
     assert rows(tmp_path)[1]["train/learning_rate"] == 0.1, "that of the schedule"
 
 
+def test_a_group_whose_first_step_is_to_come_does_not_even_decay(build: Callable[..., Trainer]) -> None:
+    model = line_model()
+    before, later = model.weight.detach().clone(), {"params": [model.weight], "first_step": 5}
+    optimizer = torch.optim.AdamW([later, {"params": [model.bias]}], lr=1.0, weight_decay=0.5)
+    build(model=model, optimizer=optimizer, steps=5).fit()
+    assert torch.equal(model.weight, before)
+    assert not torch.equal(model.bias, line_model().bias)
+    build(model=model, optimizer=optimizer, steps=6).fit()
+    assert not torch.equal(model.weight, before)
+
+
 def test_loss_is_divided_by_what_counts_in_the_whole_batch(build: Callable[..., Trainer]) -> None:
     # the weights stand in the first micro-batch alone: a mean of means would come out at a quarter
     gradients = []

@@ -70,6 +70,14 @@ def test_scaled_learning_rates_make_groups_whose_steps_decay_alike(model):
     assert optimizer.param_groups[1]["params"] == [model[1].weight]
 
 
+def test_weights_that_are_trained_later_are_a_group_of_their_own(model):
+    optimizer = build_optimizer(model, config(weight_decay=0.1), first_steps={"1.weight": 3})
+    groups = [
+        ([tuple(each.shape) for each in group["params"]], group.get("first_step")) for group in optimizer.param_groups
+    ]
+    assert groups == [([(5, 4)], None), ([tuple(model[1].weight.shape)], 3), ([(3,), (3,), (3,)], None)]
+
+
 def test_frozen_and_shared_parameters(model):
     model[1].requires_grad_(False)
     tied = nn.ModuleDict({"body": model, "head": nn.Linear(4, 5, bias=False)})

@@ -6,21 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.stages.test_preference import run
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
+from llmtrain.config.schema import LoraConfig
 from llmtrain.config.schema.reinforcement import PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import load_language_model
+from llmtrain.models.heads import ActorCritic, ScalarModel
+from llmtrain.models.lora import AdaptedActorCritic, adapt
 from llmtrain.rewards.rules import Length, Regex
 from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages import align, evaluators, reinforcement
+from llmtrain.stages.assembly import AnyActorCritic
 from llmtrain.stages.evaluators import HeldOutPrompts, Problems
-from llmtrain.stages.reinforcement import held_out_score
+from llmtrain.stages.reinforcement import held_out_score, policy_weights
 
 SETTINGS = SampledAnswersConfig(max_new_tokens=7)
 REWARD = WeightedSum({"length": Length(maximum=9), "letter": Regex(pattern="[a-z]")}, {"length": 2.0, "letter": 0.0})
@@ -64,6 +69,42 @@ def test_a_value_model_learns_alone_at_first_where_there_is_time(
     options: dict[str, Any], steps: int | None, alone: int
 ) -> None:
     assert reinforcement.value_warmup(PpoConfig(**options), steps) == alone
+
+
+def test_the_policy_stays_as_it_is_to_the_bit_while_the_value_model_learns_alone(parent: Path, tmp_path: Path) -> None:
+    run(parent, tmp_path, "run", "method=ppo", "rewards=length", "method.max_new_tokens=4", "train.steps=3",
+        "method.value_warmup_steps=2", "optimizer.lr=0.1", "optimizer.weight_decay=0.5", "checkpoint.every_steps=1",
+        "checkpoint.keep_last=3")  # fmt: skip
+    before = {f"model.policy.{name}": each for name, each in load_language_model(parent).named_parameters()}
+    for step, rests in ((2, True), (3, False)):
+        (file,) = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").glob("state/*.safetensors")
+        now = load_file(file)
+        assert all(torch.equal(now[name], weight) for name, weight in before.items()) is rests, step
+
+
+def test_a_value_model_that_learns_alone_to_the_end_is_refused(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="value_warmup_steps: the policy would learn in none of 6 steps; lower it"):
+        run(parent, tmp_path, "run", "method=ppo", "rewards=length", "method.max_new_tokens=4", "train.steps=null",
+            "train.epochs=1", "method.value_warmup_steps=100")  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_weights_of_the_policy_are_told_from_those_of_the_value_model(parent: Path, adapter: str) -> None:
+    policy = load_language_model(parent)
+    if adapter == "lora":
+        adapt(policy, LoraConfig(rank=2))
+        trained: AnyActorCritic = AdaptedActorCritic(policy, LoraConfig(rank=2))
+    else:
+        trained = ActorCritic(policy, ScalarModel.from_language_model(policy, torch.Generator()))
+    logits, values = trained(torch.arange(8).view(1, 8))
+    found = []
+    for output in (logits, values):
+        trained.zero_grad()
+        (output.sum() if output is values else output.square().mean()).backward(retain_graph=True)
+        found.append({name for name, each in trained.named_parameters() if each.grad is not None})
+    assert found[0] == {name for name in policy_weights(trained) if trained.get_parameter(name).requires_grad}
+    assert not found[1] & {*policy_weights(trained)}
+    assert found[1]
 
 
 def test_a_run_measures_held_out_prompts_and_shows_their_answers(parent: Path, tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ def value_model(view: View) -> Iterator[Finding]:
     if kind == "shared":
         why = "values and policy share their weights, so the value cannot learn alone"
         yield from no_effect(view, "method.value_warmup_steps", why, "method.value_model")
+    warmup, steps = view["method.value_warmup_steps"], view["train.steps"]
+    if warmup is not None and steps is not None and warmup >= steps:
+        problem = f"the policy would learn in none of {steps} steps"
+        yield finding(problem, "method.value_warmup_steps", "train.steps")
 
 
 def judged_answers(view: View) -> Iterator[Finding]:

@@ -135,7 +135,8 @@ class Trainer:
             self.speed.start_step()
             learning_rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+                is_trained = step >= group.get("first_step", 0)
+                group["lr"] = learning_rate * group.get("lr_scale", 1.0) if is_trained else 0.0
             with self.profile(step + 1):
                 with self.speed.phase(getattr(self.batches, "phase", "data")):
                     batch = self.batches(step).to(self.layout.device)

@@ -22,10 +22,13 @@ PROBE_SIZE = 256
 SHARED = ("betas", "eps")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, scales: Mapping[str, float] | None = None) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, scales: Mapping[str, float] | None = None,
+    first_steps: Mapping[str, int] | None = None,
+) -> Optimizer:  # fmt: skip
     """The optimizer that `config` names, over the model's trainable parameters; they may be sharded (DTensor).
 
-    `scales`: see `parameter_groups`.
+    `scales`, `first_steps`: see `parameter_groups`.
 
     Raises:
         ConfigError: if the class cannot be found or does not know an option.
@@ -33,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, scales: Mapping[s
     target = optimizer_class(config)
     groups = [
         {**group, "lr": config.lr * group.get("lr_scale", 1.0)}
-        for group in parameter_groups(model, _decay(target, config), scales or {})
+        for group in parameter_groups(model, _decay(target, config), scales, first_steps)
     ]
     arguments = {"lr": config.lr, **_shared(target, config), **_fused(target, config, model), **config.options}
     try:
@@ -53,8 +56,9 @@ def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float | None, scales: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
+    model: nn.Module, weight_decay: float | None, scales: Mapping[str, float] | None = None,
+    first_steps: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Trainable parameters in two groups, each once: matrices and embeddings decay; norms, biases and other vectors do
     not, as in nanoGPT. The biases of experts are vectors too, one below the other.
 
@@ -63,21 +67,27 @@ def parameter_groups(
     `scales`: what multiplies the learning rate of parameters, by name. Those with the same one are a group of their
     own, which keeps it as `lr_scale`. Their weight decay is divided by it: decay of a step is the product of the two,
     and so the same as without (as in the muP authors' code; Wang and Aitchison 2024, arXiv 2405.13698).
+
+    `first_steps`: from which step on parameters are trained, by name, where it is not 0; their group keeps it as
+    `first_step`. Before it their learning rate is to be 0, for weights decay without a gradient too.
     """
     # of those spread over processes (DTensor), torch's kernels take at once what is spread over the same mesh
-    groups: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
+    scales, first_steps = scales or {}, first_steps or {}
+    groups: dict[tuple[bool, float, int, Any], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = weight_decay is not None and parameter.dim() >= 2 and not name.endswith("bias")
-            kind = (not decays, (scales or {}).get(name, 1.0), getattr(parameter, "device_mesh", None))
+            mesh = getattr(parameter, "device_mesh", None)
+            kind = (not decays, scales.get(name, 1.0), first_steps.get(name, 0), mesh)
             groups.setdefault(kind, []).append(parameter)
     return [
         {
-            "params": groups[constant, scale, mesh],
+            "params": groups[constant, scale, first_step, mesh],
             **({} if weight_decay is None else {"weight_decay": 0.0 if constant else weight_decay / scale}),
             **({} if scale == 1.0 else {"lr_scale": scale}),
+            **({"first_step": first_step} if first_step else {}),
         }
-        for constant, scale, mesh in sorted(groups, key=lambda kind: (kind[0], -kind[1]))
+        for constant, scale, first_step, mesh in sorted(groups, key=lambda kind: (kind[0], -kind[1], kind[2]))
     ]
 
 

@@ -181,12 +181,13 @@ class Run(Generic[Config]):
         self, *, model: nn.Module, trained: LanguageModel | ScalarModel | AnyActorCritic, batches: BatchSource,
         objective: Objective, tokenizer: Tokenizer, plan: Plan, evaluators: Sequence[Evaluator] = (),
         score: str | None = None, parts: Mapping[str, nn.Module] | None = None, fixed_shapes: bool = False,
-        extra: Callable[[], Callable[[Path], None]] | None = None,
+        extra: Callable[[], Callable[[Path], None]] | None = None, first_steps: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         """Train. `model` is what `spread` made of `trained`; `fixed_shapes`: batches have one shape, or a few.
 
         Ends with the last weights in the model, or with the best ones (`checkpoint.final`; `score` is that of
         `handover.checkpoint_config`). `extra`, called at a checkpoint's step, returns what adds to its folder.
+        `first_steps` are those of `parameter_groups`.
         """
         config, device, steps = self.config, self.layout.device, plan.steps
         precision = config.engine.precision
@@ -246,7 +247,7 @@ class Run(Generic[Config]):
         trainer = Trainer(
             folder=self.folder, layout=self.layout, model=model, batches=batches, objective=objective,
             optimizer=build_optimizer(
-                trained, config.optimizer, learning_rate_scales(trained, config.optimizer.target)
+                trained, config.optimizer, learning_rate_scales(trained, config.optimizer.target), first_steps
             ),
             learning_rate=lambda step: learning_rate(
                 step, peak=config.optimizer.lr, total_steps=steps, config=config.schedule

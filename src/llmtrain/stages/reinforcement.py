@@ -68,6 +68,8 @@ class Learner:
     minibatches: int = 1
     replacements: int = 0
     """How many times, at most, a prompt is replaced that has nothing to tell."""
+    first_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """From which step on weights of `trained` are trained, by name, where it is not from the first."""
 
 
 def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -85,6 +87,8 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     learner = LEARNERS[type(method)](run, method, run.adapt(policy))
     said = row_digests(config.data, rows)
     plan = run.plan(config.data, {name: len(each) for name, each in rows.items()}, said)
+    if max(learner.first_steps.values(), default=0) >= plan.steps:
+        raise ConfigError(f"method.value_warmup_steps: the policy would learn in none of {plan.steps} steps; lower it")
     others = [plan.order(derive_seed(config.seed, "replacement", number)) for number in range(learner.replacements)]
     rollouts = Rollouts(
         engine=engine, prompts=PromptBatches(rows, plan.order(config.seed), others), reward=reward,
@@ -103,6 +107,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
     run.fit(
         model=learner.model, trained=learner.trained, batches=rollouts, objective=learner.objective,
         tokenizer=tokenizer, plan=plan, evaluators=evaluators, score=held_out_score(evaluators), parts=learner.parts,
+        first_steps=learner.first_steps,
     )  # fmt: skip
     run.write_samples("after", samples)
     run.finish(policy, tokenizer, data=said, plan=plan)
@@ -181,13 +186,13 @@ def ppo(run: Run[AlignConfig], method: PpoConfig, policy: LanguageModel) -> Lear
         kl_stop=kl_stop(method.kl_limit, layout), micro_batch_rows=config.train.given_micro_batch_rows, layout=layout,
         autocast=run.autocast,
     )  # fmt: skip
+    warmup = value_warmup(method, config.train.steps)
     objective = Ppo(
-        method.clip_range, method.value_clip_range, method.value_weight, method.temperature,
-        value_warmup(method, config.train.steps),
+        method.clip_range, method.value_clip_range, method.value_weight, method.temperature, warmup
     )  # fmt: skip
     return Learner(
         trained=trained, model=model, learn_from=estimator, objective=objective, parts={"kl": kl},
-        minibatches=method.minibatches,
+        minibatches=method.minibatches, first_steps={name: warmup for name in policy_weights(trained) if warmup},
     )  # fmt: skip
 
 
@@ -201,6 +206,12 @@ def value_warmup(method: PpoConfig, steps: int | None) -> int:
         return method.value_warmup_steps
     is_short = steps is not None and steps < SHORT_RUN_STEPS
     return 0 if is_short or method.value_model == "shared" else VALUE_WARMUP_STEPS
+
+
+def policy_weights(trained: AnyActorCritic) -> list[str]:
+    """The names of the weights that make answers, not values."""
+    names = [name for name, _ in trained.named_parameters()]
+    return [name for name in names if not name.startswith("value.") and f".adapters.{VALUE_SET}." not in name]
 
 
 def with_values(run: Run[AlignConfig], policy: LanguageModel, kind: str | None) -> AnyActorCritic:
