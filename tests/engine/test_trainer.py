@@ -17,6 +17,7 @@ from llmtrain.engine import checkpoints, saving
 from llmtrain.engine.distributed import Layout
 from llmtrain.engine.health import read_warnings
 from llmtrain.engine.speed import Speed
+from llmtrain.engine.steps import Totals, as_numbers
 from llmtrain.engine.tracking import Tracker, read_samples
 from llmtrain.engine.trainer import Trainer
 from llmtrain.objectives.batch import Batch, Metrics
@@ -137,6 +138,15 @@ def test_the_schedule_is_multiplied_by_the_scale_of_a_group(build: Callable[...,
         optimizers[1].step()
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-6, atol=1e-7)
     assert rows(tmp_path)[1]["train/learning_rate"] == 0.1, "that of the schedule"
+
+
+def test_extremes_are_told_by_their_names_but_rewards_are_called_what_users_call_them() -> None:
+    named = ("ratio_max", "router/share_min", "align/reward/length_max")
+    totals = Totals({})
+    for value in (3.0, 5.0):
+        totals.add({name: (torch.tensor(value), torch.tensor(1.0)) for name in named})
+    values = as_numbers(totals.sums, ALONE)
+    assert values == {"train/ratio_max": 5.0, "router/share_min": 3.0, "align/reward/length_max": 4.0}
 
 
 def test_a_group_whose_first_step_is_to_come_does_not_even_decay(build: Callable[..., Trainer]) -> None:

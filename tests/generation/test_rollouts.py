@@ -141,6 +141,8 @@ def test_prompts_with_nothing_to_tell_are_replaced() -> None:
         assert torch.equal(replaced.tokens[2 * group : 2 * group + 2, :width], plain.tokens[2 * group : 2 * group + 2])
     assert replaced.tokens[::GROUP, 0].tolist() == [5, 5 + 1 + 2, 7, 5 + 3 + 2]
     assert mean(replaced.measured, "align/replacements") == 1.0
+    for name in ("align/reward", "align/reward/rule", "align/answer_tokens", "align/unfinished"):
+        assert mean(replaced.measured, name) == mean(plain.measured, name), "of the policy, not of what is left"
     assert mean(replaced.measured, "align/flat_groups") == 0.5
 
 

@@ -1,6 +1,7 @@
 """Preference objectives: known values, invariance to micro-batches, and the loss and gradient of trl's trainers."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def test_dpo_starts_at_log_two(kit, batch, label_smoothing):
     model = kit.language_model(0)
     loss, metrics = dpo(copy.deepcopy(model), label_smoothing=label_smoothing)(model, batch)
     assert loss.item() / 8 == pytest.approx(math.log(2), rel=1e-6)
-    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward", "kl"):
+    for name in ("accuracy", "margin", "chosen_reward", "rejected_reward", "log_ratio"):
         assert mean(metrics, name) == 0.0
 
 
@@ -167,3 +168,16 @@ def test_dpo_loss_and_gradient_of_trl(kit, trl, tokenizer, tmp_path, pairs, sft_
     batch = pair_batch(inputs["input_ids"], inputs["completion_mask"])
     assert batch.chosen_mask.any()
     compare(kit, dpo(fixed, beta=0.3, sft_weight=sft_weight), ours, trainer, inputs, batch)
+
+
+def test_a_pair_of_which_nothing_is_learned_counts_in_the_loss_alone(kit, batch):
+    model, reference = kit.language_model(0), kit.language_model(1)
+    learned = torch.tensor([True, False, True, False, False, True, True, False])
+    flat = dataclasses.replace(
+        batch, chosen_mask=batch.chosen_mask & learned[:, None], rejected_mask=batch.rejected_mask & learned[:, None]
+    )
+    found, alone = dpo(reference)(model, flat)[1], dpo(reference)(model, batch[learned])[1]
+    for name, (value, weight) in alone.items():
+        if name != "loss":
+            torch.testing.assert_close(found[name], (value, weight))
+    assert float(found["loss"][1]) == 8

@@ -66,8 +66,8 @@ def test_the_reference_is_the_policy_with_its_adapters_off(
     monkeypatch.setattr(OnTheFly, "__call__", watched)
     rows = run(parent, tmp_path, "lora", f"method={method}", *LORA)
     assert len(loaded) == 1, "no second model in memory"
-    assert rows[0]["eval/kl"] == rows[1]["train/kl"] == 0.0
-    assert rows[-1]["eval/kl"] != 0.0
+    assert rows[0]["eval/log_ratio"] == rows[1]["train/log_ratio"] == 0.0
+    assert rows[-1]["eval/log_ratio"] != 0.0
     if method == "dpo":
         assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-7)
     if method != "kto":
@@ -97,7 +97,7 @@ def test_modules_that_are_trained_as_they_are_bring_the_second_model_back(
 ) -> None:
     rows = run(parent, tmp_path, "norms", "method=dpo", *LORA, "adapter.also_train=['.*norm']")
     assert len(loaded) == 2
-    assert rows[-1]["eval/kl"] != 0.0
+    assert rows[-1]["eval/log_ratio"] != 0.0
 
 
 def even_tokens(answers: Sequence[Answer]) -> list[float]:
@@ -111,7 +111,7 @@ def test_methods_that_sample_hold_one_model(parent: Path, tmp_path: Path, method
     samples = [] if method in ("ppo", "reinforce") else ["method.samples_per_prompt=2"]
     rows = run(parent, tmp_path, method, f"method={method}", "method.max_new_tokens=6", *rewards, *samples, *LORA)
     assert len(loaded) == 1
-    assert rows[1].get("align/kl", rows[1].get("train/kl")) == 0.0
+    assert rows[1].get("align/kl", rows[1].get("train/log_ratio")) == 0.0
     assert rows[-1].get("align/kl", rows[-1].get("train/kl")) != 0.0
     if method == "ppo":
         assert rows[1]["train/ratio_max"] >= 1.0
@@ -199,7 +199,7 @@ def test_a_stage_goes_on_from_weights_with_an_adapter(parent: Path, tmp_path: Pa
     for name, value in load_language_model(first / "model").state_dict().items():
         torch.testing.assert_close(start[name], value, rtol=1e-6, atol=1e-6)
     rows = run(parent, tmp_path, "dpo", "method=dpo", *LORA, overrides[1])
-    assert rows[0]["eval/kl"] == 0.0
+    assert rows[0]["eval/log_ratio"] == 0.0
     parents = json.loads((tmp_path / "dpo" / "lineage.json").read_text())["parents"]
     assert parents["adapter"]["folder"] == str(first / "adapter")
     checkpoint = starts.load_policy(str(tmp_path / "dpo" / "checkpoints" / "step-00000003")).state_dict()

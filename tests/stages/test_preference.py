@@ -35,7 +35,7 @@ def test_every_method_trains_and_is_measured(
     assert len(loaded) == (2 if method in (*WITH_REFERENCE, "cdpo") else 1), "models in memory"
     accuracy = "eval/answer_accuracy" if method == "kto" else "eval/pair_accuracy"
     assert {"eval/loss", accuracy, "eval/exact_match"} < rows[0].keys()
-    assert ("eval/kl" in rows[0]) == ("train/kl" in rows[1]) == (len(loaded) == 2)
+    assert ("eval/log_ratio" in rows[0]) == ("train/log_ratio" in rows[1]) == (len(loaded) == 2)
     assert rows[-1]["step"] == 3
     assert rows[-1]["train/loss"] < rows[1]["train/loss"], "every step has all rows"
     assert (tmp_path / method / "model" / "model.safetensors").is_file()

@@ -16,6 +16,7 @@ from llmtrain.config.schema.reinforcement import PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
 from llmtrain.data.tokenizers import load_tokenizer
+from llmtrain.engine.tracking import read_metrics
 from llmtrain.generation.sampler import generate
 from llmtrain.models.formats import load_language_model
 from llmtrain.models.heads import ActorCritic, ScalarModel
@@ -80,6 +81,16 @@ def test_the_policy_stays_as_it_is_to_the_bit_while_the_value_model_learns_alone
         (file,) = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").glob("state/*.safetensors")
         now = load_file(file)
         assert all(torch.equal(now[name], weight) for name, weight in before.items()) is rests, step
+
+
+@pytest.mark.parametrize(("limit", "share"), [("1e-9", 0.5), ("null", 1.0)])
+def test_the_share_of_updates_that_a_limit_leaves_is_told(
+    parent: Path, tmp_path: Path, limit: str, share: float
+) -> None:
+    run(parent, tmp_path, "run", "method=ppo", "rewards=length", "method.max_new_tokens=4", f"method.kl_limit={limit}",
+        "method.value_warmup_steps=0", "optimizer.lr=0.1", "train.steps=1")  # fmt: skip
+    # the second of four has begun with a policy that has moved
+    assert read_metrics(tmp_path / "run")[-1]["align/updates"] == share
 
 
 def test_a_value_model_that_learns_alone_to_the_end_is_refused(parent: Path, tmp_path: Path) -> None:

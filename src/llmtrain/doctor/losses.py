@@ -155,7 +155,7 @@ def first_dpo_step(device: torch.device) -> list[Measurement]:
     return [
         Measurement("DPO, first step: loss (ln 2)", math.log(2), metrics["loss"], 1e-6),
         Measurement("DPO, first step: margin", 0.0, metrics["margin"]),
-        Measurement("DPO, first step: KL to the reference", 0.0, metrics["kl"]),
+        Measurement("DPO, first step: log-ratio to the reference", 0.0, metrics["log_ratio"]),
     ]
 
 

@@ -26,8 +26,10 @@ from llmtrain.engine.speed import Speed
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 Samples = Sequence[Mapping[str, Any]]
-# Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight.
+# Metrics by the end of their name that are the largest or smallest value of a step, not a sum over a weight. Those of a
+# rollout are none: rewards are called what users call them.
 EXTREMES = {"_max": torch.maximum, "_min": torch.minimum}
+ROLLOUT = "align/"
 NO_WEIGHT = 1e-30
 NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch's words
 OUT_OF_MEMORY = "ran out of memory. Lower train.micro_batch_rows, or set it to auto, which finds the largest that fits."
@@ -40,6 +42,7 @@ class Rows(Protocol):
     def samples(self) -> Samples | None: ...
     def to(self, device: torch.device) -> Self: ...
     def updates(self) -> Iterator[Self]: ...
+    def num_updates(self) -> int: ...
     def micro_batches(self, rows: int | None) -> Iterator[Self]: ...
     def metrics(self) -> Metrics: ...
     def num_tokens(self) -> int: ...
@@ -101,9 +104,11 @@ class Updates:
 
         The step's metrics, its tokens over all processes, and what was wrong with its updates.
         """
-        metrics, tokens = Totals(batch.metrics()), 0
+        metrics, tokens, planned = Totals(batch.metrics()), 0, batch.num_updates()
         faults: list[Fault] = []
+        begun = 0
         for number, update in enumerate(batch.updates()):
+            begun += 1
             with self.speed.phase("forward_backward"):
                 loss, measured = self._gradient_that_fits(step, number, update)
             metrics.add(measured)
@@ -120,6 +125,8 @@ class Updates:
                 metrics.add(self.after_update(is_made))
             tokens += update.num_tokens()
             self.speed.predictions += update.num_predicted() * self.layout.data_world
+        if planned > 1:  # a rollout's; the rest are left out once the policy has moved too far
+            metrics.add({f"{ROLLOUT}updates": (torch.tensor(float(begun)), torch.tensor(float(planned)))})
         return metrics.sums, tokens * self.layout.data_world, faults
 
     def _may_be_made(self, loss: float, norm: float, faults: list[Fault]) -> bool:
@@ -223,13 +230,13 @@ class Totals:
         for name, (value, weight) in metrics.items():
             before = self.sums.get(name)
             value, weight = value.detach(), weight.detach()
-            combine = EXTREMES.get(name[-4:], torch.add)
+            combine = EXTREMES[name[-4:]] if _is_extreme(name) else torch.add
             self.sums[name] = (value, weight) if before is None else (combine(before[0], value), before[1] + weight)
 
 
 def as_numbers(metrics: Metrics, layout: Layout) -> dict[str, float]:
     """A step's metrics over all processes."""
-    names = sorted(name for name in metrics if name[-4:] not in EXTREMES)
+    names = sorted(name for name in metrics if not _is_extreme(name))
     pairs = torch.tensor([[float(part) for part in metrics[name]] for name in names], dtype=torch.float64)
     sums = total(pairs.to(layout.device), layout).tolist()
     values = {_in_group(name): value / weight for name, (value, weight) in zip(names, sums, strict=True) if weight}
@@ -238,12 +245,16 @@ def as_numbers(metrics: Metrics, layout: Layout) -> dict[str, float]:
 
 def _extremes(metrics: Metrics, layout: Layout) -> dict[str, float]:
     """The step's largest and smallest values, over all processes."""
-    signs = {name: 1.0 if name.endswith("_max") else -1.0 for name in sorted(metrics) if name[-4:] in EXTREMES}
+    signs = {name: 1.0 if name.endswith("_max") else -1.0 for name in sorted(metrics) if _is_extreme(name)}
     if not signs:
         return {}
     own = torch.tensor([sign * float(metrics[name][0]) for name, sign in signs.items()], dtype=torch.float64)
     found = largest(own.to(layout.device), layout).tolist()
     return {_in_group(name): sign * value for (name, sign), value in zip(signs.items(), found, strict=True)}
+
+
+def _is_extreme(name: str) -> bool:
+    return name[-4:] in EXTREMES and not name.startswith(ROLLOUT)
 
 
 def _in_group(name: str) -> str:

@@ -148,7 +148,8 @@ class Rollouts:
     def __call__(self, step: int) -> Batch:
         """Sample and judge this process's rows of the step."""
         with self.autocast(), self.engine() as sample:
-            judged = self._judged(sample, step, self.asked)
+            drawn = self._judged(sample, step, self.asked)
+            judged = [*drawn]
             for replacement in range(1, self.replacements + 1):
                 flat = flat_groups(self._rewards(judged), self.group_rows).nonzero()[:, 0].tolist()
                 if not flat:
@@ -156,7 +157,7 @@ class Rollouts:
                 others = self._judged(sample, step, [self.asked[place] for place in flat], replacement)
                 for number, place in enumerate(flat):
                     judged[self._group(place)] = others[self._group(number)]
-        batch = self.learn_from(self._packed(judged, step))
+        batch = self.learn_from(self._packed(judged, drawn, step))
         return dataclasses.replace(batch, samples=self._samples(judged, batch)) if self.shown_rows else batch
 
     def _group(self, number: int) -> slice:
@@ -180,8 +181,8 @@ class Rollouts:
             [each.score for each in judged], [each.answer for each in judged], self.settings
         ).to(self.layout.device)  # fmt: skip
 
-    def _packed(self, judged: Sequence[_Judged], step: int) -> SampledAnswers:
-        """Prompts and answers side by side, right-padded."""
+    def _packed(self, judged: Sequence[_Judged], drawn: Sequence[_Judged], step: int) -> SampledAnswers:
+        """Prompts and answers side by side, right-padded; `drawn` are those before any was replaced."""
         rows = [[*each.answer.prompt_tokens, *each.answer.tokens] for each in judged]
         width = -(-max(map(len, rows)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         tokens = torch.full((len(rows), width), self.pad_id)
@@ -194,7 +195,7 @@ class Rollouts:
             tokens=tokens, response_mask=mask, rewards=rewards,
             finished=torch.tensor([each.answer.finished for each in judged]),
             group_rows=self.group_rows, first_slot=self.first_slot, seed=self.seed, step=step,
-            measured=self._measured(judged, rewards), sampler_logprobs=sampler_logprobs(judged, width),
+            measured=self._measured(judged, drawn, rewards), sampler_logprobs=sampler_logprobs(judged, width),
             importance_limit=self.importance_limit,
         ).to(self.layout.device)  # fmt: skip
 
@@ -215,12 +216,16 @@ class Rollouts:
             )  # fmt: skip
         return samples
 
-    def _measured(self, judged: Sequence[_Judged], rewards: Tensor) -> Metrics:
+    def _measured(self, judged: Sequence[_Judged], drawn: Sequence[_Judged], rewards: Tensor) -> Metrics:
+        """How good the policy is, by its answers to the prompts of the step; and what is learned from in their place.
+
+        What replaces prompts that are too easy or too hard is in between, whatever the policy has become.
+        """
         per_answer = {
-            "align/reward": [each.score for each in judged],
-            "align/answer_tokens": [float(len(each.answer.tokens)) for each in judged],
-            "align/unfinished": [float(not each.answer.finished) for each in judged],
-        } | {f"align/reward/{name}": [each.parts[name] for each in judged] for name in judged[0].parts}
+            "align/reward": [each.score for each in drawn],
+            "align/answer_tokens": [float(len(each.answer.tokens)) for each in drawn],
+            "align/unfinished": [float(not each.answer.finished) for each in drawn],
+        } | {f"align/reward/{name}": [each.parts[name] for each in drawn] for name in drawn[0].parts}
         measured: Metrics = {name: means(rewards.new_tensor(values)) for name, values in per_answer.items()}
         if self.group_rows > 1:
             measured["align/flat_groups"] = means(flat_groups(rewards, self.group_rows))

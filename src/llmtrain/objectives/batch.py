@@ -39,6 +39,10 @@ class Batch:
         """The optimizer updates that this batch is good for, in order: itself, once, unless a subclass says more."""
         yield self
 
+    def num_updates(self) -> int:
+        """How many updates there are if none is left out."""
+        return 1
+
     def metrics(self) -> Metrics:
         """What is known of the batch before it is trained on; a rollout knows its rewards."""
         return {}

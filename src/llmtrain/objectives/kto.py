@@ -64,7 +64,7 @@ class Kto:
     def __call__(self, model: nn.Module, batch: AnswerBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; the batch must know the reference's log-probabilities.
 
-        Metrics: loss, accuracy (a good answer above the baseline or another below it), kl (mean log-ratio of the
+        Metrics: loss, accuracy (a good answer above the baseline or another below it), log_ratio (of the
         answers), kl_baseline, and chosen_reward and rejected_reward, β times the log-ratio of good and other answers.
         """
         assert batch.reference is not None
@@ -75,7 +75,7 @@ class Kto:
         above = torch.where(batch.desirable, 1.0, -1.0) * (ratios - baseline)
         weights = torch.where(batch.desirable, self.desirable_weight, self.undesirable_weight)
         losses = weights * (1 - torch.sigmoid(self.beta * above))
-        metrics = over_pairs(loss=losses, accuracy=above > 0, kl=ratios, kl_baseline=baseline)
+        metrics = over_pairs(loss=losses, accuracy=above > 0, log_ratio=ratios, kl_baseline=baseline)
         rewards = self.beta * ratios.detach()
         for name, kind in (("chosen_reward", batch.desirable), ("rejected_reward", ~batch.desirable)):
             metrics[name] = (torch.where(kind, rewards, 0.0).sum(), kind.sum().float())

@@ -67,9 +67,10 @@ def num_pairs(batch: PairBatch) -> Tensor:
     return torch.tensor(float(len(batch)), device=batch.chosen.device)
 
 
-def over_pairs(**values: Tensor) -> Metrics:
-    """Values [B], one for each pair, as (sum, number of pairs)."""
-    return {
-        name: (value.detach().float().sum(), value.new_tensor(float(len(value)), dtype=torch.float32))
-        for name, value in values.items()
-    }
+def over_pairs(counted: Tensor | None = None, **values: Tensor) -> Metrics:
+    """Values [B], one for each pair, as (sum, number of pairs), over those that are counted ([B] bool), or all."""
+    found: Metrics = {}
+    for name, value in values.items():
+        weights = torch.ones_like(value, dtype=torch.float32) if counted is None else counted.float()
+        found[name] = ((value.detach().float() * weights).sum(), weights.sum())
+    return found

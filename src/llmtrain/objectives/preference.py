@@ -154,9 +154,9 @@ class Preference:
     def __call__(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, Metrics]:
         """The summed loss.
 
-        Metrics: loss (all that is minimised), accuracy (a tie is wrong), margin and rewards (β times the scores),
-        sft_loss, and with a reference kl (mean over both answers of the log-ratio to it: how far the policy has moved
-        on them).
+        Metrics: loss (all that is minimised), and over the pairs of which something is learned accuracy (a tie is
+        wrong), margin and rewards (β times the scores), sft_loss, and with a reference log_ratio (to it, mean over both
+        answers: how far the policy has moved on them).
         """
         tokens, mask = batch.rows()
         logprobs = answer_logprobs(model, tokens, mask)
@@ -167,8 +167,9 @@ class Preference:
         losses = self.loss(chosen, rejected)
         if self.sft_weight:
             losses = losses + self.sft_weight * sft
-        metrics = over_pairs(
-            loss=losses,
+        learned = batch.chosen_mask.any(dim=1)
+        metrics = over_pairs(loss=losses) | over_pairs(
+            learned,
             accuracy=chosen > rejected,
             margin=self.beta * (chosen - rejected),
             chosen_reward=self.beta * chosen,
@@ -177,5 +178,5 @@ class Preference:
         )
         if self.reference is not None:
             chosen_ratios, rejected_ratios = ratios.chunk(2)
-            metrics |= over_pairs(kl=(chosen_ratios + rejected_ratios) / 2)
+            metrics |= over_pairs(learned, log_ratio=(chosen_ratios + rejected_ratios) / 2)
         return losses.sum(), metrics

@@ -72,6 +72,10 @@ class Rollout(Batch):
                 return
             yield self[rows]
 
+    def num_updates(self) -> int:
+        """Those of all passes."""
+        return self.epochs * self.minibatches
+
     def update_rows(self) -> Iterator[Tensor]:
         """The positions in this rollout of each update's rows, [B / minibatches] int64, by slot."""
         slots = len(self) // (self.minibatches * self.group_rows)

@@ -57,7 +57,7 @@ def align(run: Run[AlignConfig], method: KtoConfig, policy: LanguageModel, token
     held_out_answers = held_out_batches(held_out, collate_answers, tokenizer.pad_id)
     measure = evaluate_objective(
         bare(model), objective, [baseline.with_reference(batch) for batch in held_out_answers], run.layout.device,
-        ["loss", "accuracy", "kl"], names={"accuracy": "answer_accuracy"},
+        ["loss", "accuracy", "log_ratio"], names={"accuracy": "answer_accuracy"},
     )  # fmt: skip
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
     run.write_samples("before", problems.samples)

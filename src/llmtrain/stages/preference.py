@@ -39,7 +39,7 @@ def align(run: Run[AlignConfig], method: PairMethod, policy: LanguageModel, toke
     run.say(f"{method.name}: {plan.steps} steps over {sum(map(len, rows.values())):,} pairs in {len(rows)} sources")
     measure = evaluate_objective(
         bare(model), objective, held_out_batches(held_out, collate_pairs, tokenizer.pad_id), run.layout.device,
-        ["loss", "accuracy", "margin", *(["kl"] if reference else [])], names={"accuracy": "pair_accuracy"},
+        ["loss", "accuracy", "margin", *(["log_ratio"] if reference else [])], names={"accuracy": "pair_accuracy"},
     )  # fmt: skip
     problems = build_problems(config, tokenizer, Replica(policy), run.cache)
     run.write_samples("before", problems.samples)
