@@ -55,6 +55,13 @@ def test_long_rows_can_be_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert len(talk.tokens) == len(pair.chosen.tokens) == len(pair.rejected.mask) == 20
 
 
+def test_a_prompt_that_is_cut_keeps_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = config(tmp_path, {"prompt": "x" * 60 + " and then?", "completion": "yes"}, too_long="cut")
+    [prompt] = load_prompts(rows, tokenizer, split="train", max_length=14, cache_dir=tmp_path)["a"]
+    assert len(prompt.tokens) == 14
+    assert tokenizer.decode(prompt.tokens, skip_special=False).endswith("and then?<|assistant|>")
+
+
 def test_a_source_of_long_rows_only_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"data\.sources\.a .*all 1 rows are longer than 20 tokens.*sequence_length"):
         load_conversations(config(tmp_path, LONG), tokenizer, split="train", max_length=20, cache_dir=tmp_path)

@@ -110,6 +110,11 @@ def test_options_reach_the_optimizer(model):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_epsilon_reaches_the_optimizer(model):
+    assert build_optimizer(model, config(lr=0.01, eps=1e-5)).param_groups[0]["eps"] == 1e-5
+    assert build_optimizer(model, config(lr=0.01)).param_groups[0]["eps"] == 1e-8
+
+
 def test_the_users_own_classes(model):
     frugal = build_optimizer(model, config("users_own.Frugal", options={"sharpness": 2.0}))
     assert isinstance(frugal, Frugal)

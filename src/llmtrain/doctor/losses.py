@@ -12,12 +12,12 @@ from torch import Tensor
 from llmtrain.config.schema import PpoConfig
 from llmtrain.data.encoding import PromptRow
 from llmtrain.doctor.measurement import Measurement, largest_difference, relative_difference
-from llmtrain.doctor.subject import VOCAB_SIZE, language_model, prompts, ragged_rows
+from llmtrain.doctor.subject import VOCAB_SIZE, language_model, loaded_for_alignment, prompts, ragged_rows
 from llmtrain.engine.distributed import Layout
 from llmtrain.generation.engines import OwnEngine
 from llmtrain.generation.estimators import PpoEstimator
 from llmtrain.generation.rollouts import Rollouts
-from llmtrain.models.heads import ActorCritic, ScalarModel
+from llmtrain.models.heads import ActorCritic
 from llmtrain.objectives.advantages import gae, whiten
 from llmtrain.objectives.batch import Metrics
 from llmtrain.objectives.kl import AdaptiveKL
@@ -93,10 +93,13 @@ def cross_entropy(device: torch.device) -> list[Measurement]:
 
 
 def first_ppo_update(device: torch.device) -> list[Measurement]:
-    """At a rollout's first update the policy is the one that sampled: ratio 1, KL 0, nothing clipped, to the bit."""
-    policy, layout = language_model(device), Layout(0, 1, device)
-    reference, value = copy.deepcopy(policy), ScalarModel.from_language_model(policy, torch.Generator().manual_seed(1))
-    actor_critic, asked = ActorCritic(policy, value), [PromptRow(prompt, "", None) for prompt in prompts(16, seed=4)]
+    """At a rollout's first update the policy is the one that sampled: ratio 1, KL 0, nothing clipped, to the bit.
+
+    With dropout it would not be; the models had it when they were trained.
+    """
+    (policy, value), layout = loaded_for_alignment(device), Layout(0, 1, device)
+    reference, actor_critic = copy.deepcopy(policy), ActorCritic(policy, value).train()
+    asked = [PromptRow(prompt, "", None) for prompt in prompts(16, seed=4)]
     settings = PpoConfig(max_new_tokens=12, minibatches=2, temperature=0.7)
 
     def autocast() -> torch.autocast:
@@ -116,10 +119,11 @@ def first_ppo_update(device: torch.device) -> list[Measurement]:
     update = next(rollout.updates())
     objective = Ppo(settings.clip_range, settings.value_clip_range, settings.value_weight, settings.temperature)
     metrics = means(objective(actor_critic, update)[1])
-    logprobs, _, _ = policy_and_values(actor_critic, update.tokens, update.response_mask, settings.temperature)
-    off = largest_difference(logprobs, update.logprobs)
+    logprobs, _, values = policy_and_values(actor_critic, update.tokens, update.response_mask, settings.temperature)
+    off, values_off = largest_difference(logprobs, update.logprobs), largest_difference(values, update.values)
     return [
         Measurement("PPO, first update: log-probabilities, rollout against training", 0.0, off),
+        Measurement("PPO, first update: values, rollout against training", 0.0, values_off),
         Measurement("PPO, first update: ratio", 1.0, metrics["ratio"]),
         Measurement("PPO, first update: KL to the policy that sampled", 0.0, metrics["approx_kl"]),
         Measurement("PPO, first update: clip fraction", 0.0, metrics["clip_fraction"]),

@@ -14,7 +14,7 @@ How the details of PPO that decide whether it works are handled, after openai/lm
  5. No top-k or top-p in rollouts: followed; there is no switch, because the ratio would be wrong.
  6. Reward head drawn from N(0, 1 / (H + 1)) without bias: followed. Value model copied from the reward model: followed
     (switch: value_model; copied from the policy or sharing its trunk, its head is zero at first, as in 2019).
- 7. Reward normalised: followed; the reward model carries its mean and standard deviation.
+ 7. Reward normalised: followed after reward training, not before; the reward model carries mean and deviation.
  8. The score at the last token, a KL penalty at every token: followed (`token_rewards`; switch: kl_estimator).
  9. A fixed score for answers without end token: instead a penalty is taken from their score (switch:
     missing_eos_penalty), so that among unfinished answers the better one is still preferred.
@@ -22,7 +22,7 @@ How the details of PPO that decide whether it works are handled, after openai/lm
 11. Rewards whitened without shift of the mean, advantages with it: followed; each a switch. Statistics are over the
     rollout of all processes and not over a minibatch, so they do not depend on the layout.
 12. Adaptive KL coefficient: switch (kl_target, kl_horizon); fixed by default (`AdaptiveKL`).
-13. Dropout off in policy, reference, value and reward model: followed; with dropout the first ratio is not 1.
+13. Dropout off in policy, reference, value and judging reward model: followed; with it the first ratio is not 1.
 14. Adam's epsilon 1e-5: switch (optimizer.eps). TensorFlow's placement of it: left out, an own optimizer by `_target_`
     can have it.
 15. Learning rate annealed to 0: switch (schedule).
