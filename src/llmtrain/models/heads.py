@@ -250,6 +250,11 @@ class ScalarModel(Divisible):
         """(scores - score_mean) / score_std."""
         return (scores - self.score_mean) / self.score_std
 
+    @property
+    def is_normalised(self) -> bool:
+        """Whether mean and standard deviation are those of scores, not those that a new head starts with."""
+        return (float(self.score_mean), float(self.score_std)) != (0.0, 1.0)
+
     def initialise(self, generator: torch.Generator) -> Self:
         """Draws all weights anew from a CPU generator."""
         self.trunk.initialise(generator)

@@ -81,7 +81,7 @@ def align(run: Run[AlignConfig], policy: LanguageModel, tokenizer: Tokenizer) ->
         check_same_tokenizer(config.reward_model, tokenizer)
         check_same_length(config, policy)
     engine = build_engine(run, policy)
-    reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device)
+    reward = build_reward(config, pad_id=tokenizer.pad_id, device=run.layout.device, say=run.say)
     rows = load_rows(run, method, policy, tokenizer, "train")
     check_expected(reward, rows)
     learner = LEARNERS[type(method)](run, method, run.adapt(policy))
