@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llmtrain.objectives.reward import BradleyTerry, calibration_error, correlat
 from llmtrain.stages.evaluators import held_out_batches
 from llmtrain.stages.pairs import read_rankings
 from llmtrain.stages.planning import row_digests
-from llmtrain.stages.reward import described, evaluate_rankings, store_statistics
+from llmtrain.stages.reward import described, evaluate_rankings, spread_out, store_statistics
 
 VOCAB, CPU = 61, torch.device("cpu")
 
@@ -63,6 +64,12 @@ def test_the_stored_model_has_mean_0_and_standard_deviation_1_on_its_reference_s
     assert abs(float(scores.mean())) < 1e-5
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
     assert float(stored.score_std) != 1.0
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(3, [0, 1, 2]), (8, [0, 2, 4, 6]), (9, [0, 3, 6]), (0, [])])
+def test_the_reference_set_is_taken_from_all_of_a_source(rows: int, taken: list[int]) -> None:
+    numbers: list[Any] = list(range(rows))
+    assert spread_out(numbers, 4) == taken
 
 
 def test_held_out_rankings_are_measured_by_source(model: ScalarModel) -> None:

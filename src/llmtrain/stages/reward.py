@@ -27,7 +27,7 @@ from llmtrain.stages.evaluators import Values, held_out_batches, means_of
 from llmtrain.stages.pairs import build_rankings
 from llmtrain.stages.planning import row_digests
 
-# The scores of the answers of this many training rows of each source give their mean and standard deviation.
+# The scores of the answers of at most so many training rows of each source give mean and standard deviation.
 REFERENCE_ROWS = 512
 
 
@@ -61,11 +61,16 @@ def stage(config: RewardConfig) -> None:
         evaluators=[evaluate_rankings(bare(model), objective, measured, list(held_out), run.layout.device)],
     )  # fmt: skip
     reference = held_out_batches(
-        {name: each[:REFERENCE_ROWS] for name, each in rows.items()}, collate_rankings, tokenizer.pad_id
+        {name: spread_out(each, REFERENCE_ROWS) for name, each in rows.items()}, collate_rankings, tokenizer.pad_id
     )
     with run.autocast():
         store_statistics(trained, bare(model), reference, run.layout.device)
     run.finish(trained, tokenizer, data=said, plan=plan)
+
+
+def spread_out(rows: Sequence[RankingRow], most: int) -> Sequence[RankingRow]:
+    """At most so many rows, as far apart as can be: a file may be sorted."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def described(rows: Mapping[str, Sequence[RankingRow]]) -> str:
