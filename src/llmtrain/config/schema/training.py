@@ -185,7 +185,8 @@ class EvalConfig:
     max_rows: int = Field(default=256, ge=1)
     """Held-out rows (or blocks of tokens, per source) that the loss is measured on."""
     problems: str | None = None
-    """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`."""
+    """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`. Null: none.
+    `auto`, as sft and align have it: `embedded:arithmetic` where that is all of the data, else none."""
     max_problems: int = Field(default=500, ge=1)
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
