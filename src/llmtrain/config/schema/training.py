@@ -171,9 +171,9 @@ class CheckpointConfig:
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `best_metric` is better."""
     final: Literal["last", "best"] | None = None
-    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`.
-    Null: the last; of methods of `align` that sample, whose reward can be exploited, the one with the best held-out
-    score (eval/exact_match, else eval/reward), if every checkpoint is measured."""
+    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`,
+    of equal ones the latest. Null: the last; of methods of `align` that sample, whose reward can be exploited, the one
+    with the best held-out score (eval/exact_match, else eval/reward), if every checkpoint is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
