@@ -347,7 +347,10 @@ BAD = [
         "method.value_warmup_steps: has no effect: values and policy share their weights",
     ),
     ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
-    ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
+    (
+        "align method=grpo eval.best_of=4 eval.problems=null",
+        "eval.best_of: has no effect: set eval.problems or eval.max_prompts, for something to answer",
+    ),
     ("sft tracker.samples=2", "tracker.samples: has no effect: only align with method=ppo, grpo,"),
     ("align tracker.samples_every_steps=5", "tracker.samples_every_steps: has no effect: only align with method=ppo,"),
     (

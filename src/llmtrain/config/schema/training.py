@@ -173,7 +173,7 @@ class CheckpointConfig:
     final: Literal["last", "best"] | None = None
     """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`,
     of equal ones the latest. Null: the last; of methods of `align` that sample, whose reward can be exploited, the one
-    with the best held-out score (eval/exact_match, else eval/reward), if every checkpoint is measured."""
+    with the best held-out score (eval/exact_match, else eval/final_reward), if every checkpoint is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -193,10 +193,11 @@ class EvalConfig:
     """Longest answer to a problem in tokens."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Answer this many held-out prompts of each source of `data` as well, sampled as in rollouts, and judge the answers
-    (methods of `align` that sample): `eval/reward`. Null: none."""
+    (methods of `align` that sample): `eval/reward`, and `eval/final_reward`, clipped and less the penalty for a missing
+    end token. Null: none."""
     best_of: int | None = Field(default=None, ge=2)
-    """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
-    that sample): a baseline, best-of-n."""
+    """Sample this many answers to each problem as well, or where there are none to each held-out prompt, and take the
+    one with the highest reward (methods of `align` that sample): a baseline, best-of-n."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
