@@ -54,6 +54,25 @@ def test_group_wins_over_the_root() -> None:
     assert load_config("align", ["optimizer=sgd"]).optimizer.lr == 0.1
 
 
+@pytest.mark.parametrize("command", ["sft", "align"])
+@pytest.mark.parametrize(
+    ("data", "problems"),
+    [
+        ([], "embedded:arithmetic"),
+        (["data.sources.arithmetic.max_rows=9"], "embedded:arithmetic"),
+        (["data.sources.arithmetic.path=own.jsonl"], None),
+        (["data=files", "data.sources.files.path=own.jsonl"], None),
+        (["data=[arithmetic,files]", "data.sources.files.path=own.jsonl"], None),
+        (["data=null", "data.sources.own.path=own.jsonl"], None),
+    ],
+)
+def test_sums_are_problems_of_data_that_are_sums_alone(command: str, data: list[str], problems: str | None) -> None:
+    write(Path("own.jsonl"), "{}\n")
+    assert load_config(command, data).eval.problems == problems
+    for said in (None, "embedded:arithmetic", "own.jsonl"):
+        assert load_config(command, [*data, f"eval.problems={said or 'null'}"]).eval.problems == said
+
+
 @pytest.mark.parametrize("text", ["optimizer=null", "~optimizer"])
 def test_a_group_can_be_left_out(text: str) -> None:
     assert load_config("pretrain", [text]).optimizer.target == "torch.optim.AdamW"

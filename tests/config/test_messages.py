@@ -351,7 +351,10 @@ BAD = [
         "method.value_warmup_steps: the policy would learn in none of 30 steps",
     ),
     ("align eval.best_of=4", "eval.best_of: has no effect: only align with method=ppo, grpo,"),
-    ("align method=grpo eval.best_of=4 eval.problems=null", "eval.best_of: has no effect: eval.problems is not set"),
+    (
+        "align method=grpo eval.best_of=4 eval.problems=null",
+        "eval.best_of: has no effect: set eval.problems or eval.max_prompts, for something to answer",
+    ),
     ("sft tracker.samples=2", "tracker.samples: has no effect: only align with method=ppo, grpo,"),
     ("align tracker.samples_every_steps=5", "tracker.samples_every_steps: has no effect: only align with method=ppo,"),
     (

@@ -132,7 +132,7 @@ def test_some_are_kept_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert kept(keep_every_hours=1.1, keep_every_steps=10) == [2, 8, 10, 14, 20]
 
 
-def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:
+def test_the_best_is_the_latest_of_equal_ones_and_was_measured(tmp_path: Path) -> None:
     def best(mode: str, newest: int = 9) -> int | None:
         found = retention.best_good(tmp_path, ALONE, print, metric="eval/loss", mode=mode, newest=newest)
         return found and found.step
@@ -142,7 +142,7 @@ def test_the_best_is_the_earliest_of_equal_ones_and_was_measured(tmp_path: Path)
     assert best("min") is None
     for step, loss in enumerate([3.0, 1.0, math.nan, 1.0, 3.0], start=2):
         write(tmp_path, step, **{"eval/loss": loss})
-    assert (best("min"), best("max"), best("min", newest=2)) == (3, 2, 2)
+    assert (best("min"), best("max"), best("min", newest=4), best("min", newest=2)) == (5, 6, 3, 2)
 
 
 def test_a_checkpoint_that_was_passed_over_evicts_no_good_one(tmp_path: Path) -> None:

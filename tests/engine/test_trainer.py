@@ -295,11 +295,29 @@ def bests(build: Callable[..., Trainer], losses: list[float], **checkpoint: Any)
     return trainer, trainer.fit()
 
 
+@pytest.mark.parametrize(
+    ("losses", "mode", "best", "flat"),
+    [
+        ([9.0, 0.0, 0.0, 0.0, 0.0, 0.0], "max", 5, True),
+        ([9.0, 0.0, 0.0, 0.0, 0.0, 0.0], "min", 5, True),
+        ([9.0, 0.0, 1.0, 1.0, 1.0, 1.0], "max", 5, False),
+        ([9.0, 1.0, 0.0, 0.0, 1.0, 1.0], "min", 3, False),
+    ],
+)
+def test_of_equal_checkpoints_the_latest_is_handed_on_and_a_score_that_is_flat_is_told(
+    build: Callable[..., Trainer], losses: list[float], mode: str, best: int, flat: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert bests(build, losses, best_mode=mode)[1] == best
+    said = capsys.readouterr().err
+    assert ("the same at every measurement: it tells none apart, so the latest is taken" in said) is flat
+
+
 @pytest.mark.parametrize(("mode", "best"), [("min", 3), ("max", 2)])
 def test_a_run_ends_with_the_weights_that_measured_best(
     build: Callable[..., Trainer], tmp_path: Path, mode: str, best: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer, step = bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 1.0], best_mode=mode)
+    trainer, step = bests(build, [9.0, 5.0, 8.0, 1.0, 2.0, 1.5], best_mode=mode)
     assert step == best
     assert saved(tmp_path) == [best, 5]
     kept = checkpoints.read_model(tmp_path / "checkpoints" / f"step-{best:08d}")

@@ -123,6 +123,7 @@ def test_scores_are_weighted_clipped_and_penalised() -> None:
     lengths = answers.response_mask.sum(dim=1)
     wanted = (lengths - 0.5).clamp(-2.5, 2.5) - 0.25 * (~answers.finished)
     torch.testing.assert_close(answers.rewards, wanted)
+    torch.testing.assert_close(answers.scores, lengths - 0.5)
     assert mean(answers.measured, "align/reward") == pytest.approx(float(lengths.float().mean()) - 0.5)
     assert mean(answers.measured, "align/reward/length") == pytest.approx(float(lengths.float().mean()))
     assert mean(answers.measured, "align/reward/one") == 1.0
@@ -331,8 +332,8 @@ def made_up(rewards: list[float]) -> SampledAnswers:
     ends = torch.randint(4, 11, (len(rewards), 1), generator=generator)
     mask = (torch.arange(10) >= 3) & (torch.arange(10) < ends)
     return SampledAnswers(
-        tokens=tokens, response_mask=mask, rewards=torch.tensor(rewards), finished=mask.any(dim=1),
-        group_rows=3, first_slot=0, seed=0, step=0, measured={},
+        tokens=tokens, response_mask=mask, scores=torch.tensor(rewards) + 10, rewards=torch.tensor(rewards),
+        finished=mask.any(dim=1), group_rows=3, first_slot=0, seed=0, step=0, measured={},
     )  # fmt: skip
 
 
@@ -367,5 +368,5 @@ def test_the_best_are_learned_if_they_are_good_enough(minimum: float | None, kep
     assert torch.equal(batch.tokens, answers.tokens[[1, 3, 6]])
     assert batch.loss_mask.any(dim=1).tolist() == kept
     assert torch.equal(batch.loss_mask[0], answers.response_mask[1])
-    assert mean(batch.metrics(), "align/best_reward") == pytest.approx(2.0)
+    assert mean(batch.metrics(), "align/best_reward") == pytest.approx(2.0 + 10)
     assert mean(batch.metrics(), "align/kept") == pytest.approx(sum(kept) / 3)

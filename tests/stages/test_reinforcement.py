@@ -25,18 +25,18 @@ from llmtrain.rewards.rules import Length, Regex
 from llmtrain.rewards.sums import WeightedSum
 from llmtrain.stages import align, evaluators, reinforcement
 from llmtrain.stages.assembly import AnyActorCritic
-from llmtrain.stages.evaluators import HeldOutPrompts, Problems
+from llmtrain.stages.evaluators import BestOf, HeldOutPrompts, Problems
 from llmtrain.stages.reinforcement import held_out_score, policy_weights
 
 SETTINGS = SampledAnswersConfig(max_new_tokens=7)
 REWARD = WeightedSum({"length": Length(maximum=9), "letter": Regex(pattern="[a-z]")}, {"length": 2.0, "letter": 0.0})
 
 
-def held_out(parent: Path, seed: int) -> HeldOutPrompts:
+def held_out(parent: Path, seed: int, settings: SampledAnswersConfig = SETTINGS) -> HeldOutPrompts:
     tokenizer = load_tokenizer(parent)
     prompts = [PromptRow(tokenizer.encode(text), text, None) for text in ("What is 1?", "12 - 3", "The answer", "1 +")]
     model = load_language_model(parent).eval()
-    return HeldOutPrompts(lambda: model, tokenizer, [*prompts, *prompts], REWARD, SETTINGS, seed)
+    return HeldOutPrompts(lambda: model, tokenizer, [*prompts, *prompts], REWARD, settings, seed)
 
 
 def test_the_held_out_reward_is_that_of_each_answer_alone(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,8 @@ def test_the_held_out_reward_is_that_of_each_answer_alone(parent: Path, monkeypa
     reward, letter, length, unfinished = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
     assert 0 < letter < 1, "the test wants answers that differ"
     assert values == pytest.approx({
-        "eval/reward": reward, "eval/length/reward": reward / 2, "eval/letter/reward": letter,
+        "eval/reward": reward, "eval/final_reward": reward - unfinished, "eval/length/reward": reward / 2,
+        "eval/letter/reward": letter,
         "eval/answer_tokens": length, "eval/unfinished": unfinished,
     }, rel=1e-6)  # fmt: skip
     assert measure() == values, "the same draws at every measurement"
@@ -127,12 +128,13 @@ def test_a_run_measures_held_out_prompts_and_shows_their_answers(parent: Path, t
     file.write_text("".join(json.dumps({"prompt": turns}) + "\n" for turns in talk))
     line = [
         "method=reinforce", "rewards=length", "method.max_new_tokens=4", "train.steps=1", "train.batch_rows=2",
-        "schedule.warmup_steps=0", "eval.problems=null", "eval.max_prompts=2", "data=files", "data.validation_every=3",
+        "schedule.warmup_steps=0", "eval.max_prompts=2", "eval.best_of=2", "data=files", "data.validation_every=3",
         f"data.sources.files.path={file}", f"model.init_from={parent}", f"runs_dir={tmp_path}",
     ]  # fmt: skip
     align.run(load_config("align", [*line, "run=a"]))
     rows = [json.loads(text) for text in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 1]
+    for name in ("eval/reward", "eval/final_reward", "eval/best_of_2/reward"):
+        assert [row["step"] for row in rows if name in row] == [0, 1], name
     samples = json.loads((tmp_path / "a" / "samples.json").read_text())
     asked = "<|user|>What is {}?<|assistant|>A number.<|end|><|user|>Thanks<|assistant|>"
     for moment in ("before", "after"):
@@ -165,5 +167,38 @@ def test_a_right_answer_tells_more_than_a_reward(parent: Path) -> None:
     prompts = held_out(parent, seed=0)
     problems = Problems(prompts.model, prompts.tokenizer, prompts.prompts, max_new_tokens=4)
     assert held_out_score([prompts, problems]) == "eval/exact_match"
-    assert held_out_score([prompts]) == "eval/reward"
+    assert held_out_score([prompts]) == "eval/final_reward"
     assert held_out_score([]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [({}, "eval/final_reward"), ({"reward_clip": 0.5, "missing_eos_penalty": 0.0}, "eval/final_reward"),
+     ({"missing_eos_penalty": 0.0}, "eval/reward")],
+)  # fmt: skip
+def test_checkpoints_are_ranked_by_what_is_learned_from(parent: Path, options: dict[str, float], score: str) -> None:
+    measure = held_out(parent, seed=0, settings=SampledAnswersConfig(max_new_tokens=7, **options))
+    values = measure()
+    assert held_out_score([measure]) == score
+    assert ("eval/final_reward" in values) is (score == "eval/final_reward")
+    assert measure.score in values
+
+
+def test_the_best_answer_is_chosen_by_what_is_learned_from_and_told_as_a_score(parent: Path) -> None:
+    ending = SampledAnswersConfig(max_new_tokens=7, missing_eos_penalty=100.0)
+    prompts = held_out(parent, seed=0)
+    score = WeightedSum({"long": lambda answers: [float(len(each.tokens)) for each in answers]}, {"long": 1.0})
+    asked = (prompts.model, prompts.tokenizer, prompts.prompts, score)
+    plain, calm = (BestOf(*asked, settings, 6, seed=3)() for settings in (SETTINGS, ending))
+    assert plain.keys() == calm.keys() == {"eval/best_of_6/reward"}
+    assert 0 < calm["eval/best_of_6/reward"] < plain["eval/best_of_6/reward"], "shorter ones, which have ended"
+
+
+@pytest.mark.parametrize(("answers", "told"), [(["3", "9"], True), (["3", None], False)])
+def test_right_answers_among_the_best_are_counted_where_all_prompts_have_one(
+    parent: Path, answers: list[str | None], told: bool
+) -> None:
+    prompts = held_out(parent, seed=0)
+    rows = [PromptRow(prompts.prompts[0].tokens, "What is 1?", answer) for answer in answers]
+    values = BestOf(prompts.model, prompts.tokenizer, rows, REWARD, SETTINGS, 2, seed=3)()
+    assert ("eval/best_of_2/exact_match" in values) is told

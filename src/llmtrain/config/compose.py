@@ -37,6 +37,9 @@ REPLACES = {
 }
 
 
+PROBLEMS = "embedded:arithmetic"  # held-out rows of the data of the same name
+
+
 class Loaded(NamedTuple):
     """What one command's config came to: an object, or None and faults."""
 
@@ -112,6 +115,7 @@ def _check(
 ) -> tuple[Any, list[Finding]]:
     values, missing = plain(config)
     values = superseded(values, lambda path: place.rank if (place := layers.place(path)) else -1)
+    values = with_problems(values)
     checked, findings = validate(kind, values)
     told = [finding.path for finding in missing] + [(group,) for group in overrides.faulty_groups]
     findings = missing + [finding for finding in findings if not any(_inside(finding.path, path) for path in told)]
@@ -167,6 +171,19 @@ def superseded(values: dict[str, Any], rank: Callable[[Path], int]) -> dict[str,
             keys = [name for other in others for name in _leaves(values, other) if name != key]
             dropped |= {name for name in keys if rank(parts(name)) < own}
     return _without(values, dropped)
+
+
+def with_problems(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with what `eval.problems=auto` stands for: the sums where the data are sums, null for any other data.
+
+    A score of sums says nothing of a policy that learns to talk, and must not choose its checkpoint.
+    """
+    if _get(values, "eval.problems") != "auto":
+        return values
+    sources = _get(values, "data.sources")
+    paths = [_get(source, "path") for source in sources.values()] if isinstance(sources, Mapping) else []
+    problems = PROBLEMS if paths and all(path == PROBLEMS for path in paths) else None
+    return values | {"eval": values["eval"] | {"problems": problems}}
 
 
 def _get(values: Any, key: str) -> Any:

@@ -79,8 +79,8 @@ def judged_answers(view: View) -> Iterator[Finding]:
             continue
         if view.command != "align" or view["method.name"] not in SAMPLING:
             yield finding(f"has no effect: only align with method={', '.join(SAMPLING)} has rewards", key)
-        elif key == "eval.best_of" and view["eval.problems"] is None:
-            yield from no_effect(view, key, "eval.problems is not set")
+        elif key == "eval.best_of" and view["eval.problems"] is None and view["eval.max_prompts"] is None:
+            yield from no_effect(view, key, "set eval.problems or eval.max_prompts, for something to answer")
 
 
 def samples(view: View) -> Iterator[Finding]:

@@ -60,7 +60,7 @@ def _for_ever(saved: list[Checkpoint], keep: CheckpointConfig) -> set[int]:
 
 
 def best_good(root: Path, layout: Layout, say: Say, *, metric: str, mode: str, newest: int) -> Checkpoint | None:
-    """The checkpoint best by `metric`, up to the step `newest`; of equal ones the earliest.
+    """The checkpoint best by `metric`, up to the step `newest`; of equal ones the latest.
 
     Those that are damaged are named and passed over. None where no checkpoint was saved with the metric.
     """
@@ -77,6 +77,7 @@ def best_good(root: Path, layout: Layout, say: Say, *, metric: str, mode: str, n
 
 
 def _ranked(saved: list[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
-    """Those that were measured, the best first; of equal ones the earliest."""
+    """Those that were measured, the best first; of equal ones the latest, which has learned most."""
     measured = [checkpoint for checkpoint in saved if math.isfinite(checkpoint.metrics.get(metric, math.nan))]
-    return sorted(measured, key=lambda checkpoint: checkpoint.metrics[metric], reverse=mode == "max")
+    sign = 1 if mode == "max" else -1
+    return sorted(measured, key=lambda checkpoint: (sign * checkpoint.metrics[metric], checkpoint.step), reverse=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmtrain.config.errors import Preempted, UserError
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engine import checkpoints, retention
+from llmtrain.engine import checkpoints, retention, tracking
 from llmtrain.engine.checkpoints import Checkpoint, NotSaved
 from llmtrain.engine.distributed import Layout, group_beside, of_every
 from llmtrain.engine.mirror import Mirror
@@ -182,8 +182,15 @@ class Saver:
             )
         weights = {name: value for name, value in self.state().items() if name.startswith(checkpoints.WEIGHTS)}
         checkpoints.load(best, weights, self.layout)
-        self.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g})")
+        why = ", the same at every measurement: it tells none apart, so the latest is taken" * self._is_flat(metric)
+        self.say(f"best by {metric}: step {best.step} ({best.metrics[metric]:.4g}){why}")
         return best.step
+
+    def _is_flat(self, metric: str) -> bool:
+        """Whether a metric was the same at all measurements after the start; checkpoints that are gone count too."""
+        rows = tracking.read_metrics(self.folder)
+        found = [row[metric] for row in rows if metric in row and 0 < row["step"] <= self.steps]
+        return len(found) > 1 and len(set(found)) == 1
 
     def _say_of_mirror(self) -> None:
         if self.mirror is not None and self.mirror.fault:

@@ -41,6 +41,8 @@ class SampledAnswers(Batch):
     """[B, S] int64: prompt, answer, padding on the right."""
     response_mask: Tensor
     """[B, S] bool: the sampled tokens, end token included."""
+    scores: Tensor
+    """[B] float32: as the reward gave them."""
     rewards: Tensor
     """[B] float32: scores, clipped, less the penalty for a missing end token."""
     finished: Tensor
@@ -81,6 +83,11 @@ def final_rewards(scores: Sequence[float], answers: Sequence[Answer], settings: 
     found = torch.tensor(scores, dtype=torch.float32)
     found = found if clip is None else found.clamp(-clip, clip)
     return found - settings.missing_eos_penalty * torch.tensor([float(not each.finished) for each in answers])
+
+
+def changes_scores(settings: SampledAnswersConfig) -> bool:
+    """Whether final rewards may be other than scores."""
+    return settings.reward_clip is not None or settings.missing_eos_penalty > 0
 
 
 class Prompts(Protocol):
@@ -192,7 +199,7 @@ class Rollouts:
             mask[number, len(each.answer.prompt_tokens) : len(row)] = True
         rewards = self._rewards(judged)
         return SampledAnswers(
-            tokens=tokens, response_mask=mask, rewards=rewards,
+            tokens=tokens, response_mask=mask, scores=torch.tensor([each.score for each in judged]), rewards=rewards,
             finished=torch.tensor([each.answer.finished for each in judged]),
             group_rows=self.group_rows, first_slot=self.first_slot, seed=self.seed, step=step,
             measured=self._measured(judged, drawn, rewards), sampler_logprobs=sampler_logprobs(judged, width),

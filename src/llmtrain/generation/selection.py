@@ -32,7 +32,7 @@ class KeptAnswers(TokenBatch):
     measured: Metrics = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> Metrics:
-        """The rollout's rewards and lengths, the rewards of the best, and how many of these are learned."""
+        """The rollout's rewards and lengths, the scores of the best, and how many of these are learned."""
         return self.measured
 
 
@@ -62,10 +62,11 @@ def best_answers(answers: SampledAnswers, minimum_reward: float | None = None) -
     best = best_rows(answers.rewards, answers.group_rows)
     rewards = answers.rewards[best]
     kept = torch.ones_like(rewards, dtype=torch.bool) if minimum_reward is None else rewards >= minimum_reward
+    scores = means(answers.scores[best])  # of the kind of `align/reward`, so that the two can be compared
     return KeptAnswers(
         tokens=answers.tokens[best], loss_mask=answers.response_mask[best] & kept[:, None],
         source=torch.zeros_like(best),
-        measured=answers.measured | {"align/best_reward": means(rewards), "align/kept": means(kept)},
+        measured=answers.measured | {"align/best_reward": scores, "align/kept": means(kept)},
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from llmtrain.data.rows import read_problems
 from llmtrain.data.tokenizers import Tokenizer
 from llmtrain.engine.steps import Objective
 from llmtrain.generation.engines import Replica, sampling_from
-from llmtrain.generation.rollouts import answer, final_rewards
+from llmtrain.generation.rollouts import answer, changes_scores, final_rewards
 from llmtrain.generation.sampler import generate
 from llmtrain.generation.selection import best_rows
 from llmtrain.models.heads import LanguageModel
@@ -161,37 +161,44 @@ class Problems:
 
 
 class BestOf:
-    """Problems answered several times, of which the answer with the highest reward counts: best-of-n.
+    """Problems, or held-out prompts, answered several times, of which the best answer counts: best-of-n.
 
     What a policy and a reward come to without any training; a method that trains should do better than that of the
     model it starts from. Temperature and length are those of the method's rollouts.
     """
 
     def __init__(
-        self, problems: Problems, reward: WeightedSum, settings: SampledAnswersConfig, count: int, seed: int
-    ) -> None:
-        self.problems, self.reward, self.settings = problems, reward, settings
-        self.count, self.seed = count, seed
+        self, model: Callable[[], LanguageModel], tokenizer: Tokenizer, prompts: Sequence[PromptRow],
+        reward: WeightedSum, settings: SampledAnswersConfig, count: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        self.reward, self.settings, self.count, self.seed = reward, settings, count, seed
 
     def __call__(self) -> Values:
-        """`eval/best_of_<n>/exact_match` and the mean reward of the best, `eval/best_of_<n>/reward`."""
-        rows, model = self.problems.problems, self.problems.model()
+        """The mean score of the best, `eval/best_of_<n>/reward`, and `eval/best_of_<n>/exact_match` where all prompts
+        have a right answer."""
+        rows, model = self.prompts, self.model()
         size = max(1, PORTION // self.count)
         best = [each for at in range(0, len(rows), size) for each in self._best(model, rows[at : at + size], at)]
-        right = [is_right(given, problem.answer or "") for (given, _), problem in zip(best, rows, strict=True)]
         name, total = f"eval/best_of_{self.count}", float(len(best))
-        return {f"{name}/exact_match": sum(right) / total, f"{name}/reward": sum(each[1] for each in best) / total}
+        values = {f"{name}/reward": sum(score for _, score in best) / total}
+        if all(row.answer is not None for row in rows):
+            right = [is_right(given, row.answer or "") for (given, _), row in zip(best, rows, strict=True)]
+            values[f"{name}/exact_match"] = sum(right) / total
+        return values
 
     def _best(self, model: LanguageModel, rows: Sequence[PromptRow], first: int) -> list[tuple[str, float]]:
-        """The best answer to each problem, and its reward; `first` is the number of the first problem."""
+        """The answer to each prompt that is best by final reward, and its score, which is of the kind of `eval/reward`;
+        `first` is the number of the first prompt."""
         numbers = range(first * self.count, (first + len(rows)) * self.count)
         answers = answer(
             sampling_from(model), [row for row in rows for _ in range(self.count)], self.settings,
-            stop_tokens=self.problems.tokenizer.stop_ids, decode=self.problems.tokenizer.decode,
+            stop_tokens=self.tokenizer.stop_ids, decode=self.tokenizer.decode,
             seeds=[derive_seed(self.seed, "best of", number) for number in numbers],
         )  # fmt: skip
-        rewards = final_rewards(self.reward(answers), answers, self.settings)
-        return [(answers[row].text, float(rewards[row])) for row in best_rows(rewards, self.count).tolist()]
+        scores = self.reward(answers)
+        best = best_rows(final_rewards(scores, answers, self.settings), self.count)
+        return [(answers[row].text, scores[row]) for row in best.tolist()]
 
 
 class HeldOutPrompts:
@@ -207,14 +214,23 @@ class HeldOutPrompts:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.reward, self.settings, self.seed = reward, settings, seed
 
+    @property
+    def score(self) -> str:
+        """The metric that ranks policies: what they learn from, so that one that never ends is not preferred."""
+        return "eval/final_reward" if changes_scores(self.settings) else "eval/reward"
+
     def __call__(self) -> Values:
-        """Means over answers: `eval/reward`, its parts as `eval/<name>/reward`, `eval/answer_tokens` and the share of
-        answers that were cut off, `eval/unfinished`."""
+        """Means over answers: `eval/reward`, its parts as `eval/<name>/reward`, `eval/final_reward` where scores are
+        clipped or an end token may be missed, `eval/answer_tokens` and the share that was cut off, `eval/unfinished`.
+        """
         model, found = self.model(), defaultdict[str, list[float]](list)
         for first in range(0, len(self.prompts), PORTION):
             answers = self._answers(model, first, PORTION)
             components = self.reward.components(answers)
-            found["eval/reward"] += self.reward.total(components)
+            scores = self.reward.total(components)
+            found["eval/reward"] += scores
+            if changes_scores(self.settings):
+                found["eval/final_reward"] += final_rewards(scores, answers, self.settings).tolist()
             for name, values in components.items():
                 found[f"eval/{name}/reward"] += values
             found["eval/answer_tokens"] += [float(len(each.tokens)) for each in answers]

@@ -135,8 +135,7 @@ def build_evaluators(
     config, replica = run.config, Replica(policy)
     problems = build_problems(config, tokenizer, replica, run.cache)
     evaluators, samples = problems.evaluators, problems.samples
-    if config.eval.best_of and problems.problems:
-        evaluators.append(BestOf(problems, reward, method, config.eval.best_of, config.seed))
+    asked: list[PromptRow] = []
     if config.eval.max_prompts:
         rows = load_rows(run, method, policy, tokenizer, "validation", config.eval.max_prompts)
         check_expected(reward, rows)
@@ -146,15 +145,16 @@ def build_evaluators(
         prompts = HeldOutPrompts(replica, tokenizer, asked, reward, method, config.seed)
         evaluators.append(prompts)
         samples = samples if problems.problems else prompts.samples
+    if config.eval.best_of and (each := problems.problems or asked):
+        evaluators.append(BestOf(replica, tokenizer, each, reward, method, config.eval.best_of, config.seed))
     return evaluators, samples
 
 
 def held_out_score(evaluators: Sequence[Evaluator]) -> str | None:
     """What says best how good answers are, higher is better; null where nothing does."""
-    kinds = {type(each) for each in evaluators}
-    if Problems in kinds:
+    if any(isinstance(each, Problems) for each in evaluators):
         return "eval/exact_match"
-    return "eval/reward" if HeldOutPrompts in kinds else None
+    return next((each.score for each in evaluators if isinstance(each, HeldOutPrompts)), None)
 
 
 def load_rows(

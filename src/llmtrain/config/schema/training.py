@@ -171,9 +171,9 @@ class CheckpointConfig:
     best_mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `best_metric` is better."""
     final: Literal["last", "best"] | None = None
-    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`.
-    Null: the last; of methods of `align` that sample, whose reward can be exploited, the one with the best held-out
-    score (eval/exact_match, else eval/reward), if every checkpoint is measured."""
+    """What a finished run hands on as `model/`: its last weights, or those of the checkpoint best by `best_metric`,
+    of equal ones the latest. Null: the last; of methods of `align` that sample, whose reward can be exploited, the one
+    with the best held-out score (eval/exact_match, else eval/final_reward), if every checkpoint is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -185,17 +185,19 @@ class EvalConfig:
     max_rows: int = Field(default=256, ge=1)
     """Held-out rows (or blocks of tokens, per source) that the loss is measured on."""
     problems: str | None = None
-    """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`."""
+    """Held-out problems with one right answer: a file of {prompt, answer} rows, or `embedded:arithmetic`. Null: none.
+    `auto`, as sft and align have it: `embedded:arithmetic` where that is all of the data, else none."""
     max_problems: int = Field(default=500, ge=1)
     """Problems that are answered (greedily) and compared."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer to a problem in tokens."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Answer this many held-out prompts of each source of `data` as well, sampled as in rollouts, and judge the answers
-    (methods of `align` that sample): `eval/reward`. Null: none."""
+    (methods of `align` that sample): `eval/reward`, and `eval/final_reward`, clipped and less the penalty for a missing
+    end token. Null: none."""
     best_of: int | None = Field(default=None, ge=2)
-    """Sample this many answers to each problem as well, and take the one with the highest reward (methods of `align`
-    that sample): a baseline, best-of-n."""
+    """Sample this many answers to each problem as well, or where there are none to each held-out prompt, and take the
+    one with the highest reward (methods of `align` that sample): a baseline, best-of-n."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
