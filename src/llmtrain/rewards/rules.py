@@ -15,7 +15,10 @@ SECTION = re.compile(r"\w[\w-]*")
 
 
 def is_right(given: str, answer: str) -> bool:
-    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text."""
+    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text.
+
+    What is a number, `final_answer` says: 4.0 is 4, and $1,000 is 1000.
+    """
     expected = final_answer(f"Answer: {answer}")
     return final_answer(given) == expected if expected is not None else given.strip() == answer.strip()
 
