@@ -65,6 +65,12 @@ def test_length_by_maximum_is_the_soft_overlong_punishment() -> None:
     assert given == [0.0, 0.0, -0.05, -0.5, -0.95, -1.0, -1.0]
 
 
+def test_a_share_of_the_maximum_is_that_many_tokens() -> None:
+    answers = [answer(length=length) for length in (0, 80, 81, 90, 100, 150)]
+    assert Length(maximum=100, buffer=0.2)(answers) == Length(maximum=100, buffer=20)(answers)
+    assert Length(maximum=1, buffer=0.2)([answer(length=length) for length in (0, 1)]) == [0.0, -1.0]
+
+
 def test_length_by_maximum_alone_counts_every_token() -> None:
     assert Length(maximum=10)([answer(length=length) for length in (0, 1, 10, 11)]) == [0.0, -0.1, -1.0, -1.0]
 
@@ -98,6 +104,15 @@ def test_format_by_sections() -> None:
         (lambda: Length(target="long"), "target must be a whole number >= 1, found 'long'"),  # type: ignore[arg-type]
         (lambda: Length(maximum=5, buffer=6), "buffer=6 is a part of maximum=5"),
         (lambda: Length(target=5, buffer=6), "buffer=6 is a part of maximum=None"),
+        (lambda: Length(target=5, buffer=0.2), "buffer=0.2 is a part of maximum=None"),
+        (
+            lambda: Length(maximum=5, buffer=1.5),
+            "buffer must be a whole number >= 1, or a share above 0 and below 1, f",
+        ),
+        (
+            lambda: Length(maximum=5, buffer=0.0),
+            "buffer must be a whole number >= 1, or a share above 0 and below 1, f",
+        ),
         (lambda: Format(), "either pattern or sections"),
         (lambda: Format(sections=["a b"]), "sections must be a list of names"),
         (lambda: Format(sections="think"), "sections must be a list of names"),
@@ -110,12 +125,13 @@ def test_options_that_cannot_be(make: object, message: str) -> None:
 
 
 def test_the_shipped_group_judges_the_embedded_arithmetic(tmp_path: object) -> None:
-    config = load_config("align", ["method=ppo", "rewards=[exact_answer,format,length]"])
+    line = ["method=ppo", "method.max_new_tokens=20", "rewards=[exact_answer,format,length]"]
+    config = load_config("align", line)
     rewards = build_functions(config.rewards)
     assert list(rewards) == ["exact_answer", "format", "length"]
     problem = arithmetic.problem(0)
     texts = [problem.answer, arithmetic.wrong_answer(problem), problem.answer.replace("Answer", "It is")]
-    answers = [answer(text, str(problem.final), length=56) for text in texts]
+    answers = [answer(text, str(problem.final), length=18) for text in texts]
     assert {name: reward(answers) for name, reward in rewards.items()} == {
         "exact_answer": [1.0, 0.0, 0.0], "format": [1.0, 1.0, 0.0], "length": [-0.5, -0.5, -0.5],
     }  # fmt: skip
