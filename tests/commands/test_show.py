@@ -98,7 +98,9 @@ def test_pairs_show_both_sides(tmp_path: Path, model: str, capsys: pytest.Captur
 def test_judged_answers_say_whether_they_are_good(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = only(rows_file(tmp_path))
+    path = Path(rows_file(tmp_path))
+    path.write_text(path.read_text() + path.read_text().replace("What is it?", "And this?"))
+    rows = only(str(path))
     out = shown(capsys, "align", f"runs_dir={tmp_path}/runs", f"model.init_from={model}", *rows, "method=kto")
     assert "good answer, " in out or "bad answer, " in out
     assert "«It is this.<|end|>»" in out or "«It is that.<|end|>»" in out

@@ -164,8 +164,14 @@ def test_a_reward_of_a_group_is_changed_by_its_name() -> None:
     texts = ["rewards=[length,exact_answer]", "rewards.length.weight=0.1", "rewards.length.options.maximum=100"]
     rewards = load_config("align", ["method=ppo", *texts, "+rewards.mine={_target_:my.own,weight:2}"]).rewards
     assert {name: each.weight for name, each in rewards.items()} == {"length": 0.1, "exact_answer": 1.0, "mine": 2.0}
-    assert rewards["length"].options == {"maximum": 100, "buffer": 16}
+    assert rewards["length"].options == {"maximum": 100, "buffer": 0.2}
     assert rewards["mine"].target == "my.own"
+
+
+@pytest.mark.parametrize("longest", ["", "method.max_new_tokens=8", "method={name:grpo,max_new_tokens:1024}"])
+def test_the_length_that_is_punished_is_that_of_the_longest_answer(longest: str) -> None:
+    config = load_config("align", ["method=grpo", "rewards=length", *filter(None, [longest])])
+    assert config.rewards["length"].options["maximum"] == config.method.max_new_tokens
 
 
 def test_a_pipeline_needs_a_reward_model_or_rewards() -> None:

@@ -1,4 +1,5 @@
 import re
+from decimal import Decimal
 from itertools import islice
 
 import pytest
@@ -97,7 +98,12 @@ def test_texts_for_pretraining_forget_most_carries_and_nothing_else() -> None:
         ("Answer: -3", -3),
         (" 12 ", 12),
         ("7 12", None),
+        ("Answer: 4.25", Decimal("4.25")),
+        ("Answer: $7.", 7),
+        ("#### 7%", 7),
+        ("Answer: $", None),
+        ("Answer: 7..", None),
     ],
 )
-def test_final_answers_are_found_at_the_end_only(text: str, number: int | None) -> None:
+def test_final_answers_are_found_at_the_end_only(text: str, number: Decimal | int | None) -> None:
     assert final_answer(text) == number

@@ -1,12 +1,15 @@
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmtrain.config.errors import DataError
 from llmtrain.config.schema import RowsConfig, RowSourceConfig
 from llmtrain.data.encoding import (
+    JudgedRow,
     Loader,
     TokenRow,
     load_conversations,
@@ -16,6 +19,7 @@ from llmtrain.data.encoding import (
     load_rankings,
     with_mismatches,
 )
+from llmtrain.data.records import Split
 from llmtrain.data.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -219,7 +223,7 @@ def test_a_mismatched_answer_is_another_prompts(tmp_path: Path, tokenizer: Token
     written = [{"prompt": f"q{n}", "completion": f"a{n}", "label": n < 2} for n in range(3)]
     options = {"split": "train", "max_length": 64, "cache_dir": tmp_path}
     data = config(tmp_path, *written)
-    rows = with_mismatches(load_judged(data, tokenizer, **options)["a"], 64)
+    rows = with_mismatches(load_judged(data, tokenizer, **options), 64, "train")["a"]
     said = [[tokenizer.decode(side.tokens.tolist(), skip_special=False) for side in row.sides] for row in rows]
     assert said == [
         [f"<|user|>q{n}<|assistant|>a{m}<|end|>" for m in (n, 1 - n)] for n in range(2)
@@ -232,7 +236,62 @@ def test_a_mismatched_answer_is_another_prompts(tmp_path: Path, tokenizer: Token
 def test_a_mismatched_answer_that_is_too_long_is_cut_and_never_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
     long, wordy = {"prompt": "q" * 40, "completion": "a"}, {"prompt": "q", "completion": "b" * 40}
     rows = config(tmp_path, *({**row, "label": True} for row in (long, wordy, wordy)))
-    judged = load_judged(rows, tokenizer, split="train", max_length=44, cache_dir=tmp_path)["a"]
-    first, _ = with_mismatches(judged, 44)
+    judged = load_judged(rows, tokenizer, split="train", max_length=44, cache_dir=tmp_path)
+    first, _ = with_mismatches(judged, 44, "train")["a"]
     assert len(first.mismatched.tokens) == 44
-    assert 0 < first.mismatched.mask.sum() < judged[1].answer.mask.sum()
+    assert 0 < first.mismatched.mask.sum() < judged["a"][1].answer.mask.sum()
+
+
+def judged_row(prompt: int, answer: int) -> JudgedRow:
+    tokens = np.array([1, prompt, 2, answer], dtype=np.int32)
+    return JudgedRow(TokenRow(tokens, np.array([False, False, False, True])), desirable=answer % 2 == 0)
+
+
+def mismatches(prompts: Sequence[int], split: Split = "train") -> list[tuple[int, int]]:
+    """For each row the prompt, which is that of its own answer, and the number of the row whose answer is beside it."""
+    rows = [judged_row(100 + prompt, 1000 + number) for number, prompt in enumerate(prompts)]
+    found = with_mismatches({"a": rows}, 64, split)["a"]
+    assert [row.answer.tokens.tolist() for row in found] == [row.answer.tokens.tolist() for row in rows]
+    return [(int(row.mismatched.tokens[1]) - 100, int(row.mismatched.tokens[3]) - 1000) for row in found]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [0, 1, 2, 3, 0, 1, 2, 3],  # all good answers, then all bad ones
+        [0, 0, 1, 1, 2, 2],
+        [0, 1, 0, 2, 0, 3],  # one has half of the rows
+        [0, 1, 1, 2, 0],
+        [4, 0, 0, 1, 2, 0, 1, 3, 3, 3, 3, 3],
+    ],
+)
+def test_a_mismatched_answer_is_never_to_the_same_prompt(prompts: list[int]) -> None:
+    found = mismatches(prompts)
+    assert [prompt for prompt, _ in found] == prompts
+    assert all(prompts[row] != prompt for prompt, row in found)
+    assert sorted(row for _, row in found) == list(range(len(prompts)))
+
+
+def test_a_mismatched_answer_to_a_prompt_of_its_own_is_half_the_source_away() -> None:
+    assert [row for _, row in mismatches(range(7))] == [3, 4, 5, 6, 0, 1, 2]
+
+
+def test_a_prompt_with_most_of_the_rows_meets_itself_as_seldom_as_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [0, 1, 0, 0, 2, 0, 0]
+    with caplog.at_level(logging.WARNING, "llmtrain"):
+        found = mismatches(prompts)
+    assert sum(prompts[row] == prompt for prompt, row in found) == 3  # 5 answers, and 2 to other prompts
+    assert sorted(row for _, row in found) == list(range(7))
+    message = "data.sources.a (train): 5 of 7 rows have the same prompt, so 3 of them are set against an answer to it"
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_answers_to_one_prompt_alone_are_refused(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        DataError, match=r"data.sources.a: its rows have one prompt only, .*add rows with other prompts"
+    ):
+        mismatches([0] * count)
+    assert len(mismatches([0] * count, "validation")) == count
+    assert f"data.sources.a (validation): {count} of {count} rows have the same prompt" in caplog.text
+    assert mismatches([]) == []

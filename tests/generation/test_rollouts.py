@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.config.errors import UserError
 from llmtrain.config.schema import ModelConfig, PpoConfig, SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
@@ -127,6 +128,20 @@ def test_scores_are_weighted_clipped_and_penalised() -> None:
     assert mean(answers.measured, "align/reward") == pytest.approx(float(lengths.float().mean()) - 0.5)
     assert mean(answers.measured, "align/reward/length") == pytest.approx(float(lengths.float().mean()))
     assert mean(answers.measured, "align/reward/one") == 1.0
+
+
+def test_the_mean_of_large_rewards_is_a_number() -> None:
+    settings = SampledAnswersConfig(max_new_tokens=6, reward_clip=2.5, missing_eos_penalty=0.0)
+    answers = sampled({"large": lambda a: [1e38] * len(a)}, settings=settings)
+    assert answers.rewards.tolist() == [2.5] * ROWS
+    assert mean(answers.measured, "align/reward") == pytest.approx(1e38)
+
+
+@pytest.mark.parametrize("reward", [1e25, -2e15])
+def test_rewards_too_large_to_square_are_refused(reward: float) -> None:
+    with pytest.raises(UserError, match=r"rewards is -?\de\+\d+, .*rewards.<name>.weight, .*or set method.reward_clip"):
+        sampled({"large": lambda a: [reward] * len(a)})
+    assert sampled({"large": lambda a: [1e15] * len(a)}).rewards.isfinite().all()
 
 
 def test_prompts_with_nothing_to_tell_are_replaced() -> None:

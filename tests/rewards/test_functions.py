@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,12 +94,25 @@ def test_a_reward_of_weight_one_is_given_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
+    "values", [[1, True], (1, 1.0), torch.ones(2), [torch.tensor(1.0)] * 2, np.ones(2), {"b": 1.0, "cc": 1}.values()]
+)
+def test_numbers_of_any_kind_are_taken(values: object) -> None:
+    assert WeightedSum({"a": lambda answers: values}, {"a": 1.0})(ANSWERS) == [1.0, 1.0]  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
     ("reward", "message"),
     [
         (lambda answers: [1.0], "rewards.a gave 1 numbers for 2 answers"),
         (lambda answers: [1.0, float("nan")], "rewards.a gave nan, which float32 does not hold, for the answer 'cc'"),
         (lambda answers: 1 / 0, r"rewards.a failed at .*test_functions.py:\d+: ZeroDivisionError"),
         (lambda answers: ["x", "y"], r"rewards.a gave \['x', 'y'\]; expected a list with one number for each answer"),
+        (lambda answers: ["1", 2.0], r"rewards.a gave \['1', 2.0\]; expected a list with one number for each answer"),
+        (lambda answers: [b"1", 2.0], r"rewards.a gave \[b'1', 2.0\]; expected a list"),
+        (lambda answers: {1.0: "b", 2.0: "cc"}, r"rewards.a gave \{1.0: 'b', 2.0: 'cc'\}; expected a list with"),
+        (lambda answers: {2.0, 1.0}, r"rewards.a gave \{.*\}; expected a list with one number for each answer"),
+        (lambda answers: "11", "rewards.a gave '11'; expected a list with one number for each answer"),
+        (lambda answers: b"11", "rewards.a gave b'11'; expected a list with one number for each answer"),
         (lambda answers: None, "rewards.a gave None; expected a list with one number for each answer"),
         (lambda answers: torch.zeros(2, 3), "rewards.a gave .*; expected a list with one number for each answer"),
         (lambda answers: (1 / 0 for _ in answers), r"rewards.a failed at .*test_functions.py:\d+: ZeroDivisionError"),

@@ -27,6 +27,19 @@ def answer(text: str = "", expected: str | None = None, length: int = 3) -> Answ
         ("Answer: 64", "63", False),
         (" Paris\n", "Paris", True),
         ("It is Paris", "Paris", False),
+        ("Answer: 4.5", "4.5", True),
+        ("#### 4.50.", "4.5", True),
+        ("Answer: 4", "4.0", True),
+        ("Answer: 42", "$42", True),
+        ("#### -$1,234.5", "-1234.50", True),
+        ("Answer: .5", "0.5", True),
+        ("Answer: 50 %.", "50%", True),
+        ("Answer: 45", "4.5", False),
+        ("Answer: 4.5", "4", False),
+        ("Answer: 0.5", "50%", False),
+        ("Answer: 4.5.1", "4.5", False),
+        ("It is 4.5", "4.5", False),
+        ("1.2.3", "1.2.3", True),
     ],
 )
 def test_exact_answer(given: str, expected: str, right: bool) -> None:
@@ -50,6 +63,12 @@ def test_length_by_maximum_is_the_soft_overlong_punishment() -> None:
     given = Length(maximum=100, buffer=20)([answer(length=length) for length in lengths])
     # DAPO's equation 13: ((L_max - L_cache) - |y|) / L_cache between the two, 0 before and -1 after
     assert given == [0.0, 0.0, -0.05, -0.5, -0.95, -1.0, -1.0]
+
+
+def test_a_share_of_the_maximum_is_that_many_tokens() -> None:
+    answers = [answer(length=length) for length in (0, 80, 81, 90, 100, 150)]
+    assert Length(maximum=100, buffer=0.2)(answers) == Length(maximum=100, buffer=20)(answers)
+    assert Length(maximum=1, buffer=0.2)([answer(length=length) for length in (0, 1)]) == [0.0, -1.0]
 
 
 def test_length_by_maximum_alone_counts_every_token() -> None:
@@ -85,6 +104,15 @@ def test_format_by_sections() -> None:
         (lambda: Length(target="long"), "target must be a whole number >= 1, found 'long'"),  # type: ignore[arg-type]
         (lambda: Length(maximum=5, buffer=6), "buffer=6 is a part of maximum=5"),
         (lambda: Length(target=5, buffer=6), "buffer=6 is a part of maximum=None"),
+        (lambda: Length(target=5, buffer=0.2), "buffer=0.2 is a part of maximum=None"),
+        (
+            lambda: Length(maximum=5, buffer=1.5),
+            "buffer must be a whole number >= 1, or a share above 0 and below 1, f",
+        ),
+        (
+            lambda: Length(maximum=5, buffer=0.0),
+            "buffer must be a whole number >= 1, or a share above 0 and below 1, f",
+        ),
         (lambda: Format(), "either pattern or sections"),
         (lambda: Format(sections=["a b"]), "sections must be a list of names"),
         (lambda: Format(sections="think"), "sections must be a list of names"),
@@ -97,12 +125,13 @@ def test_options_that_cannot_be(make: object, message: str) -> None:
 
 
 def test_the_shipped_group_judges_the_embedded_arithmetic(tmp_path: object) -> None:
-    config = load_config("align", ["method=ppo", "rewards=[exact_answer,format,length]"])
+    line = ["method=ppo", "method.max_new_tokens=20", "rewards=[exact_answer,format,length]"]
+    config = load_config("align", line)
     rewards = build_functions(config.rewards)
     assert list(rewards) == ["exact_answer", "format", "length"]
     problem = arithmetic.problem(0)
     texts = [problem.answer, arithmetic.wrong_answer(problem), problem.answer.replace("Answer", "It is")]
-    answers = [answer(text, str(problem.final), length=56) for text in texts]
+    answers = [answer(text, str(problem.final), length=18) for text in texts]
     assert {name: reward(answers) for name, reward in rewards.items()} == {
         "exact_answer": [1.0, 0.0, 0.0], "format": [1.0, 1.0, 0.0], "length": [-0.5, -0.5, -0.5],
     }  # fmt: skip

@@ -136,6 +136,12 @@ def test_a_pair_without_a_margin_is_named_where_one_is_needed(tmp_path: Path, to
         read_rankings(config, tokenizer, "train", 32, tmp_path)
 
 
+def test_a_place_is_named_only_where_there_is_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = load_config("reward", ["objective.margin_weight=1", "data.sources.arithmetic.max_rows=4"])
+    with pytest.raises(DataError, match=r"there is none in data.sources.arithmetic: expected a number in `margin`"):
+        read_rankings(config, tokenizer, "train", 512, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_reward_model_of_rankings_from_the_command_line(tmp_path: Path) -> None:
     runs = make_parents(tmp_path / "runs")

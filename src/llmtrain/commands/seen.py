@@ -222,8 +222,7 @@ def _load(config: RowStage, tokenizer: Tokenizer, length: int) -> Mapping[str, S
     if isinstance(config, AlignConfig) and isinstance(config.method, SamplingMethod):
         return load_prompts(config.data, tokenizer, **options)
     if isinstance(config, AlignConfig) and config.method.name == "kto":
-        judged = load_judged(config.data, tokenizer, **options)
-        return {name: with_mismatches(rows, length) for name, rows in judged.items()}
+        return with_mismatches(load_judged(config.data, tokenizer, **options), length, "train")
     if isinstance(config, RewardConfig):
         return read_rankings(config, tokenizer, "train", length, options["cache_dir"])
     return load_pairs(config.data, tokenizer, **options)

@@ -14,6 +14,7 @@ import dataclasses
 import random
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Literal
 
 from llmtrain.config.seeds import derive_seed
@@ -40,7 +41,9 @@ STATEMENTS = {
     "+": ("{a} + {b} = {c}", "The sum of {a} and {b} is {c}.", "{a} plus {b} is {c}."),
     "-": ("{a} - {b} = {c}", "{a} minus {b} is {c}.", "{a} less {b} is {c}."),
 }
-FINAL_ANSWER = re.compile(r"(?:\A|Answer:|####)\s*(-?\d[\d,]{0,17})\s*$")
+NUMBER = r"(?:-?\$?|\$-)(?:\d[\d,]{0,17}(?:\.\d{1,18})?|\.\d{1,18})"
+FINAL_ANSWER = re.compile(rf"(?:\A|Answer:|####)\s*({NUMBER})(?:\s?%)?\.?\s*$")
+UNCOUNTED = str.maketrans("", "", "$,")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +122,13 @@ def demonstration(problem: Problem, number: int) -> str:
     return hasty_answer(problem, random.Random(derive_seed("demonstration", number)))
 
 
-def final_answer(text: str) -> int | None:
-    """The number after `Answer:` (or `####`) at the very end of a text, or that is all of it; else None."""
+def final_answer(text: str) -> Decimal | None:
+    """The number after `Answer:` (or `####`) at the very end of a text, or that is all of it; else None.
+
+    Commas in it, a dollar sign before it, a percent sign and a full stop after it do not count.
+    """
     found = FINAL_ANSWER.search(text)
-    return int(found.group(1).replace(",", "")) if found else None
+    return Decimal(found.group(1).translate(UNCOUNTED)) if found else None
 
 
 def documents(seed: int = 0) -> Iterator[str]:

@@ -5,8 +5,8 @@ They are few and short next to pretraining text, so they are held in memory.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -288,17 +288,46 @@ def _fitting_answer(tokenizer: Tokenizer, answer: Answer, tally: Tally, too_long
     return JudgedRow(fitting, answer.desirable) if fitting else None
 
 
-def with_mismatches(rows: Sequence[JudgedRow], max_length: int) -> list[AnswerRow]:
-    """Each answer beside another prompt's: that of the row half the source away, which no row is for two others.
+def with_mismatches(
+    rows: Mapping[str, Sequence[JudgedRow]], max_length: int, split: Split
+) -> dict[str, list[AnswerRow]]:  # fmt: skip
+    """By source, each answer beside another prompt's (KTO, Ethayarajh et al. 2024, arXiv 2402.01306, equation 7).
 
-    So the mismatched answers of a source are its answers. One that is too long with its prompt is cut.
+    No answer stands beside two others, so the mismatched answers of a source are its answers. One that is too long
+    with its prompt is cut. Where more than half of the rows have one prompt, the log says how many stay with it.
+    Raises DataError where all rows of a source have one prompt, unless they are held out.
     """
-    half = len(rows) // 2
-    others = [*rows[half:], *rows[:half]]
+    return {name: _mismatched(each, max_length, f"data.sources.{name}", split) for name, each in rows.items()}
+
+
+def _mismatched(rows: Sequence[JudgedRow], max_length: int, place: str, split: Split) -> list[AnswerRow]:
+    """Ordered by prompt, each row's other is half the source away: past all rows of its prompt, if these are not more.
+
+    Prompts are in the order of their first rows, so where no two rows share one, the order is that of the source.
+    """
+    by_prompt: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(_prompt(row.answer).tobytes(), []).append(number)
+    if len(by_prompt) == 1 and split == "train":
+        raise DataError(
+            f"{place}: its rows have one prompt only, and method=kto also reads each prompt with an answer to another: "
+            "add rows with other prompts, or choose another method"
+        )
+    most = max(map(len, by_prompt.values()), default=0)
+    if 2 * most > len(rows):
+        message = "%s (%s): %d of %d rows have the same prompt, so %d of them are set against an answer to it"
+        log.warning(message, place, split, most, len(rows), 2 * most - len(rows))
+    order, half = list(chain.from_iterable(by_prompt.values())), len(rows) // 2
+    others = dict(zip(order, [*order[half:], *order[:half]], strict=True))
     return [
-        AnswerRow(row.answer, _joined(row.answer, other.answer, max_length), row.desirable, row.place)
-        for row, other in zip(rows, others, strict=True)
+        AnswerRow(row.answer, _joined(row.answer, rows[others[number]].answer, max_length), row.desirable, row.place)
+        for number, row in enumerate(rows)
     ]
+
+
+def _prompt(row: TokenRow) -> NDArray[np.int32]:
+    """The ids before the answer."""
+    return row.tokens[: int(row.mask.argmax())]
 
 
 def _joined(prompt_of: TokenRow, answer_of: TokenRow, max_length: int) -> TokenRow:

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llmtrain.config.errors import UserError
 from llmtrain.config.schema.reinforcement import SampledAnswersConfig
 from llmtrain.config.seeds import derive_seed
 from llmtrain.data.encoding import PromptRow
@@ -29,6 +30,8 @@ from llmtrain.rewards.sums import WeightedSum
 
 # Rows are padded to a multiple of this, so that few widths occur.
 WIDTH_MULTIPLE = 8
+# Of a reward that is learned from: losses and deviations add up its squares over tokens in float32 (up to 3.4e38).
+LARGEST_REWARD = 1e15
 # Of longer texts, only the beginning and the end are shown to people.
 SHOWN_CHARACTERS = 2000
 
@@ -78,10 +81,20 @@ def answer(
 
 
 def final_rewards(scores: Sequence[float], answers: Sequence[Answer], settings: SampledAnswersConfig) -> Tensor:
-    """Scores, clipped, less the penalty for a missing end token: [B] float32."""
+    """Scores, clipped, less the penalty for a missing end token: [B] float32.
+
+    Raises UserError for a score that is too large to learn from.
+    """
     clip = settings.reward_clip
     found = torch.tensor(scores, dtype=torch.float32)
     found = found if clip is None else found.clamp(-clip, clip)
+    beyond = found[found.abs() > LARGEST_REWARD]
+    if len(beyond):
+        raise UserError(
+            f"the sum of an answer's rewards is {float(beyond[0]):g}, whose squares float32 cannot add up: expected "
+            f"at most {LARGEST_REWARD:g}; lower the weights (rewards.<name>.weight, reward_model_weight), or set "
+            "method.reward_clip"
+        )
     return found - settings.missing_eos_penalty * torch.tensor([float(not each.finished) for each in answers])
 
 
@@ -266,5 +279,5 @@ def shortened(text: str) -> str:
 
 
 def means(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [N] as (sum, number), for a metric that is their mean."""
-    return values.float().sum(), values.new_tensor(float(len(values)), dtype=torch.float32)
+    """Values [N] as (sum, number), for a metric that is their mean; float32 may hold each of them and not their sum."""
+    return values.double().sum(), values.new_tensor(float(len(values)), dtype=torch.float32)

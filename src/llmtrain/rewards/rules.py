@@ -15,7 +15,10 @@ SECTION = re.compile(r"\w[\w-]*")
 
 
 def is_right(given: str, answer: str) -> bool:
-    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text."""
+    """Whether an answer is right: the same number at its end where the right answer is a number, else the same text.
+
+    What is a number, `final_answer` says: 4.0 is 4, and $1,000 is 1000.
+    """
     expected = final_answer(f"Answer: {answer}")
     return final_answer(given) == expected if expected is not None else given.strip() == answer.strip()
 
@@ -69,18 +72,20 @@ class Length:
 
     maximum: int | None = None
     """Tokens at which the reward is -1."""
-    buffer: int | None = None
-    """Tokens before the maximum over which it falls. None: all, so that every token counts."""
+    buffer: float | None = None
+    """Tokens before the maximum over which it falls, or below 1 their share of it. None: all, so every token counts."""
     target: int | None = None
     """Tokens at which the reward is 0, instead of a maximum."""
 
     def __post_init__(self) -> None:
         if (self.maximum is None) == (self.target is None):
             raise ValueError("give either maximum or target; the other is null")
-        for name in ("maximum", "buffer", "target"):
+        share = isinstance(self.buffer, float) and 0 < self.buffer < 1
+        for name in ("maximum", "target") if share else ("maximum", "buffer", "target"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1, found {value!r}")
+                or_share = ", or a share above 0 and below 1" if name == "buffer" else ""
+                raise ValueError(f"{name} must be a whole number >= 1{or_share}, found {value!r}")
         if self.buffer is not None and (self.maximum is None or self.buffer > self.maximum):
             raise ValueError(f"buffer={self.buffer} is a part of maximum={self.maximum}")
 
@@ -93,7 +98,8 @@ class Length:
             assert self.target is not None
             return abs(length - self.target) / self.target
         buffer = self.buffer or self.maximum
-        return max(0, length - (self.maximum - buffer)) / buffer
+        buffer = buffer * self.maximum if buffer < 1 else buffer
+        return max(0, length - self.maximum + buffer) / buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

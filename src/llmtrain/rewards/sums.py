@@ -2,12 +2,15 @@
 
 import dataclasses
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 from llmtrain.config.errors import UserError
 from llmtrain.data.messages import short
 from llmtrain.rewards.answers import Answer, Reward
 
+TEXT = (str, bytes, bytearray)
+NO_LISTS = (*TEXT, Mapping, Set)  # a mapping gives its keys, a set no order
 LARGEST = 3.4028234663852886e38  # that float32 holds, in which losses are computed
 
 
@@ -47,8 +50,8 @@ class WeightedSum:
 
 def _values(name: str, reward: Reward, answers: Sequence[Answer]) -> list[float]:
     try:
-        given = reward(answers)
-        given = list(given) if isinstance(given, Iterable) else given
+        given: Any = reward(answers)
+        given = list(given) if isinstance(given, Iterable) and not isinstance(given, NO_LISTS) else given
     except UserError:
         raise
     except Exception as error:
@@ -56,7 +59,7 @@ def _values(name: str, reward: Reward, answers: Sequence[Answer]) -> list[float]
         where = f"{place.filename}:{place.lineno}"
         raise UserError(f"rewards.{name} failed at {where}: {type(error).__name__}: {error}") from error
     try:
-        values = [float(value) for value in given]
+        values = _numbers(given)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last by a tensor of several numbers
         expected = "expected a list with one number for each answer"
         raise UserError(f"rewards.{name} gave {short(given)}; {expected}") from None
@@ -66,3 +69,10 @@ def _values(name: str, reward: Reward, answers: Sequence[Answer]) -> list[float]
         if not abs(value) <= LARGEST:
             raise UserError(f"rewards.{name} gave {value}, which float32 does not hold, for the answer {answer.text!r}")
     return values
+
+
+def _numbers(given: Any) -> list[float]:
+    """Raises TypeError for what is no list of numbers, though Python would take numbers from it."""
+    if isinstance(given, NO_LISTS) or any(isinstance(value, TEXT) for value in given):
+        raise TypeError
+    return [float(value) for value in given]

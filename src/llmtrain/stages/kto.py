@@ -80,7 +80,7 @@ def build_answers(
             limit=config.eval.max_rows if split == "validation" else None,
         )
     )  # fmt: skip
-    return {name: with_mismatches(each, length) for name, each in judged.items()}
+    return with_mismatches(judged, length, split)
 
 
 @dataclasses.dataclass(kw_only=True)

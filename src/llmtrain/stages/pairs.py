@@ -79,9 +79,9 @@ def read_rankings(
             lacking = next((row for row in each if None in row.margins), None)
             if lacking:
                 raise DataError(
-                    f"objective.margin_weight needs a margin for every pair, and there is none in data.sources.{name} "
-                    f"at {lacking.place}: expected a number in `margin`, or in the column that "
-                    f"data.sources.{name}.columns.margin names"
+                    f"objective.margin_weight needs a margin for every pair, and there is none in data.sources.{name}"
+                    f"{f' at {lacking.place}' if lacking.place else ''}: expected a number in `margin`, or in "
+                    f"the column that data.sources.{name}.columns.margin names"
                 )
     return rows
 
