@@ -1,13 +1,16 @@
 """What is measured of a policy that samples, on prompts that are held out."""
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.stages.test_preference import run
+from tests.stages.test_preference import ARITHMETIC, run
 
 from llmtrain.config.compose import load_config
 from llmtrain.config.errors import ConfigError
@@ -18,8 +21,8 @@ from llmtrain.data.encoding import PromptRow
 from llmtrain.data.tokenizers import load_tokenizer
 from llmtrain.engine.tracking import read_metrics
 from llmtrain.generation.sampler import generate
-from llmtrain.models.formats import load_language_model
-from llmtrain.models.heads import ActorCritic, ScalarModel
+from llmtrain.models.formats import load_language_model, load_scalar_model, save_model
+from llmtrain.models.heads import ActorCritic, LanguageModel, ScalarModel
 from llmtrain.models.lora import AdaptedActorCritic, adapt
 from llmtrain.rewards.rules import Length, Regex
 from llmtrain.rewards.sums import WeightedSum
@@ -161,6 +164,39 @@ def test_the_checkpoint_with_the_best_held_out_answers_is_handed_on(
     run(parent, tmp_path, "run", *method, *rewards, "train.steps=4", "eval.every_steps=2", "checkpoint.every_steps=2",
         "eval.problems=embedded:arithmetic", "eval.max_problems=2")  # fmt: skip
     assert ("best by eval/exact_match: step " in capsys.readouterr().err) is best
+
+
+def with_dropout(folder: Path, copy: Path, load: Callable[..., LanguageModel | ScalarModel]) -> Path:
+    """A copy of a model's folder that was trained with dropout."""
+    shutil.copytree(folder, copy)
+    save_model(copy, load(folder, dropout=0.2))
+    return copy
+
+
+def test_a_first_update_computes_what_has_sampled_whatever_dropout_was_before(
+    parent: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    start = with_dropout(parent, tmp_path / "start", load_language_model)
+    judge = with_dropout(reward_model, tmp_path / "judge", load_scalar_model)
+    assert load_language_model(start).config.dropout == load_scalar_model(judge).config.dropout == 0.2
+    updates = ["train.steps=1", "method.epochs=1", "method.minibatches=1", "eval.problems=null"]
+    kept = [each for each in ARITHMETIC if not each.startswith(("eval.max_problems", "eval.max_new"))]
+    line = [*kept, "method=ppo", f"reward_model={judge}", "method.max_new_tokens=8", "train.micro_batch_rows=3"]
+    line += [f"model.init_from={start}", f"runs_dir={tmp_path}", "run=a"]
+    align.run(load_config("align", [*line, *updates]))
+    rows = [json.loads(text) for text in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["step"] == 1)
+    assert first["train/ratio"] == first["train/ratio_max"] == first["train/ratio_min"] == 1.0
+    assert first["align/kl"] == 0.0, "nor has the reference any"
+    # the value model neither: half the squared error that the rollout has seen
+    assert 2 * first["train/value_loss"] == pytest.approx(first["align/value_error"], rel=1e-6)
+
+
+def test_policy_and_reference_are_one_at_the_start_of_dpo_too(parent: Path, tmp_path: Path) -> None:
+    start = with_dropout(parent, tmp_path / "start", load_language_model)
+    rows = run(start, tmp_path, "a", "method=dpo", "train.steps=1")
+    assert rows[1]["train/kl"] == 0.0
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_a_right_answer_tells_more_than_a_reward(parent: Path) -> None:
