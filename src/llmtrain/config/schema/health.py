@@ -25,8 +25,9 @@ class HealthConfig:
     """Warn of a loss on text that lies this many standard deviations above the rows before it (pretrain, sft)."""
     grad_norm: tuple[float, float] | None = Field(default=(1e-3, 10.0), strict=False)
     """Warn when the gradient's norm, before clipping, stays below the first or above the second number."""
-    stuck_loss: float | None = Field(default=0.003, gt=0)
-    """Warn when the loss on pairs stays within this of ln 2, where it starts (reward, preference methods)."""
+    stuck_loss: float | None = Field(default=0.02, gt=0, lt=0.5)
+    """Warn when the accuracy on given pairs stays no more than this above a half and their margin does not rise
+    (reward, preference methods but kto)."""
     kl: float | None = Field(default=10.0, gt=0)
     """Warn when the policy is further than this from its reference, in nats per answer."""
     length_growth: float | None = Field(default=2.0, gt=1)
