@@ -66,8 +66,8 @@ def test_runs_that_are_well_are_not_warned(tmp_path: Path) -> None:
 ILL = {
     "kl": ({"align__kl": lambda step: 0.5 * step}, 23, "10.5 nats per answer away from its reference (limit 10)"),
     "entropy": ({"train__entropy": lambda step: 1 / (2 * step)}, 53, "entropy is 0.0098 nats per token"),
-    "clip_fraction": ({"train__clip_fraction": 0.31}, 5, "31% of the tokens are clipped"),
-    "explained_variance": ({"align__explained_variance": -0.1}, 20, "explains -0.1 of the returns' variance over 20"),
+    "clip_fraction": ({"train__clip_fraction": 0.31}, 5, "31% of the ratios to the policy that"),
+    "explained_variance": ({"align__explained_variance": -0.1}, 20, "-0.1 of the returns' variance (median of 20"),
     "truncated": ({"align__unfinished": 0.9}, 5, "90% of the answers are cut off"),
     "flat_groups": ({"align__flat_groups": 1.0}, 5, "in 100% of the groups all answers have one reward"),
     "length_growth": ({"align__answer_tokens": lambda step: 10.0 + step}, 19, "from 13 to 27 tokens while the reward"),
@@ -89,6 +89,12 @@ def test_a_limit_can_be_moved(tmp_path: Path) -> None:
     rows = rollouts(60, align__kl=4.0)
     assert warnings(rows, tmp_path) == []
     assert [each.rule for each in warnings(rows, tmp_path, kl=3.0)] == ["kl"]
+
+
+@pytest.mark.parametrize("bad_steps", [[1], [1, 2, 3], [60]])
+def test_single_rollouts_that_a_value_model_misjudges_are_no_illness(bad_steps: list[int], tmp_path: Path) -> None:
+    explained = {"align__explained_variance": lambda step: -30.0 if step in bad_steps else 0.8}
+    assert warnings(rollouts(120, **explained), tmp_path) == []
 
 
 def test_longer_answers_without_more_reward_are_no_illness(tmp_path: Path) -> None:

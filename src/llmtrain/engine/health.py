@@ -121,16 +121,22 @@ def _rules(config: HealthConfig, best_metric: str | None, best_mode: str) -> dic
 class Limit:
     """A metric whose mean over the last `num_rows` rows that have it is beyond a limit."""
 
-    def __init__(self, metric: str, limit: float, num_rows: int, words: str, *, below: bool = False) -> None:
-        """`words` may name {mean}, {limit} and {rows}; `below`: from the limit downwards is ill, not above it."""
-        self.metric, self.limit, self.words, self.below = metric, limit, words, below
+    def __init__(
+        self, metric: str, limit: float, num_rows: int, words: str, *, below: bool = False,
+        average: Callable[[Sequence[float]], float] = statistics.fmean,
+    ) -> None:  # fmt: skip
+        """`words` may name {mean}, {limit} and {rows}; `below`: from the limit downwards is ill, not above it.
+
+        `average` takes the place of the mean: the median where a single row may be far off.
+        """
+        self.metric, self.limit, self.words, self.below, self.average = metric, limit, words, below, average
         self.last: deque[float] = deque(maxlen=num_rows)
 
     def __call__(self, step: int, row: Row) -> str | None:
         if self.metric not in row:
             return None
         self.last.append(row[self.metric])
-        mean = statistics.fmean(self.last)
+        mean = self.average(self.last)
         ill = mean <= self.limit if self.below else mean > self.limit
         if not ill or not _is_full(self.last):
             return None
@@ -345,14 +351,14 @@ RULES: dict[str, Callable[[Any], Rule]] = {
     ),
     "clip_fraction": lambda limit: Limit(
         "train/clip_fraction", limit, FEW_ROWS,
-        "{mean:.0%} of the tokens are clipped (limit {limit:.0%}): a rollout's updates take the policy too far. Lower "
-        "optimizer.lr or method.epochs, or sample more answers per step.",
+        "{mean:.0%} of the ratios to the policy that sampled are clipped (limit {limit:.0%}): a rollout's updates take "
+        "the policy too far. Lower optimizer.lr or method.epochs, or sample more answers per step.",
     ),
     "explained_variance": lambda limit: Limit(
         "align/explained_variance", limit, SOME_ROWS,
-        "the value model explains {mean:.2g} of the returns' variance over {rows} rows: it has not learned, and the "
-        "advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
-        below=True,
+        "the value model explains {mean:.2g} of the returns' variance (median of {rows} rows): it has not learned, and "
+        "the advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
+        below=True, average=statistics.median,
     ),
     "failed_saves": lambda limit: Limit(
         "perf/failed_saves", limit - 0.5, 1,

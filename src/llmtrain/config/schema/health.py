@@ -35,7 +35,7 @@ class HealthConfig:
     entropy: float | None = Field(default=0.01, gt=0)
     """Warn when the policy's entropy is below this, in nats per token."""
     clip_fraction: float | None = Field(default=0.3, gt=0, lt=1)
-    """Warn when more than this share of the tokens is clipped."""
+    """Warn when more than this share of the ratios is clipped: those of tokens, in rloo those of whole answers."""
     explained_variance: float | None = Field(default=0.0, lt=1)
     """Warn when the value model explains no more than this share of the returns' variance."""
     truncated: float | None = Field(default=0.8, gt=0, lt=1)
