@@ -277,6 +277,11 @@ BAD = [
         "health.clip_fraction: has no effect: a rollout is used for one update, whose ratio is 1",
     ),
     (
+        "align method=ppo method.kl_limit=null health.stop_on=[updates]",
+        "health.stop_on: updates has no effect: no method.kl_limit ends the updates of a rollout",
+    ),
+    ("align method=rloo health.updates=0.5", "health.updates: has no effect: a rollout is used for one update"),
+    (
         "align method=ppo health.flat_groups=0.5",
         "health.flat_groups: has no effect: method=ppo samples one answer to each prompt",
     ),
@@ -544,7 +549,7 @@ OF_ALL_POLICIES = "entropy,length_growth,truncated,overoptimised,grad_norm"
     "line",
     [
         f"method=ppo method.kl_coefficient=0 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,explained_variance]",
-        f"method=grpo method.minibatches=2 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,flat_groups]",
+        f"method=grpo method.minibatches=2 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,updates,flat_groups]",
         f"method=rloo method.epochs=2 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,flat_groups]",
         f"method=reinforce health.stop_on=[{OF_ALL_POLICIES},kl]",
         "method=online_dpo health.stop_on=[length_growth,truncated,flat_groups,overoptimised]",

@@ -30,7 +30,7 @@ def rollouts(count: int, **metrics: Any) -> Rows:
     usual = {
         "align/reward": lambda step: 0.5 + 0.01 * step, "align/kl": 1.0, "align/answer_tokens": 20.0,
         "align/unfinished": 0.1, "align/explained_variance": 0.4, "align/flat_groups": 0.3, "train/entropy": 0.4,
-        "train/clip_fraction": 0.05, "train/loss": 0.1, "train/grad_norm": 0.5,
+        "train/clip_fraction": 0.05, "align/updates": 1.0, "train/loss": 0.1, "train/grad_norm": 0.5,
     }  # fmt: skip
     given = usual | {name.replace("__", "/"): value for name, value in metrics.items()}
     return [
@@ -67,6 +67,7 @@ ILL = {
     "kl": ({"align__kl": lambda step: 0.5 * step}, 23, "10.5 nats per answer away from its reference (limit 10)"),
     "entropy": ({"train__entropy": lambda step: 1 / (2 * step)}, 53, "entropy is 0.0098 nats per token"),
     "clip_fraction": ({"train__clip_fraction": 0.31}, 5, "31% of the ratios to the policy that"),
+    "updates": ({"align__updates": lambda step: 0.5 if step > 10 else 1.0}, 13, "only 70% of the updates of a rollout"),
     "explained_variance": ({"align__explained_variance": -0.1}, 20, "-0.1 of the returns' variance (median of 20"),
     "truncated": ({"align__unfinished": 0.9}, 5, "90% of the answers are cut off"),
     "flat_groups": ({"align__flat_groups": 1.0}, 5, "in 100% of the groups all answers have one reward"),

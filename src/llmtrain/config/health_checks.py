@@ -9,7 +9,7 @@ from llmtrain.config.view import View, finding, no_effect
 
 # What is read of rollouts alone.
 OF_ROLLOUTS = (
-    "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "flat_groups",
+    "kl", "length_growth", "entropy", "clip_fraction", "updates", "explained_variance", "truncated", "flat_groups",
 )  # fmt: skip
 # What is read of a policy that is rewarded for its answers, or for preferring one of two.
 OF_POLICIES = ("overoptimised", "held_out_metric")
@@ -68,6 +68,10 @@ def _not_measured(method: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "kl", "method.kl_coefficient=0 has no reference to measure it to"
         if updates == 1:
             yield "clip_fraction", "a rollout is used for one update, whose ratio is 1"
+    if method.get("kl_limit") is None:
+        yield "updates", "no method.kl_limit ends the updates of a rollout"
+    elif updates == 1:
+        yield "updates", "a rollout is used for one update, which is always made"
     if name != "ppo":
         yield "explained_variance", f"method={name} has no value model"
     if "samples_per_prompt" not in method:

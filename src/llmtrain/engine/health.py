@@ -354,6 +354,12 @@ RULES: dict[str, Callable[[Any], Rule]] = {
         "{mean:.0%} of the ratios to the policy that sampled are clipped (limit {limit:.0%}): a rollout's updates take "
         "the policy too far. Lower optimizer.lr or method.epochs, or sample more answers per step.",
     ),
+    "updates": lambda limit: Limit(
+        "align/updates", limit, FEW_ROWS,
+        "only {mean:.0%} of the updates of a rollout are made (limit {limit:.0%}): method.kl_limit ends the others. "
+        "Lower optimizer.lr, make fewer passes (method.epochs), or raise method.kl_limit.",
+        below=True,
+    ),
     "explained_variance": lambda limit: Limit(
         "align/explained_variance", limit, SOME_ROWS,
         "the value model explains {mean:.2g} of the returns' variance (median of {rows} rows): it has not learned, and "

@@ -9,8 +9,8 @@ from llmtrain.config.schema.strict import STRICT
 
 # The rules, by the key that sets each one's limit.
 Rule = Literal[
-    "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
-    "truncated", "flat_groups", "overoptimised", "failed_saves",
+    "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "updates",
+    "explained_variance", "truncated", "flat_groups", "overoptimised", "failed_saves",
 ]  # fmt: skip
 
 
@@ -36,6 +36,9 @@ class HealthConfig:
     """Warn when the policy's entropy is below this, in nats per token."""
     clip_fraction: float | None = Field(default=0.3, gt=0, lt=1)
     """Warn when more than this share of the ratios is clipped: those of tokens, in rloo those of whole answers."""
+    updates: float | None = Field(default=0.75, gt=0, lt=1)
+    """Warn when `method.kl_limit` leaves no more than this share of the updates of a rollout. The first two are always
+    made: of ppo's four, a half."""
     explained_variance: float | None = Field(default=0.0, lt=1)
     """Warn when the value model explains no more than this share of the returns' variance."""
     truncated: float | None = Field(default=0.8, gt=0, lt=1)
