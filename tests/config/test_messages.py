@@ -249,7 +249,42 @@ BAD = [
         "align method=ppo health.loss_spike=null",
         "health.loss_spike: has no effect: only the loss on text is steady enough",
     ),
-    ("pretrain health.stuck_loss=0.01", "health.stuck_loss: has no effect: nothing is learned from pairs here"),
+    ("pretrain health.stuck_loss=0.01", "health.stuck_loss: has no effect: nothing is learned from given pairs here"),
+    (
+        "align method=kto health.stuck_loss=0.01",
+        "health.stuck_loss: has no effect: nothing is learned from given pairs",
+    ),
+    ("align method=online_dpo health.kl=5", "health.kl: has no effect: method=online_dpo does not measure it"),
+    ("align method=online_dpo health.stop_on=[kl]", "health.stop_on: kl has no effect: method=online_dpo does not"),
+    (
+        "align method=rejection_sampling health.stop_on=[flat_groups,entropy]",
+        "health.stop_on: entropy has no effect: method=rejection_sampling does not measure it",
+    ),
+    (
+        "align method=rejection_sampling health.clip_fraction=null",
+        "health.clip_fraction: has no effect: method=rejection_sampling does not measure it",
+    ),
+    (
+        "align method=grpo method.kl_coefficient=0 health.stop_on=[kl]",
+        "health.stop_on: kl has no effect: method.kl_coefficient=0 has no reference to measure it to",
+    ),
+    (
+        "align method=rloo health.stop_on=[explained_variance]",
+        "health.stop_on: explained_variance has no effect: method=rloo has no value model",
+    ),
+    (
+        "align method=grpo health.clip_fraction=0.5",
+        "health.clip_fraction: has no effect: a rollout is used for one update, whose ratio is 1",
+    ),
+    (
+        "align method=ppo method.kl_limit=null health.stop_on=[updates]",
+        "health.stop_on: updates has no effect: no method.kl_limit ends the updates of a rollout",
+    ),
+    ("align method=rloo health.updates=0.5", "health.updates: has no effect: a rollout is used for one update"),
+    (
+        "align method=ppo health.flat_groups=0.5",
+        "health.flat_groups: has no effect: method=ppo samples one answer to each prompt",
+    ),
     (
         "align method=ppo health.overoptimised=null health.held_out_metric=eval/x",
         "health.held_out_metric: has no effect: health.overoptimised is switched off",
@@ -512,3 +547,22 @@ def test_layouts_that_go_together_are_taken() -> None:
     assert load_config("pretrain", [*dense, "model=qwen3_tiny"]).engine.tensor_parallel == 2
     sparse = ["engine.processes=4", "engine.sharding=hsdp", "engine.shard_processes=2", "engine.expert_parallel=4"]
     assert load_config("pretrain", [*sparse, "model=mixtral_tiny"]).engine.expert_parallel == 4
+
+
+OF_ALL_POLICIES = "entropy,length_growth,truncated,overoptimised,grad_norm"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"method=ppo method.kl_coefficient=0 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,explained_variance]",
+        f"method=grpo method.minibatches=2 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,updates,flat_groups]",
+        f"method=rloo method.epochs=2 health.stop_on=[{OF_ALL_POLICIES},kl,clip_fraction,flat_groups]",
+        f"method=reinforce health.stop_on=[{OF_ALL_POLICIES},kl]",
+        "method=online_dpo health.stop_on=[length_growth,truncated,flat_groups,overoptimised]",
+        "method=rejection_sampling health.flat_groups=0.5 health.stop_on=[length_growth,truncated,flat_groups]",
+        "method=orpo health.stuck_loss=0.01 health.stop_on=[stuck_loss,overoptimised]",
+    ],
+)
+def test_warnings_that_the_method_can_give_are_taken(line: str) -> None:
+    load_config("align", [*line.split(), "model.init_from=."])

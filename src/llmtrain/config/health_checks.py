@@ -1,13 +1,15 @@
 """What a run is warned of, and which weights it hands on: combinations that do not fit, or have no effect."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llmtrain.config.plain import Finding
+from llmtrain.config.schema import PAIR_METHODS
 from llmtrain.config.view import View, finding, no_effect
 
 # What is read of rollouts alone.
 OF_ROLLOUTS = (
-    "kl", "length_growth", "entropy", "clip_fraction", "explained_variance", "truncated", "flat_groups",
+    "kl", "length_growth", "entropy", "clip_fraction", "updates", "explained_variance", "truncated", "flat_groups",
 )  # fmt: skip
 # What is read of a policy that is rewarded for its answers, or for preferring one of two.
 OF_POLICIES = ("overoptimised", "held_out_metric")
@@ -39,18 +41,41 @@ def warnings(view: View) -> Iterator[Finding]:
 
 
 def _without_effect(view: View) -> Iterator[tuple[str, str]]:
-    """The keys that this stage has no use for, and why."""
-    samples = view.command == "align" and "max_new_tokens" in view["method"]
+    """The keys that this stage, or its method, has no use for, and why."""
+    method = view["method"] if view.command == "align" else {}
+    samples = "max_new_tokens" in method
     if view.command not in ("pretrain", "sft"):
         yield "loss_spike", "only the loss on text is steady enough"
     if not samples:
         yield from ((key, "nothing is sampled here: it is for reinforcement learning") for key in OF_ROLLOUTS)
-    if samples or view.command not in ("reward", "align"):
-        yield "stuck_loss", "nothing is learned from pairs here"
+    else:
+        yield from _not_measured(method)
+    if view.command != "reward" and method.get("name") not in PAIR_METHODS:
+        yield "stuck_loss", "nothing is learned from given pairs here"
     if view.command != "align":
         yield from ((key, "no policy is rewarded here: it is for align") for key in OF_POLICIES)
     elif view["health.overoptimised"] is None:
         yield "held_out_metric", "health.overoptimised is switched off"
+
+
+def _not_measured(method: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys whose metric a method that samples never writes, or always with the same value, and why."""
+    name, updates = method["name"], method.get("epochs", 1) * method.get("minibatches", 1)
+    if "kl_coefficient" not in method:
+        yield from ((key, f"method={name} does not measure it") for key in ("kl", "entropy", "clip_fraction"))
+    else:
+        if name != "ppo" and method["kl_coefficient"] == 0:  # PPO's reference is read in any case
+            yield "kl", "method.kl_coefficient=0 has no reference to measure it to"
+        if updates == 1:
+            yield "clip_fraction", "a rollout is used for one update, whose ratio is 1"
+    if method.get("kl_limit") is None:
+        yield "updates", "no method.kl_limit ends the updates of a rollout"
+    elif updates == 1:
+        yield "updates", "a rollout is used for one update, which is always made"
+    if name != "ppo":
+        yield "explained_variance", f"method={name} has no value model"
+    if "samples_per_prompt" not in method:
+        yield "flat_groups", f"method={name} samples one answer to each prompt"
 
 
 def gradient_norm(view: View) -> Iterator[Finding]:

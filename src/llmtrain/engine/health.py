@@ -23,11 +23,13 @@ from llmtrain.engine.tracking import read_metrics, read_rows
 
 WARNINGS_FILE = "warnings.jsonl"
 
-# Rows that are looked at together: of what a rollout shows at once, of what is slow, of what is noisy, of a loss that
-# a warm-up of the learning rate may hold where it starts.
+# Rows that are looked at together: of what a rollout shows at once, of what is slow, of what is noisy, of pairs that a
+# warm-up of the learning rate may hold where they start.
 FEW_ROWS, SOME_ROWS, MANY_ROWS, WARMUP_ROWS = 5, 20, 50, 100
 # A spike is also this much above the mean: where the loss hardly varies, many standard deviations are little.
 SPIKE_SHARE = 0.1
+# A margin of pairs that has risen by less is rounding.
+LEAST_RISE = 1e-3
 # The share of what a held-out score has gained that it must lose again before the reward model is blamed.
 LOST_GAIN = 0.25
 
@@ -119,16 +121,22 @@ def _rules(config: HealthConfig, best_metric: str | None, best_mode: str) -> dic
 class Limit:
     """A metric whose mean over the last `num_rows` rows that have it is beyond a limit."""
 
-    def __init__(self, metric: str, limit: float, num_rows: int, words: str, *, below: bool = False) -> None:
-        """`words` may name {mean}, {limit} and {rows}; `below`: from the limit downwards is ill, not above it."""
-        self.metric, self.limit, self.words, self.below = metric, limit, words, below
+    def __init__(
+        self, metric: str, limit: float, num_rows: int, words: str, *, below: bool = False,
+        average: Callable[[Sequence[float]], float] = statistics.fmean,
+    ) -> None:  # fmt: skip
+        """`words` may name {mean}, {limit} and {rows}; `below`: from the limit downwards is ill, not above it.
+
+        `average` takes the place of the mean: the median where a single row may be far off.
+        """
+        self.metric, self.limit, self.words, self.below, self.average = metric, limit, words, below, average
         self.last: deque[float] = deque(maxlen=num_rows)
 
     def __call__(self, step: int, row: Row) -> str | None:
         if self.metric not in row:
             return None
         self.last.append(row[self.metric])
-        mean = statistics.fmean(self.last)
+        mean = self.average(self.last)
         ill = mean <= self.limit if self.below else mean > self.limit
         if not ill or not _is_full(self.last):
             return None
@@ -184,22 +192,37 @@ class GradientNorm:
 
 
 class StuckLoss:
-    """The loss on pairs that stays at ln 2, where a reward model or a policy that prefers neither answer has it."""
+    """Given pairs whose answers are told apart no better than by a coin, with a margin that has not risen.
 
-    def __init__(self, distance: float) -> None:
-        self.distance = distance
-        self.last: deque[float] = deque(maxlen=WARMUP_ROWS)
+    Not the loss: each method's starts and ends elsewhere. The accuracy must be no better by two standard errors, since
+    few pairs in a row make it noisy. Without a reference it may start below a half and rise: then the margin does too.
+    Pairs of sampled answers are left out: they are new in every step, and some are ties.
+    """
+
+    def __init__(self, lead: float) -> None:
+        """`lead`: an accuracy of more than this above a half is better than a coin's."""
+        self.lead = lead
+        self.first_margins: list[float] = []
+        self.last: deque[tuple[float, float]] = deque(maxlen=WARMUP_ROWS)
 
     def __call__(self, step: int, row: Row) -> str | None:
-        if "train/margin" not in row or "train/loss" not in row:
+        if "train/margin" not in row or "train/accuracy" not in row or "align/reward" in row:
             return None
-        self.last.append(row["train/loss"])
-        mean = statistics.fmean(self.last)
-        if not _is_full(self.last) or abs(mean - math.log(2)) > self.distance:
+        if len(self.first_margins) < MANY_ROWS:
+            self.first_margins.append(row["train/margin"])
             return None
+        self.last.append((row["train/accuracy"], row["train/margin"]))
+        if len(self.last) < MANY_ROWS:
+            return None
+        (accuracy, margin), margin_then = _means(self.last), statistics.fmean(self.first_margins)
+        error = math.sqrt(_squared_error([each for each, _ in self.last]))
+        if accuracy + 2 * error > 0.5 + self.lead or margin > margin_then + LEAST_RISE:
+            return None
+        stage = "reward" if "train/chosen_score" in row else "align"
         return (
-            f"after {WARMUP_ROWS} rows the loss is still ln 2 (mean {mean:.4f}): the two answers of a pair are not "
-            "told apart. Raise optimizer.lr or method.beta; do chosen and rejected differ (llmtrain show stage=reward)?"
+            f"the two answers of a pair are not told apart: over {len(self.last)} rows the accuracy is {accuracy:.2f} "
+            f"and the margin {margin:.2g} ({margin_then:.2g} at the start). Raise optimizer.lr or shorten "
+            f"schedule.warmup_steps; do chosen and rejected differ (llmtrain show stage={stage})?"
         )
 
 
@@ -328,14 +351,20 @@ RULES: dict[str, Callable[[Any], Rule]] = {
     ),
     "clip_fraction": lambda limit: Limit(
         "train/clip_fraction", limit, FEW_ROWS,
-        "{mean:.0%} of the tokens are clipped (limit {limit:.0%}): a rollout's updates take the policy too far. Lower "
-        "optimizer.lr or method.epochs, or sample more answers per step.",
+        "{mean:.0%} of the ratios to the policy that sampled are clipped (limit {limit:.0%}): a rollout's updates take "
+        "the policy too far. Lower optimizer.lr or method.epochs, or sample more answers per step.",
+    ),
+    "updates": lambda limit: Limit(
+        "align/updates", limit, FEW_ROWS,
+        "only {mean:.0%} of the updates of a rollout are made (limit {limit:.0%}): method.kl_limit ends the others. "
+        "Lower optimizer.lr, make fewer passes (method.epochs), or raise method.kl_limit.",
+        below=True,
     ),
     "explained_variance": lambda limit: Limit(
         "align/explained_variance", limit, SOME_ROWS,
-        "the value model explains {mean:.2g} of the returns' variance over {rows} rows: it has not learned, and the "
-        "advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
-        below=True,
+        "the value model explains {mean:.2g} of the returns' variance (median of {rows} rows): it has not learned, and "
+        "the advantages are noise. Lengthen method.value_warmup_steps, raise method.value_weight or optimizer.lr.",
+        below=True, average=statistics.median,
     ),
     "failed_saves": lambda limit: Limit(
         "perf/failed_saves", limit - 0.5, 1,

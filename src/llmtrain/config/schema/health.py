@@ -9,8 +9,8 @@ from llmtrain.config.schema.strict import STRICT
 
 # The rules, by the key that sets each one's limit.
 Rule = Literal[
-    "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "explained_variance",
-    "truncated", "flat_groups", "overoptimised", "failed_saves",
+    "loss_spike", "grad_norm", "stuck_loss", "kl", "length_growth", "entropy", "clip_fraction", "updates",
+    "explained_variance", "truncated", "flat_groups", "overoptimised", "failed_saves",
 ]  # fmt: skip
 
 
@@ -25,8 +25,9 @@ class HealthConfig:
     """Warn of a loss on text that lies this many standard deviations above the rows before it (pretrain, sft)."""
     grad_norm: tuple[float, float] | None = Field(default=(1e-3, 10.0), strict=False)
     """Warn when the gradient's norm, before clipping, stays below the first or above the second number."""
-    stuck_loss: float | None = Field(default=0.003, gt=0)
-    """Warn when the loss on pairs stays within this of ln 2, where it starts (reward, preference methods)."""
+    stuck_loss: float | None = Field(default=0.02, gt=0, lt=0.5)
+    """Warn when the accuracy on given pairs stays no more than this above a half and their margin does not rise
+    (reward, preference methods but kto)."""
     kl: float | None = Field(default=10.0, gt=0)
     """Warn when the policy is further than this from its reference, in nats per answer."""
     length_growth: float | None = Field(default=2.0, gt=1)
@@ -34,7 +35,10 @@ class HealthConfig:
     entropy: float | None = Field(default=0.01, gt=0)
     """Warn when the policy's entropy is below this, in nats per token."""
     clip_fraction: float | None = Field(default=0.3, gt=0, lt=1)
-    """Warn when more than this share of the tokens is clipped."""
+    """Warn when more than this share of the ratios is clipped: those of tokens, in rloo those of whole answers."""
+    updates: float | None = Field(default=0.75, gt=0, lt=1)
+    """Warn when `method.kl_limit` leaves no more than this share of the updates of a rollout. The first two are always
+    made: of ppo's four, a half."""
     explained_variance: float | None = Field(default=0.0, lt=1)
     """Warn when the value model explains no more than this share of the returns' variance."""
     truncated: float | None = Field(default=0.8, gt=0, lt=1)
