@@ -92,10 +92,10 @@ def made_up() -> SampledAnswers:
     """Answers to prompts of three tokens, every third of them cut off."""
     generator = torch.Generator().manual_seed(1)
     mask = (torch.arange(10) >= 3) & (torch.arange(10) < torch.randint(4, 11, (ROWS, 1), generator=generator))
+    tokens, rewards = torch.randint(1, 256, (ROWS, 10), generator=generator), torch.randn(ROWS, generator=generator)
     return SampledAnswers(
-        tokens=torch.randint(1, 256, (ROWS, 10), generator=generator), response_mask=mask,
-        rewards=torch.randn(ROWS, generator=generator), finished=torch.arange(ROWS) % 3 > 0, group_rows=2,
-        first_slot=0, seed=0, step=0, measured={},
+        tokens=tokens, response_mask=mask, scores=rewards, rewards=rewards, finished=torch.arange(ROWS) % 3 > 0,
+        group_rows=2, first_slot=0, seed=0, step=0, measured={},
     )  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_a_first_update_computes_what_has_sampled_whatever_dropout_was_before(
 def test_policy_and_reference_are_one_at_the_start_of_dpo_too(parent: Path, tmp_path: Path) -> None:
     start = with_dropout(parent, tmp_path / "start", load_language_model)
     rows = run(start, tmp_path, "a", "method=dpo", "train.steps=1")
-    assert rows[1]["train/kl"] == 0.0
+    assert rows[1]["train/log_ratio"] == 0.0
     assert rows[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
