@@ -203,6 +203,18 @@ def test_recorded_runs_of_ppo(tmp_path: Path) -> None:
     assert warnings(RECORDED["seed 2"], tmp_path) == []
 
 
+def test_a_fast_fall_is_noticed_before_the_score_is_back_where_it_started(tmp_path: Path) -> None:
+    """A trap as `benchmarks/alignment.py` sets it, recorded: from 59.4 to 86.2 %, four steps later below the start."""
+    scores = (0.594, 0.594, 0.862, 0.838, 0.780, 0.636, 0.562)
+    rewards = (0.416, 0.336, 0.317, 0.509, 0.784, 0.822, 0.975)
+    rows: Rows = [{"step": 0, "eval/exact_match": 0.594}]
+    for step, (score, reward) in enumerate(zip(scores, rewards, strict=True), start=1):
+        rows.append({"step": step, "eval/exact_match": score, "align/reward": reward})
+    [found] = warnings(rows, tmp_path)
+    assert (found.rule, found.step) == ("overoptimised", 5)
+    assert "from 0.862 at step 3 to 0.78 while the reward rose from 0.356 to 0.647" in found.text
+
+
 def exploited(
     *, alpha: float, beta: float, start: float, noise: float, every: int, seed: int, steps: int = 400
 ) -> Rows:

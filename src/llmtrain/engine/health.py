@@ -257,13 +257,14 @@ class Overoptimised:
     and others likelier than either (Rafailov et al. 2024, arXiv 2404.12358; Razin et al. 2024, arXiv 2410.08847).
     It has fallen when it has lost `share` of its best value, so that small ups and downs are passed over, and a quarter
     of what it has gained, so that a run is warned about long before it is back where it started. The reward has risen
-    when its last rows are above those at the best score by two standard errors.
+    when the rows since the best score are above those up to it by two standard errors.
     """
 
     def __init__(self, share: float, metric: str, sign: float) -> None:
         """`sign` is −1 for a metric of which less is better."""
         self.share, self.metric, self.sign = share, metric, sign
         self.rewards: deque[float] = deque(maxlen=FEW_ROWS)
+        self.rewards_since: deque[float] = deque(maxlen=FEW_ROWS)
         self.rewards_at_best: list[float] = []
         self.start: float | None = None
         self.best, self.best_step = -math.inf, 0
@@ -272,7 +273,9 @@ class Overoptimised:
         reward = row.get("align/reward", margin_of(row))
         if reward is not None:
             self.rewards.append(reward)
-            if len(self.rewards_at_best) < FEW_ROWS:  # the start is measured before there is a reward
+            self.rewards_since.append(reward)
+            # the start is measured before there is a reward
+            if self.best == self.start and len(self.rewards_at_best) < FEW_ROWS:
                 self.rewards_at_best.append(reward)
         if self.metric not in row:
             return None
@@ -281,11 +284,12 @@ class Overoptimised:
             self.start = score
         if score > self.best:
             self.best, self.best_step, self.rewards_at_best = score, step, list(self.rewards)
+            self.rewards_since.clear()
             return None
         lost, gained = self.best - score, self.best - self.start
         if lost <= max(self.share * abs(self.best), LOST_GAIN * gained) or not self._reward_rose():
             return None
-        then, now = statistics.fmean(self.rewards_at_best), statistics.fmean(self.rewards)
+        then, now = statistics.fmean(self.rewards_at_best), statistics.fmean(self.rewards_since)
         of_samples = "align/reward" in row
         name, why = ("reward", EXPLOITED) if of_samples else ("margin between the given answers", DISPLACED)
         return (
@@ -295,10 +299,10 @@ class Overoptimised:
         )
 
     def _reward_rose(self) -> bool:
-        if not self.rewards or not self.rewards_at_best:
+        if len(self.rewards_since) < 2 or not self.rewards_at_best:  # one row has no error that could be told
             return False
-        error = math.sqrt(_squared_error(self.rewards) + _squared_error(self.rewards_at_best))
-        return statistics.fmean(self.rewards) - statistics.fmean(self.rewards_at_best) > 2 * error
+        error = math.sqrt(_squared_error(self.rewards_since) + _squared_error(self.rewards_at_best))
+        return statistics.fmean(self.rewards_since) - statistics.fmean(self.rewards_at_best) > 2 * error
 
 
 EXPLOITED = (
