@@ -143,6 +143,7 @@ def main() -> None:
     rows = [measured(name, arguments.keys, text) for name in arguments.only or MODELS]
     print(table(rows))
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "architectures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

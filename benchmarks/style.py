@@ -264,6 +264,7 @@ def main() -> None:
     rows = [row | ({"seconds": None} if arguments.shared else {}) for row in rows]
     print(table(rows), examples(rows[0]), sep="\n\n")
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         # of the samples the answers alone: the prompts are the data's
         kept = [row | {"samples": answers(row)} for row in rows]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
